@@ -1,0 +1,105 @@
+package api
+
+import (
+	"context"
+	"time"
+
+	"github.com/musterdr/muster/internal/dr"
+)
+
+// Appliance is what a master asks of an appliance. In one process it is called directly; between machines the same
+// contract travels over the appliance's own outbound connection.
+//
+// Every call is idempotent under its identifier: asked again for a snapshot it has kept, it answers with that one.
+type Appliance interface {
+	// Snapshot captures a server and returns once the snapshot is kept: written, read back, published.
+	Snapshot(ctx context.Context, task SnapshotTask, report dr.Progress) (dr.Snapshot, error)
+	// Contact connects to a source once without changing it, and says what it found. For an SSH source without a host
+	// key it returns the key the host showed, for a person to confirm.
+	Contact(ctx context.Context, source dr.Source) (Contact, error)
+	// Forget removes what capture left on a source: the agent's cache folder. Used when a server is removed.
+	Forget(ctx context.Context, source dr.Source) error
+}
+
+// SnapshotTask asks for one snapshot.
+type SnapshotTask struct {
+	ID     string    `json:"id"` // of the snapshot to be made
+	Server dr.Server `json:"server"`
+	Parent string    `json:"parent,omitempty"` // newest kept snapshot of the server, "" for a full one
+}
+
+// Contact is what a first contact with a source found.
+type Contact struct {
+	HostKey     string       `json:"host_key,omitempty"`
+	Fingerprint string       `json:"fingerprint,omitempty"` // SHA256:…
+	Inventory   dr.Inventory `json:"inventory"`
+}
+
+// Silo is what a master asks of a silo. Every call is idempotent under its identifier and carries a fencing number:
+// a silo refuses work of a lower term than it has seen for the same identifier.
+type Silo interface {
+	// PreRecover makes a rescue image of a snapshot.
+	PreRecover(ctx context.Context, task PreRecoverTask, report dr.Progress) (dr.PreRecovery, error)
+	// Test boots a rescue image, asks, and removes the machine. What the test could not decide is an INCONCLUSIVE
+	// verdict and no error; an error means that the call itself broke and may be repeated.
+	Test(ctx context.Context, task TestTask, report dr.Progress) (dr.Verdict, error)
+	// Invoke boots a rescue image on a live layer and returns when its processors run.
+	Invoke(ctx context.Context, task InvokeTask, report dr.Progress) (Invoked, error)
+	// CheckInvoked waits for an invoked machine to come up and asks it the server's checks.
+	CheckInvoked(ctx context.Context, task InvokeTask, report dr.Progress) ([]dr.CheckResult, error)
+	// Tend makes an invocation whole again after a restart: exports are served, the machine is found. It says
+	// whether the machine still runs.
+	Tend(ctx context.Context, task InvokeTask) (running bool, err error)
+	// EndInvocation stops the machine and keeps or discards what it wrote. It returns where it was kept.
+	EndInvocation(ctx context.Context, task InvokeTask, keep bool) (kept string, err error)
+	// Discard removes the deltas and evidence of a snapshot that has expired.
+	Discard(ctx context.Context, snapshotID string) error
+	// Reap removes every machine, export, scratch layer and folder that belongs to none of the given owners. It is
+	// called when a master starts and from time to time.
+	Reap(ctx context.Context, alive []string) (removed []string, err error)
+	// Diagnose says what this host can do.
+	Diagnose(ctx context.Context) []Finding
+}
+
+// PreRecoverTask asks for a rescue image.
+type PreRecoverTask struct {
+	ID       string      `json:"id"` // of the pre-recovery
+	Term     int64       `json:"term"`
+	Server   dr.Server   `json:"server"`
+	Snapshot dr.Snapshot `json:"snapshot"`
+}
+
+// TestTask asks for a boot test.
+type TestTask struct {
+	ID          string         `json:"id"` // of the verdict
+	Term        int64          `json:"term"`
+	Server      dr.Server      `json:"server"`
+	Snapshot    dr.Snapshot    `json:"snapshot"`
+	PreRecovery dr.PreRecovery `json:"pre_recovery"`
+	Asked       time.Time      `json:"asked"`
+}
+
+// InvokeTask asks for, or names, an invoked machine.
+type InvokeTask struct {
+	ID          string           `json:"id"` // of the invocation
+	Term        int64            `json:"term"`
+	Server      dr.Server        `json:"server"`
+	Snapshot    dr.Snapshot      `json:"snapshot"`
+	PreRecovery dr.PreRecovery   `json:"pre_recovery"`
+	Network     dr.NetworkChoice `json:"network"`
+}
+
+// Invoked is a machine that was started for real.
+type Invoked struct {
+	Machine   string   `json:"machine"`
+	Addresses []string `json:"addresses"` // where the host reaches it; empty with no network
+	Bridge    string   `json:"bridge,omitempty"`
+}
+
+// Finding is one thing a host can or cannot do.
+type Finding struct {
+	Name   string `json:"name"`
+	State  string `json:"state"` // ok, warn, fail
+	Detail string `json:"detail"`
+	Fix    string `json:"fix,omitempty"` // what to do about it
+}

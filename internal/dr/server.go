@@ -1,0 +1,196 @@
+package dr
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Server is a protected machine. Its definition is kept in the catalog and, so that a lost catalog can be rebuilt,
+// as a record in the store. It holds no secret: an SSH key is named by its path.
+type Server struct {
+	ID         string     `json:"id"`   // opaque, never reused
+	Name       string     `json:"name"` // what people call it; see ValidateName
+	Source     Source     `json:"source"`
+	Schedule   Schedule   `json:"schedule"`
+	Objectives Objectives `json:"objectives"`
+	Checks     []Check    `json:"checks,omitempty"`
+	Memory     int        `json:"memory_mib,omitempty"` // MiB for its rescue machine; 0: as the inventory says, within the silo's limits
+	CPUs       int        `json:"cpus,omitempty"`       // 0: as the inventory says, within the silo's limits
+	Overlays   string     `json:"overlays,omitempty"`   // folder with the customer's own overlays on the silo; "" none
+	Retention  Retention  `json:"retention"`
+	Created    time.Time  `json:"created"`
+}
+
+// Source says where a server's disks are read from. Exactly one of Disks and SSH is set.
+type Source struct {
+	Disks []string   `json:"disks,omitempty"` // paths of raw disk images or block devices, in the server's own order
+	SSH   *SSHSource `json:"ssh,omitempty"`
+}
+
+// SSHSource is a live Linux server reached over its own SSH as a user that may read block devices.
+type SSHSource struct {
+	User        string        `json:"user"`
+	Host        string        `json:"host"`
+	Port        int           `json:"port"`
+	KeyFile     string        `json:"key_file"`               // private key on the appliance
+	HostKey     string        `json:"host_key"`               // authorized_keys form: "ssh-ed25519 AAAA…"; checked on every connection
+	FreezeLimit time.Duration `json:"freeze_limit,omitempty"` // the longest a file system may stay frozen; 0: DefaultFreezeLimit
+}
+
+// DefaultFreezeLimit is how long a file system may stay frozen before the watchdog thaws it.
+const DefaultFreezeLimit = 30 * time.Second
+
+// Kind names the source in one word, for people: "disk" or "ssh".
+func (s Source) Kind() string {
+	if s.SSH != nil {
+		return "ssh"
+	}
+	return "disk"
+}
+
+func (s Source) String() string {
+	if s.SSH != nil {
+		return s.SSH.String()
+	}
+	return strings.Join(s.Disks, ", ")
+}
+
+func (s SSHSource) String() string {
+	return fmt.Sprintf("%s@%s:%d", s.User, s.Host, s.Port)
+}
+
+// ParseSSH reads "user@host[:port]" (IPv6 in brackets).
+func ParseSSH(text string) (SSHSource, error) {
+	user, host, ok := strings.Cut(text, "@")
+	if !ok || user == "" {
+		return SSHSource{}, fmt.Errorf("read SSH address %q: it has no user; write it as root@HOST or root@HOST:PORT", text)
+	}
+	port := 22
+	if h, p, found := cutPort(host); found {
+		n, err := strconv.Atoi(p)
+		if err != nil || n < 1 || n > 65535 {
+			return SSHSource{}, fmt.Errorf("read SSH address %q: %q is not a port from 1 to 65535", text, p)
+		}
+		host, port = h, n
+	}
+	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]")
+	if host == "" || strings.ContainsAny(host, " \t\n/\\") || strings.HasPrefix(host, "-") {
+		return SSHSource{}, fmt.Errorf("read SSH address %q: %q is not a host name or address", text, host)
+	}
+	return SSHSource{User: user, Host: host, Port: port}, nil
+}
+
+func cutPort(host string) (name, port string, found bool) {
+	i := strings.LastIndexByte(host, ':')
+	if i < 0 || strings.HasSuffix(host, "]") || (strings.Count(host, ":") > 1 && !strings.HasPrefix(host, "[")) {
+		return host, "", false
+	}
+	return host[:i], host[i+1:], true
+}
+
+// Schedule says how often a server is captured.
+type Schedule struct {
+	Every time.Duration `json:"every"` // at least MinEvery
+}
+
+// The default schedule (R5) and the shortest one this release takes.
+const (
+	DefaultEvery = 24 * time.Hour
+	MinEvery     = time.Minute
+)
+
+// Due says when the next snapshot is to be taken. A server never captured is due at once. A clock that was stepped
+// back, which would make the last snapshot lie in the future, makes it due at once too: late is better than never.
+func (s Schedule) Due(last, now time.Time) time.Time {
+	if last.IsZero() || last.After(now) {
+		return now
+	}
+	return last.Add(s.Every)
+}
+
+// Objectives are what was promised. Zero means nothing was promised.
+type Objectives struct {
+	RTO time.Duration `json:"rto,omitempty"` // recovery time objective
+	RPO time.Duration `json:"rpo,omitempty"` // recovery point objective
+}
+
+// Retention says which snapshots are kept besides last-known-good and the newest, which always are.
+type Retention struct {
+	KeepLast int `json:"keep_last,omitempty"` // newest N; 0: all
+}
+
+var nameRE = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// ValidateName accepts what is also a DNS label, because a server's name becomes part of machine, file and export
+// names: 1 to 63 of a-z, 0-9 and -, with no - at either end.
+func ValidateName(name string) error {
+	if !nameRE.MatchString(name) {
+		return fmt.Errorf("server name %q: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'", name)
+	}
+	return nil
+}
+
+// Limits on a server's definition.
+const (
+	MaxDisks  = 32
+	MaxChecks = 64
+)
+
+// Validate says what is wrong with a server's definition, all at once.
+func (s Server) Validate() error {
+	var errs []error
+	add := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if err := ValidateName(s.Name); err != nil {
+		errs = append(errs, err)
+	}
+	switch {
+	case s.Source.SSH == nil && len(s.Source.Disks) == 0:
+		add("server %s has no source: give --disk PATH or --ssh USER@HOST", s.Name)
+	case s.Source.SSH != nil && len(s.Source.Disks) > 0:
+		add("server %s has two sources: give --disk or --ssh, not both", s.Name)
+	case len(s.Source.Disks) > MaxDisks:
+		add("server %s has %d disks: the most is %d", s.Name, len(s.Source.Disks), MaxDisks)
+	}
+	for _, d := range s.Source.Disks {
+		if !filepath.IsAbs(d) {
+			add("disk %q: give an absolute path", d)
+		}
+	}
+	if ssh := s.Source.SSH; ssh != nil {
+		if ssh.KeyFile == "" || !filepath.IsAbs(ssh.KeyFile) {
+			add("SSH key %q: give the absolute path of a private key (--key FILE)", ssh.KeyFile)
+		}
+		if ssh.HostKey == "" {
+			add("server %s has no host key: connect once and confirm it, or give --host-key", s.Name)
+		}
+		if ssh.FreezeLimit < 0 || ssh.FreezeLimit > 10*time.Minute {
+			add("freeze limit %s: use up to 10 minutes", ssh.FreezeLimit)
+		}
+	}
+	if s.Schedule.Every < MinEvery {
+		add("schedule every %s: the shortest is %s", s.Schedule.Every, MinEvery)
+	}
+	if s.Objectives.RTO < 0 || s.Objectives.RPO < 0 {
+		add("objectives must not be negative")
+	}
+	if len(s.Checks) > MaxChecks {
+		add("server %s has %d checks: the most is %d", s.Name, len(s.Checks), MaxChecks)
+	}
+	for i, c := range s.Checks {
+		if err := c.Validate(); err != nil {
+			add("check %d: %w", i+1, err)
+		}
+	}
+	if s.Memory < 0 || s.Memory > 4<<20 || s.CPUs < 0 || s.CPUs > 512 {
+		add("memory (MiB) and cpus must be sensible: got %d and %d", s.Memory, s.CPUs)
+	}
+	if s.Retention.KeepLast < 0 {
+		add("keep-last %d must not be negative", s.Retention.KeepLast)
+	}
+	return errors.Join(errs...)
+}

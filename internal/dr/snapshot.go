@@ -1,0 +1,106 @@
+package dr
+
+import (
+	"fmt"
+	"time"
+)
+
+// Snapshot is every disk of a server at one instant, as the store keeps it: immutable, complete or absent.
+type Snapshot struct {
+	ID          string         `json:"id"`          // SnapshotID form
+	ServerID    string         `json:"server_id"`   // Server.ID
+	Server      string         `json:"server"`      // Server.Name at the time
+	Parent      string         `json:"parent"`      // snapshot this is an increment of; "" for a full one
+	Taken       time.Time      `json:"taken"`       // the instant the disks show, UTC
+	Consistency Consistency    `json:"consistency"` // what that instant promises
+	Pass        CapturePass    `json:"pass"`        // how it was read, and why so
+	Disks       []SnapshotDisk `json:"disks"`       // same order as Inventory.Disks
+	Inventory   Inventory      `json:"inventory"`
+	Stats       CaptureStats   `json:"stats"`
+}
+
+// SnapshotDisk is one disk's image.
+type SnapshotDisk struct {
+	Name      string `json:"name"`       // kernel name on the source, or the file's base name
+	Size      int64  `json:"size"`       // bytes
+	BlockSize int    `json:"block_size"` // bytes, a power of two; never changes within a chain
+	Root      string `json:"root"`       // object id of the image map's root in the store
+	Data      int64  `json:"data"`       // bytes of non-zero blocks
+}
+
+// Size is the total size of the disks in bytes.
+func (s Snapshot) Size() (n int64) {
+	for _, d := range s.Disks {
+		n += d.Size
+	}
+	return n
+}
+
+// Consistency says what the content of a snapshot promises.
+type Consistency string
+
+// From weakest to strongest.
+const (
+	CrashConsistent       Consistency = "crash"       // as if the power had been cut at that instant
+	FilesystemConsistent  Consistency = "filesystem"  // every file system was frozen at that instant
+	ApplicationConsistent Consistency = "application" // the applications' own hooks ran as well
+)
+
+// CapturePass says how a capture found out what changed.
+type CapturePass struct {
+	Kind   PassKind `json:"kind"`
+	Reason string   `json:"reason,omitempty"` // why not a cheaper kind
+}
+
+// PassKind is a way of finding what changed.
+type PassKind string
+
+// The kinds of pass.
+const (
+	PassFull    PassKind = "full"    // no parent: everything was read and kept
+	PassCompare PassKind = "compare" // everything was read, what differs from the parent was kept
+	PassTracked PassKind = "tracked" // only what is known to have changed was read
+)
+
+// CaptureStats are the measured costs of a capture, in bytes unless named otherwise.
+type CaptureStats struct {
+	Read     int64         `json:"read"`     // read from the source's disks, all passes
+	Changed  int64         `json:"changed"`  // in blocks that differ from the parent (full: the non-zero data)
+	Sent     int64         `json:"sent"`     // over the wire from the source, framing included; 0 for local disks
+	New      int64         `json:"new"`      // in blocks the store did not have, before compression
+	Stored   int64         `json:"stored"`   // by which the store grew, after compression and sealing
+	Frozen   time.Duration `json:"frozen"`   // how long the file systems stood still
+	Duration time.Duration `json:"duration"` // the whole capture
+}
+
+// State is what has been proven of a snapshot.
+type State string
+
+// The states of a snapshot. See the package comment for the order.
+const (
+	Kept         State = "kept"
+	Replicated   State = "replicated"
+	PreRecovered State = "pre-recovered"
+	Verified     State = "verified"
+	Rejected     State = "rejected"
+	Expired      State = "expired"
+)
+
+var follows = map[State][]State{
+	Kept:         {Replicated, PreRecovered, Rejected, Expired},
+	Replicated:   {PreRecovered, Rejected, Expired},
+	PreRecovered: {Verified, Rejected, Expired, PreRecovered},
+	// A verified or rejected snapshot may be prepared and tested again, by a person or a newer release.
+	Verified: {PreRecovered, Verified, Rejected, Expired},
+	Rejected: {PreRecovered, Verified, Rejected, Expired},
+}
+
+// Follow says whether a snapshot may go from one state to another.
+func Follow(from, to State) error {
+	for _, s := range follows[from] {
+		if s == to {
+			return nil
+		}
+	}
+	return fmt.Errorf("a snapshot that is %s cannot become %s", from, to)
+}
