@@ -1,0 +1,250 @@
+package api
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+
+	"github.com/musterdr/muster/internal/dr"
+)
+
+// maxAnswer bounds an answer's body in bytes.
+const maxAnswer = 64 << 20
+
+// Client asks a master over its REST interface. It implements Operator.
+type Client struct {
+	http *http.Client
+	base string
+	hint string // what to do when nobody answers
+}
+
+// Dial gives a client of the master that listens on a unix socket. It does not connect yet.
+func Dial(socket string) *Client {
+	var d net.Dialer
+	transport := &http.Transport{
+		DialContext:     func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", socket) },
+		MaxIdleConns:    4,
+		IdleConnTimeout: time.Minute,
+	}
+	return &Client{http: &http.Client{Transport: transport}, base: "http://muster",
+		hint: "no master answers on " + socket + ": start one with 'muster serve', or name its folder with --dir"}
+}
+
+// Close drops idle connections.
+func (c *Client) Close() { c.http.CloseIdleConnections() }
+
+func call[T any](ctx context.Context, c *Client, method, path string, query url.Values, in any) (T, error) {
+	var out T
+	data, err := c.do(ctx, method, path, query, in)
+	if err != nil || len(data) == 0 {
+		return out, err
+	}
+	if err := json.Unmarshal(data, &out); err != nil {
+		return out, fmt.Errorf("read answer to %s %s: %w", method, path, err)
+	}
+	return out, nil
+}
+
+func (c *Client) do(ctx context.Context, method, path string, query url.Values, in any) ([]byte, error) {
+	var payload io.Reader
+	if in != nil {
+		raw, err := json.Marshal(in)
+		if err != nil {
+			return nil, fmt.Errorf("write request %s %s: %w", method, path, err)
+		}
+		payload = bytes.NewReader(raw)
+	}
+	target := c.base + path
+	if len(query) > 0 {
+		target += "?" + query.Encode()
+	}
+	req, err := http.NewRequestWithContext(ctx, method, target, payload)
+	if err != nil {
+		return nil, fmt.Errorf("make request %s %s: %w", method, path, err)
+	}
+	if in != nil {
+		req.Header.Set("Content-Type", "application/json")
+	}
+	resp, err := c.http.Do(req)
+	if err != nil {
+		var op *net.OpError
+		if errors.As(err, &op) && op.Op == "dial" {
+			return nil, Errorf(Unavailable, "%s", c.hint)
+		}
+		return nil, fmt.Errorf("ask master: %w", err)
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return nil, fmt.Errorf("read answer to %s %s: %w", method, path, err)
+	}
+	if resp.StatusCode >= 300 {
+		e := &Error{}
+		if json.Unmarshal(data, e) != nil || e.Message == "" {
+			e.Message = fmt.Sprintf("%s %s: the master answered %s", method, path, resp.Status)
+		}
+		if e.Kind == "" {
+			e.Kind = kindOf(resp.StatusCode)
+		}
+		return nil, e
+	}
+	return data, nil
+}
+
+func seg(s string) string { return url.PathEscape(s) }
+
+// Version implements Operator.
+func (c *Client) Version(ctx context.Context) (Version, error) {
+	return call[Version](ctx, c, "GET", "/v1/version", nil, nil)
+}
+
+// Contact implements Operator.
+func (c *Client) Contact(ctx context.Context, source dr.Source) (Contact, error) {
+	return call[Contact](ctx, c, "POST", "/v1/contact", nil, source)
+}
+
+// AddServer implements Operator.
+func (c *Client) AddServer(ctx context.Context, server dr.Server) (dr.Server, error) {
+	return call[dr.Server](ctx, c, "POST", "/v1/servers", nil, server)
+}
+
+// UpdateServer implements Operator.
+func (c *Client) UpdateServer(ctx context.Context, name string, change ServerChange) (dr.Server, error) {
+	return call[dr.Server](ctx, c, "PATCH", "/v1/servers/"+seg(name), nil, change)
+}
+
+// Servers implements Operator.
+func (c *Client) Servers(ctx context.Context) ([]ServerStatus, error) {
+	return call[[]ServerStatus](ctx, c, "GET", "/v1/servers", nil, nil)
+}
+
+// Server implements Operator.
+func (c *Client) Server(ctx context.Context, name string) (ServerStatus, error) {
+	return call[ServerStatus](ctx, c, "GET", "/v1/servers/"+seg(name), nil, nil)
+}
+
+// RemoveServer implements Operator.
+func (c *Client) RemoveServer(ctx context.Context, name string) error {
+	_, err := c.do(ctx, "DELETE", "/v1/servers/"+seg(name), nil, nil)
+	return err
+}
+
+// Snapshot implements Operator.
+func (c *Client) Snapshot(ctx context.Context, name string) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/servers/"+seg(name)+"/snapshot", nil, nil)
+}
+
+// PreRecover implements Operator.
+func (c *Client) PreRecover(ctx context.Context, name, snapshot string) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/servers/"+seg(name)+"/prerecover", nil, snapshotBody{snapshot})
+}
+
+// Test implements Operator.
+func (c *Client) Test(ctx context.Context, name, snapshot string) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/servers/"+seg(name)+"/test", nil, snapshotBody{snapshot})
+}
+
+// Snapshots implements Operator.
+func (c *Client) Snapshots(ctx context.Context, name string) ([]dr.Record, error) {
+	return call[[]dr.Record](ctx, c, "GET", "/v1/servers/"+seg(name)+"/snapshots", nil, nil)
+}
+
+// Record implements Operator.
+func (c *Client) Record(ctx context.Context, snapshot string) (dr.Record, error) {
+	return call[dr.Record](ctx, c, "GET", "/v1/snapshots/"+seg(snapshot), nil, nil)
+}
+
+// Promotions implements Operator.
+func (c *Client) Promotions(ctx context.Context, name string) ([]dr.Promotion, error) {
+	return call[[]dr.Promotion](ctx, c, "GET", "/v1/servers/"+seg(name)+"/promotions", nil, nil)
+}
+
+// Invoke implements Operator.
+func (c *Client) Invoke(ctx context.Context, request InvokeRequest) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/invocations", nil, request)
+}
+
+// EndInvocation implements Operator.
+func (c *Client) EndInvocation(ctx context.Context, id string, keep bool) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/invocations/"+seg(id)+"/end", nil, map[string]bool{"keep": keep})
+}
+
+// Invocations implements Operator.
+func (c *Client) Invocations(ctx context.Context, all bool) ([]dr.Invocation, error) {
+	return call[[]dr.Invocation](ctx, c, "GET", "/v1/invocations", url.Values{"all": {strconv.FormatBool(all)}}, nil)
+}
+
+// Invocation implements Operator.
+func (c *Client) Invocation(ctx context.Context, id string) (dr.Invocation, error) {
+	return call[dr.Invocation](ctx, c, "GET", "/v1/invocations/"+seg(id), nil, nil)
+}
+
+// Tickets implements Operator.
+func (c *Client) Tickets(ctx context.Context, all bool) ([]dr.Ticket, error) {
+	return call[[]dr.Ticket](ctx, c, "GET", "/v1/tickets", url.Values{"all": {strconv.FormatBool(all)}}, nil)
+}
+
+// CloseTicket implements Operator.
+func (c *Client) CloseTicket(ctx context.Context, id, reason string) error {
+	_, err := c.do(ctx, "POST", "/v1/tickets/"+seg(id)+"/close", nil, map[string]string{"reason": reason})
+	return err
+}
+
+// Events implements Operator.
+func (c *Client) Events(ctx context.Context, after int64, limit int, server string) ([]dr.Event, error) {
+	q := url.Values{"after": {strconv.FormatInt(after, 10)}, "limit": {strconv.Itoa(limit)}}
+	if server != "" {
+		q.Set("server", server)
+	}
+	return call[[]dr.Event](ctx, c, "GET", "/v1/events", q, nil)
+}
+
+// Operations implements Operator.
+func (c *Client) Operations(ctx context.Context) ([]Operation, error) {
+	return call[[]Operation](ctx, c, "GET", "/v1/operations", nil, nil)
+}
+
+// Operation implements Operator.
+func (c *Client) Operation(ctx context.Context, id string, seen int64, wait time.Duration) (Operation, error) {
+	q := url.Values{"seen": {strconv.FormatInt(seen, 10)}, "wait": {strconv.FormatInt(min(wait, MaxWait).Milliseconds(), 10)}}
+	return call[Operation](ctx, c, "GET", "/v1/operations/"+seg(id), q, nil)
+}
+
+// CancelOperation implements Operator.
+func (c *Client) CancelOperation(ctx context.Context, id string) error {
+	_, err := c.do(ctx, "POST", "/v1/operations/"+seg(id)+"/cancel", nil, nil)
+	return err
+}
+
+// StoreUsage implements Operator.
+func (c *Client) StoreUsage(ctx context.Context) (StoreUsage, error) {
+	return call[StoreUsage](ctx, c, "GET", "/v1/store", nil, nil)
+}
+
+// VerifyStore implements Operator.
+func (c *Client) VerifyStore(ctx context.Context, snapshot string) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/store/verify", nil, snapshotBody{snapshot})
+}
+
+// CollectStore implements Operator.
+func (c *Client) CollectStore(ctx context.Context, alone bool) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/store/collect", nil, map[string]bool{"alone": alone})
+}
+
+// AdoptStore implements Operator.
+func (c *Client) AdoptStore(ctx context.Context) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/store/adopt", nil, nil)
+}
+
+// Doctor implements Operator.
+func (c *Client) Doctor(ctx context.Context) ([]Finding, error) {
+	return call[[]Finding](ctx, c, "GET", "/v1/doctor", nil, nil)
+}

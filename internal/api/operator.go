@@ -1,0 +1,143 @@
+package api
+
+import (
+	"context"
+	"encoding/json"
+	"time"
+
+	"github.com/musterdr/muster/internal/dr"
+)
+
+// Operator is what people and their tools may ask of a master. The master implements it, Handler offers it as REST,
+// and Client, which speaks that REST, implements it again: what works in a test in one process works over the wire.
+//
+// A server is named by its name or its identifier. Errors are of type *Error, with a Kind.
+type Operator interface {
+	Version(ctx context.Context) (Version, error)
+
+	// Contact connects to a source once, changing nothing, before it is protected.
+	Contact(ctx context.Context, source dr.Source) (Contact, error)
+	AddServer(ctx context.Context, server dr.Server) (dr.Server, error)
+	UpdateServer(ctx context.Context, name string, change ServerChange) (dr.Server, error)
+	Servers(ctx context.Context) ([]ServerStatus, error)
+	Server(ctx context.Context, name string) (ServerStatus, error)
+	// RemoveServer ends a server's protection. Its snapshots stay until they are expired.
+	RemoveServer(ctx context.Context, name string) error
+
+	// Snapshot starts a snapshot; the test of what it keeps follows at once, in the same operation.
+	Snapshot(ctx context.Context, name string) (Operation, error)
+	// PreRecover makes a snapshot's rescue image anew. An empty snapshot means the newest.
+	PreRecover(ctx context.Context, name, snapshot string) (Operation, error)
+	// Test boots a snapshot's rescue image, making one if there is none. An empty snapshot means the newest.
+	Test(ctx context.Context, name, snapshot string) (Operation, error)
+	Snapshots(ctx context.Context, name string) ([]dr.Record, error) // newest first, without inventories
+	Record(ctx context.Context, snapshot string) (dr.Record, error)
+	Promotions(ctx context.Context, name string) ([]dr.Promotion, error)
+
+	Invoke(ctx context.Context, request InvokeRequest) (Operation, error)
+	EndInvocation(ctx context.Context, id string, keep bool) (Operation, error)
+	Invocations(ctx context.Context, all bool) ([]dr.Invocation, error)
+	Invocation(ctx context.Context, id string) (dr.Invocation, error) // by identifier, or the active one of a server by its name
+
+	Tickets(ctx context.Context, all bool) ([]dr.Ticket, error)
+	CloseTicket(ctx context.Context, id, reason string) error
+	Events(ctx context.Context, after int64, limit int, server string) ([]dr.Event, error)
+
+	Operations(ctx context.Context) ([]Operation, error) // newest first
+	// Operation answers at once if the operation has gone further than seen, else when it does or after wait.
+	Operation(ctx context.Context, id string, seen int64, wait time.Duration) (Operation, error)
+	CancelOperation(ctx context.Context, id string) error
+
+	StoreUsage(ctx context.Context) (StoreUsage, error)
+	VerifyStore(ctx context.Context, snapshot string) (Operation, error) // "" verifies every snapshot
+	CollectStore(ctx context.Context, alone bool) (Operation, error)     // alone: the caller promises that nobody else writes to the store
+	AdoptStore(ctx context.Context) (Operation, error)
+
+	Doctor(ctx context.Context) ([]Finding, error)
+}
+
+// Version says what answers.
+type Version struct {
+	Version string    `json:"version"`
+	Started time.Time `json:"started"`
+	Data    string    `json:"data"` // folder of the installation
+}
+
+// ServerChange changes a server's settings; nil leaves one as it is.
+type ServerChange struct {
+	Every      *time.Duration `json:"every,omitempty"`
+	RTO        *time.Duration `json:"rto,omitempty"`
+	RPO        *time.Duration `json:"rpo,omitempty"`
+	Checks     *[]dr.Check    `json:"checks,omitempty"`
+	Memory     *int           `json:"memory_mib,omitempty"`
+	CPUs       *int           `json:"cpus,omitempty"`
+	Overlays   *string        `json:"overlays,omitempty"`
+	KeepLast   *int           `json:"keep_last,omitempty"`
+	KeyFile    *string        `json:"key_file,omitempty"`
+	HostKey    *string        `json:"host_key,omitempty"`
+	FreezeTime *time.Duration `json:"freeze_limit,omitempty"`
+}
+
+// ServerStatus is a server with where it stands.
+type ServerStatus struct {
+	Server     dr.Server      `json:"server"`
+	Newest     *dr.Record     `json:"newest,omitempty"` // without inventory
+	LKG        *dr.Record     `json:"lkg,omitempty"`    // without inventory
+	Due        time.Time      `json:"due"`              // when the next snapshot is to be taken
+	Tickets    int            `json:"tickets"`          // open ones
+	Operation  *Operation     `json:"operation,omitempty"`
+	Invocation *dr.Invocation `json:"invocation,omitempty"`
+}
+
+// InvokeRequest asks for a server's last-known-good to be run for real.
+type InvokeRequest struct {
+	Server  string           `json:"server"`
+	By      string           `json:"by"`
+	Reason  string           `json:"reason"`
+	Network dr.NetworkChoice `json:"network"`
+}
+
+// Operation is long work, seen from outside.
+type Operation struct {
+	ID       string          `json:"id"`
+	Kind     string          `json:"kind"` // protect, prerecover, test, invoke, end-invocation, verify, collect, adopt
+	Server   string          `json:"server,omitempty"`
+	Subject  string          `json:"subject,omitempty"` // what it is about: a snapshot, verdict or invocation
+	State    OperationState  `json:"state"`
+	Step     string          `json:"step,omitempty"` // what it is doing now, for people
+	Part     string          `json:"part,omitempty"`
+	Done     int64           `json:"done,omitempty"`
+	Total    int64           `json:"total,omitempty"`
+	Unit     string          `json:"unit,omitempty"`
+	Seen     int64           `json:"seen"` // grows with every change; give it back to wait for the next one
+	Error    string          `json:"error,omitempty"`
+	Result   json.RawMessage `json:"result,omitempty"` // what it found, for verify, collect and adopt
+	Started  time.Time       `json:"started"`
+	Finished *time.Time      `json:"finished,omitempty"`
+}
+
+// OperationState is how far an operation is.
+type OperationState string
+
+// The states of an operation.
+const (
+	OperationQueued    OperationState = "queued"
+	OperationRunning   OperationState = "running"
+	OperationSucceeded OperationState = "succeeded"
+	OperationFailed    OperationState = "failed"
+	OperationCancelled OperationState = "cancelled"
+)
+
+// Finished says whether nothing more will happen.
+func (s OperationState) Finished() bool {
+	return s == OperationSucceeded || s == OperationFailed || s == OperationCancelled
+}
+
+// StoreUsage says what the store holds.
+type StoreUsage struct {
+	Location  string `json:"location"`
+	Bytes     int64  `json:"bytes"`     // of all blobs
+	Snapshots int    `json:"snapshots"` // kept
+	Logical   int64  `json:"logical"`   // bytes of all kept snapshots' disks
+	Free      int64  `json:"free"`      // bytes free where the store lies; -1 unknown
+}
