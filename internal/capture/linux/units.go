@@ -1,0 +1,98 @@
+package linux
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"sort"
+	"strings"
+	"time"
+)
+
+// UnitStates is what systemd says of its units. On a system without systemd it is empty.
+type UnitStates struct {
+	State   string   // systemctl is-system-running: running, degraded, starting, …
+	Failed  []string // units of any kind
+	Active  []string // services
+	Enabled []string // unit files
+	Jobs    int      // queued; 0 when init has settled
+}
+
+const commandLimit = 20 * time.Second
+
+// Units asks systemd for the states of its units. Services that exist only because somebody is logged in are left out.
+func Units(ctx context.Context) (UnitStates, error) {
+	if _, err := os.Stat("/run/systemd/system"); err != nil {
+		return UnitStates{}, nil // not booted with systemd
+	}
+	var u UnitStates
+	// It exits with 1 for every state but running.
+	state, err := run(ctx, "systemctl", "is-system-running")
+	if u.State = strings.TrimSpace(state); u.State == "" && err != nil {
+		return UnitStates{}, err
+	}
+	var errs []error
+	list := func(args ...string) []string {
+		out, err := run(ctx, "systemctl", append(args, "--no-legend", "--no-pager", "--plain", "--full")...)
+		errs = append(errs, err)
+		return firstWords(out)
+	}
+	u.Failed = list("list-units", "--state=failed")
+	u.Active = withoutLogins(list("list-units", "--type=service", "--state=active"))
+	u.Enabled = list("list-unit-files", "--state=enabled")
+	u.Jobs = len(list("list-jobs"))
+	return u, errors.Join(errs...)
+}
+
+func withoutLogins(units []string) []string {
+	out := units[:0]
+	for _, u := range units {
+		if !strings.HasPrefix(u, "user@") && !strings.HasPrefix(u, "user-runtime-dir@") {
+			out = append(out, u)
+		}
+	}
+	return out
+}
+
+// firstWords takes the first word of every line that is one: "●" marks and "No jobs running." are not.
+func firstWords(out string) []string {
+	var words []string
+	for line := range strings.Lines(out) {
+		f := strings.Fields(strings.TrimLeft(line, "●*× "))
+		if len(f) > 0 && f[0] != "No" {
+			words = append(words, f[0])
+		}
+	}
+	sort.Strings(words)
+	return cut(words)
+}
+
+// run runs a command of the system and gives its output, also when it exits with an error.
+func run(ctx context.Context, name string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, commandLimit)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C", "SYSTEMD_COLORS=0", "PATH=/usr/sbin:/usr/bin:/sbin:/bin")
+	cmd.WaitDelay = time.Second
+	var out bounded
+	cmd.Stdout = &out
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("run %s %s: %w", name, strings.Join(args, " "), err)
+	}
+	return out.String(), nil
+}
+
+// bounded keeps the first maxText bytes and swallows the rest.
+type bounded struct{ buf bytes.Buffer }
+
+func (b *bounded) Write(p []byte) (int, error) {
+	if room := maxText - b.buf.Len(); room > 0 {
+		b.buf.Write(p[:min(len(p), room)])
+	}
+	return len(p), nil
+}
+
+func (b *bounded) String() string { return b.buf.String() }
