@@ -1,0 +1,197 @@
+// Package guest is what the test agent does inside a booted rescue image: it answers the questions of package probe on
+// the ports the host gave the machine.
+//
+//	Agent   answers questions, on any number of ports at once
+//	Ports   where they are on Linux: a virtio-serial port, the second serial port
+//	Status  the machine seen from inside
+//	Check   one question of the customer's own, asked again until it is answered well or its time is over
+//
+// The agent runs as root in an image that may be a real recovered server, not only a test: it writes to no disk, listens
+// on no network, starts nothing by itself, and does only what the host asks over a port that only the host has. Its own
+// memory and what it says are bounded whatever the server is like.
+//
+// Knows: Linux, the questions, how each is carried out.
+// Must not know: what was expected of the answers, what a verdict is, what happens on the host.
+package guest
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/probe"
+)
+
+// Limits of the agent.
+const (
+	maxAtOnce   = 16               // questions answered at the same time
+	unasked     = 3 * time.Second  // without a question before the agent announces itself
+	statusLimit = 90 * time.Second // to gather a status; what is not there by then is left out
+	sayLimit    = 10 * time.Second // for one answer to leave; a host that went away does not read
+)
+
+// Agent answers questions. The zero Agent answers for the machine it runs on.
+type Agent struct {
+	Version string
+	Who     func() probe.Hello                                   // nil: Identity
+	Look    func(ctx context.Context, brief bool) probe.Status   // nil: Status
+	Try     func(ctx context.Context, c dr.Check) dr.CheckResult // nil: Check
+
+	once  sync.Once
+	id    string       // see probe.Hello.Agent
+	asked atomic.Int64 // when it was asked something last, Unix nanoseconds
+}
+
+// name gives the agent's identity of this run.
+func (a *Agent) name() string {
+	a.once.Do(func() { a.id = rand.Text() })
+	return a.id
+}
+
+// Serve answers on one open port until ctx ends or the port does. The error is the port's, and never nil.
+func (a *Agent) Serve(ctx context.Context, port io.ReadWriteCloser) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var busy sync.WaitGroup
+	defer busy.Wait()
+	defer cancel()
+	defer context.AfterFunc(ctx, func() { _ = port.Close() })()
+
+	out := &mouth{port: port}
+	busy.Go(func() { a.announce(ctx, out) })
+	slots := make(chan struct{}, maxAtOnce)
+	in := probe.NewReader(port, 0)
+	for {
+		ask, err := in.Ask()
+		if err != nil {
+			return err
+		}
+		a.asked.Store(time.Now().UnixNano())
+		select {
+		case slots <- struct{}{}:
+			busy.Go(func() {
+				defer func() { <-slots }()
+				a.reply(ctx, out, ask)
+			})
+		default:
+			_ = out.say(probe.Answer{Answer: ask.Ask, Challenge: ask.Challenge, ID: ask.ID,
+				Error: fmt.Sprintf("%d questions are being answered already", maxAtOnce)})
+		}
+	}
+}
+
+// announce says that the agent is ready whenever nobody has asked anything for a while: often while a host is likely to
+// wait for it, seldom later.
+func (a *Agent) announce(ctx context.Context, out *mouth) {
+	ready := probe.Answer{Answer: probe.SayReady, Hello: &probe.Hello{Agent: a.name()}}
+	began := time.Now()
+	for {
+		if time.Since(time.Unix(0, a.asked.Load())) > unasked {
+			_ = out.say(ready)
+		}
+		pause := 5 * time.Second
+		switch age := time.Since(began); {
+		case age < 10*time.Second:
+			pause = 250 * time.Millisecond
+		case age < 15*time.Minute:
+			pause = time.Second
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+	}
+}
+
+// reply answers one question.
+func (a *Agent) reply(ctx context.Context, out *mouth, ask probe.Ask) {
+	answer := probe.Answer{Answer: ask.Ask, Challenge: ask.Challenge, ID: ask.ID}
+	switch ask.Ask {
+	case probe.AskHello:
+		who := Identity
+		if a.Who != nil {
+			who = a.Who
+		}
+		hello := who()
+		hello.Agent, hello.Version = a.name(), a.Version
+		answer.Hello = &hello
+	case probe.AskStatus:
+		look := Status
+		if a.Look != nil {
+			look = a.Look
+		}
+		limited, cancel := context.WithTimeout(ctx, statusLimit)
+		status := look(limited, ask.Brief)
+		cancel()
+		answer.Status = &status
+	case probe.AskCheck:
+		try := Check
+		if a.Try != nil {
+			try = a.Try
+		}
+		if ask.Check == nil {
+			answer.Error = "the question names no check"
+		} else if err := ask.Check.Validate(); err != nil {
+			answer.Error = "the check is not valid: " + err.Error()
+		} else {
+			result := try(ctx, *ask.Check)
+			answer.Result = &result
+		}
+	default:
+		answer.Error = "this agent does not know that question"
+	}
+	_ = out.say(answer) // a host that does not hear it asks again
+}
+
+// mouth writes whole answers, one at a time.
+type mouth struct {
+	mu   sync.Mutex
+	port io.Writer
+}
+
+func (m *mouth) say(a probe.Answer) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if p, ok := m.port.(interface{ SetWriteDeadline(time.Time) error }); ok {
+		_ = p.SetWriteDeadline(time.Now().Add(sayLimit)) // a port without deadlines blocks; its answers wait
+	}
+	trim(&a)
+	return probe.Write(m.port, a)
+}
+
+// trim keeps an answer well inside probe's limits: long texts and lists are cut here already, and what is told first is
+// what the host decides by.
+func trim(a *probe.Answer) {
+	if s := a.Status; s != nil {
+		cut(&s.Mounts)
+		cut(&s.Fstab)
+		cut(&s.NICs)
+		cut(&s.Routes)
+		cut(&s.Listening)
+		cut(&s.Processes)
+		cut(&s.ActiveUnits)
+		cut(&s.FailedUnits)
+		cut(&s.Oops)
+		cut(&s.ReadOnly)
+		cut(&s.Unread)
+		cut(&s.Journal)
+	}
+	if r := a.Result; r != nil {
+		r.Got = probe.Clean(r.Got, maxGot)
+	}
+}
+
+// maxList is how many entries of one list are told. It is far below probe.MaxItems, so that all lists together fit a
+// line: a serial port without a driver carries some 10 KB a second.
+const maxList = 512
+
+func cut[T any](list *[]T) {
+	if len(*list) > maxList {
+		*list = (*list)[:maxList]
+	}
+}
