@@ -118,7 +118,9 @@ type Machine interface {
 	// Channel connects to the test agent's port. Only one connection at a time; what the guest sent while nobody was
 	// connected may be lost. Close disconnects.
 	Channel(ctx context.Context, port dr.GuestPort) (Channel, error)
-	// SerialLog is the path of the file to which the first serial port is written. It may not exist yet.
+	// SerialLog is the path of the file to which the first serial port is written. It may not exist yet. The firmware
+	// writes there too what it and its boot loader show on the screen, so that "No bootable device." and a boot loader's
+	// prompt can be read: UEFI does so by itself, SeaBIOS where it is told (libvirt: <bios useserial='yes'/>).
 	SerialLog() string
 	// Screenshot is what the screen shows, as PNG.
 	Screenshot(ctx context.Context) ([]byte, error)
