@@ -1,0 +1,208 @@
+package engine
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/dbos-inc/dbos-transact-golang/dbos"
+	_ "github.com/dbos-inc/dbos-transact-golang/dbos/driver/sqlite" // registers modernc.org/sqlite with the library
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/jackc/pgx/v5/stdlib"
+	"golang.org/x/sys/unix"
+)
+
+// database is the only place that knows which database holds the runs.
+type database struct {
+	sql   *sql.DB
+	pool  *pgxpool.Pool // PostgreSQL only
+	lock  *os.File      // SQLite only: held while the engine is open
+	guard *sql.Conn     // PostgreSQL only: the session that holds the advisory lock
+}
+
+// advisoryLock is the key of the PostgreSQL lock that one process holds on a database of runs.
+const advisoryLock = 0x6d75737465720001 // "muster", 1
+
+// openDatabase opens a file path as SQLite, a postgres:// URL as PostgreSQL, and keeps every other process out.
+func openDatabase(ctx context.Context, dsn string) (*database, error) {
+	var db *database
+	var err error
+	if strings.HasPrefix(dsn, "postgres://") || strings.HasPrefix(dsn, "postgresql://") {
+		db, err = openPostgres(ctx, dsn)
+	} else {
+		db, err = openSQLite(dsn)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := db.migrate(ctx); err != nil {
+		return nil, errors.Join(err, db.close())
+	}
+	return db, nil
+}
+
+// openSQLite opens a file. The options matter: without them most contended transactions fail, and a power cut may
+// take what Start said was durable (synchronous=FULL).
+func openSQLite(path string) (*database, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, err
+	}
+	lock, err := os.OpenFile(path+".lock", os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = lock.Close()
+		return nil, fmt.Errorf("%w: %s", ErrLocked, path)
+	}
+	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600) // inputs of runs are nobody else's business
+	if err != nil {
+		_ = lock.Close()
+		return nil, err
+	}
+	_ = file.Close()
+	options := "_txlock=immediate&_pragma=busy_timeout(10000)&_pragma=journal_mode(WAL)" +
+		"&_pragma=foreign_keys(1)&_pragma=synchronous(FULL)"
+	handle, err := sql.Open("sqlite", (&url.URL{Scheme: "file", Path: path, RawQuery: options}).String())
+	if err != nil {
+		_ = lock.Close()
+		return nil, err
+	}
+	handle.SetMaxOpenConns(8)
+	handle.SetMaxIdleConns(8)
+	return &database{sql: handle, lock: lock}, nil
+}
+
+// minConnections leaves room beside the two that are held for good: the guard's, and the library's listener.
+const minConnections = 16
+
+func openPostgres(ctx context.Context, dsn string) (*database, error) {
+	config, err := pgxpool.ParseConfig(dsn)
+	if err != nil {
+		return nil, err
+	}
+	config.MaxConns = max(config.MaxConns, minConnections)
+	pool, err := pgxpool.NewWithConfig(ctx, config)
+	if err != nil {
+		return nil, err
+	}
+	db := &database{pool: pool, sql: stdlib.OpenDBFromPool(pool)}
+	if db.guard, err = db.sql.Conn(ctx); err != nil {
+		return nil, errors.Join(err, db.close())
+	}
+	var held bool
+	if err := db.guard.QueryRowContext(ctx, "SELECT pg_try_advisory_lock($1)", int64(advisoryLock)).Scan(&held); err != nil {
+		return nil, errors.Join(err, db.close())
+	}
+	if !held {
+		return nil, errors.Join(ErrLocked, db.close())
+	}
+	return db, nil
+}
+
+// configure tells the workflow library where its rows are.
+func (db *database) configure(c *dbos.Config) {
+	if db.pool != nil {
+		c.SystemDBPool = db.pool
+		return
+	}
+	c.SQLiteSystemDB = db.sql
+}
+
+// held says whether this process still has the database to itself. Only a PostgreSQL session can be lost.
+func (db *database) held(ctx context.Context) error {
+	if db.guard == nil {
+		return nil
+	}
+	return db.guard.PingContext(ctx)
+}
+
+func (db *database) close() error {
+	var errs []error
+	if db.guard != nil {
+		_, _ = db.guard.ExecContext(context.Background(), "SELECT pg_advisory_unlock_all()")
+		errs = append(errs, db.guard.Close())
+	}
+	errs = append(errs, db.sql.Close())
+	if db.pool != nil {
+		db.pool.Close()
+	}
+	if db.lock != nil {
+		errs = append(errs, db.lock.Close()) // gives the flock back
+	}
+	return errors.Join(errs...)
+}
+
+// The engine's own rows, in SQL that both databases speak: the last term given out, and how often each run was started.
+// The library counts attempts too, but a resumed run starts from nought there.
+var schema = []string{
+	`CREATE TABLE IF NOT EXISTS muster_engine_term (id INTEGER PRIMARY KEY, term BIGINT NOT NULL)`,
+	`INSERT INTO muster_engine_term (id, term) VALUES (1, 0) ON CONFLICT (id) DO NOTHING`,
+	`CREATE TABLE IF NOT EXISTS muster_engine_starts (run TEXT PRIMARY KEY, starts BIGINT NOT NULL, term BIGINT NOT NULL)`,
+}
+
+func (db *database) migrate(ctx context.Context) error {
+	for _, statement := range schema {
+		if _, err := db.sql.ExecContext(ctx, statement); err != nil {
+			return fmt.Errorf("prepare the database of runs: %w", err)
+		}
+	}
+	return nil
+}
+
+var placeholder = regexp.MustCompile(`\$\d+`)
+
+// q makes a statement with $1, $2 in order one for the database at hand.
+func (db *database) q(statement string) string {
+	if db.pool != nil {
+		return statement
+	}
+	return placeholder.ReplaceAllString(statement, "?")
+}
+
+// begin records one more start of a run and gives it its term.
+func (db *database) begin(ctx context.Context, run string) (term, starts int64, err error) {
+	tx, err := db.sql.BeginTx(ctx, nil)
+	if err != nil {
+		return 0, 0, err
+	}
+	defer func() { _ = tx.Rollback() }()
+	row := tx.QueryRowContext(ctx, `UPDATE muster_engine_term SET term = term + 1 WHERE id = 1 RETURNING term`)
+	if err := row.Scan(&term); err != nil {
+		return 0, 0, err
+	}
+	row = tx.QueryRowContext(ctx, db.q(`INSERT INTO muster_engine_starts (run, starts, term) VALUES ($1, 1, $2)
+		ON CONFLICT (run) DO UPDATE SET starts = muster_engine_starts.starts + 1, term = excluded.term RETURNING starts`), run, term)
+	if err := row.Scan(&starts); err != nil {
+		return 0, 0, err
+	}
+	return term, starts, tx.Commit()
+}
+
+// starts gives how often a run was started, and its present term.
+func (db *database) starts(ctx context.Context, run string) (starts, term int64, err error) {
+	row := db.sql.QueryRowContext(ctx, db.q(`SELECT starts, term FROM muster_engine_starts WHERE run = $1`), run)
+	if err := row.Scan(&starts, &term); err != nil && !errors.Is(err, sql.ErrNoRows) {
+		return 0, 0, err
+	}
+	return starts, term, nil
+}
+
+func (db *database) forget(ctx context.Context, run string) error {
+	_, err := db.sql.ExecContext(ctx, db.q(`DELETE FROM muster_engine_starts WHERE run = $1`), run)
+	return err
+}
+
+// guardEvery is how often it is checked that this process still has the database to itself.
+const guardEvery = 5 * time.Second
