@@ -38,8 +38,11 @@ type Contact struct {
 // Silo is what a master asks of a silo. Every call is idempotent under its identifier and carries a fencing number:
 // a silo refuses work of a lower term than it has seen for the same identifier.
 type Silo interface {
-	// PreRecover makes a rescue image of a snapshot.
+	// PreRecover makes a rescue image of a snapshot. An error of type *Rejected means that the snapshot itself is at
+	// fault and trying again would not help.
 	PreRecover(ctx context.Context, task PreRecoverTask, report dr.Progress) (dr.PreRecovery, error)
+	// KeepDeltas puts a pre-recovery's deltas into the store beside their snapshot, so that a lost silo costs nothing.
+	KeepDeltas(ctx context.Context, snap dr.Snapshot, pre dr.PreRecovery) error
 	// Test boots a rescue image, asks, and removes the machine. What the test could not decide is an INCONCLUSIVE
 	// verdict and no error; an error means that the call itself broke and may be repeated.
 	Test(ctx context.Context, task TestTask, report dr.Progress) (dr.Verdict, error)
@@ -60,6 +63,14 @@ type Silo interface {
 	// Diagnose says what this host can do.
 	Diagnose(ctx context.Context) []Finding
 }
+
+// Rejected is an answer about a snapshot, not a fault on the way: no rescue image can be made of it.
+type Rejected struct {
+	Code   dr.Code `json:"code"`
+	Reason string  `json:"reason"`
+}
+
+func (r *Rejected) Error() string { return r.Reason }
 
 // PreRecoverTask asks for a rescue image.
 type PreRecoverTask struct {

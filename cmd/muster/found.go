@@ -1,0 +1,36 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+
+	"github.com/spf13/cobra"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/master"
+	"github.com/musterdr/muster/internal/store"
+)
+
+// printFound prints what an operation on the store found.
+func printFound(cmd *cobra.Command, op api.Operation) {
+	out := cmd.OutOrStdout()
+	switch op.Kind {
+	case "verify":
+		var reports []store.VerifyReport
+		if json.Unmarshal(op.Result, &reports) == nil {
+			for _, r := range reports {
+				fmt.Fprintln(out, r.String())
+			}
+		}
+	case "collect":
+		var r store.CollectReport
+		if json.Unmarshal(op.Result, &r) == nil {
+			fmt.Fprintln(out, r.String())
+		}
+	case "adopt":
+		var a master.Adopted
+		if json.Unmarshal(op.Result, &a) == nil {
+			fmt.Fprintf(out, "Adopted %d servers, %d snapshots, %d verdicts; %d servers have a last-known-good.\n", a.Servers, a.Snapshots, a.Verdicts, a.LKG)
+		}
+	}
+}

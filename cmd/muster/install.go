@@ -1,0 +1,214 @@
+package main
+
+import (
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/goccy/go-yaml"
+	"github.com/spf13/cobra"
+
+	"github.com/musterdr/muster/internal/store"
+	"github.com/musterdr/muster/internal/store/folder"
+)
+
+// install is an installation: one folder with its settings, keys, catalog and silo, and where its sockets are.
+//
+//	DIR/muster.yaml   settings
+//	DIR/store.key     what opens the store; without it the store is noise
+//	DIR/store/        the store, unless settings name another place
+//	DIR/catalog.db    what is known and proven
+//	DIR/engine.db     work under way
+//	DIR/silo/         deltas, evidence, live layers
+type install struct {
+	Dir string
+	Run string // sockets: a short path of its own, because a socket's path is limited to 107 bytes
+}
+
+// settings is the content of muster.yaml.
+type settings struct {
+	Store     string `yaml:"store"`      // folder of the store
+	MaxMemory int    `yaml:"max_memory"` // MiB a rescue machine may have; 0: half this host's
+	MaxCPUs   int    `yaml:"max_cpus"`   // 0: this host's
+	Tests     int    `yaml:"tests"`      // boot tests at once; 0: 1
+	Libvirt   string `yaml:"libvirt"`    // libvirt's socket; "": the system's
+}
+
+func defaultDir() string {
+	if dir := os.Getenv("MUSTER_DIR"); dir != "" {
+		return dir
+	}
+	return "/var/lib/muster"
+}
+
+func installation(cmd *cobra.Command) install {
+	dir, _ := cmd.Flags().GetString("dir")
+	if abs, err := filepath.Abs(dir); err == nil {
+		dir = abs
+	}
+	sum := sha256.Sum256([]byte(dir))
+	base := "/run/muster"
+	if os.Geteuid() != 0 {
+		base = filepath.Join(os.TempDir(), fmt.Sprintf("muster-%d", os.Geteuid()))
+	}
+	return install{Dir: dir, Run: filepath.Join(base, hex.EncodeToString(sum[:4]))}
+}
+
+func apiSocket(i install) string { return filepath.Join(i.Run, "api.sock") }
+
+func (i install) path(name string) string { return filepath.Join(i.Dir, name) }
+
+func (i install) settings() (settings, error) {
+	var s settings
+	raw, err := os.ReadFile(i.path("muster.yaml"))
+	if errors.Is(err, os.ErrNotExist) {
+		return s, withCode(exitUnavailable, fmt.Errorf("%s is no installation of Muster: make one with 'muster init --dir %s'", i.Dir, i.Dir))
+	}
+	if err != nil {
+		return s, fmt.Errorf("read settings: %w", err)
+	}
+	if err := yaml.UnmarshalWithOptions(raw, &s, yaml.Strict()); err != nil {
+		return s, fmt.Errorf("read settings %s: %s", i.path("muster.yaml"), yaml.FormatError(err, false, true))
+	}
+	return s, nil
+}
+
+func (i install) password() (string, error) {
+	raw, err := os.ReadFile(i.path("store.key"))
+	if err != nil {
+		return "", fmt.Errorf("read the store's key: %w; put the copy you kept of it back there", err)
+	}
+	return strings.TrimSpace(string(raw)), nil
+}
+
+// openStore opens the installation's store in this process.
+func (i install) openStore(cmd *cobra.Command) (*store.Store, settings, error) {
+	s, err := i.settings()
+	if err != nil {
+		return nil, s, err
+	}
+	password, err := i.password()
+	if err != nil {
+		return nil, s, err
+	}
+	st, err := store.Open(cmd.Context(), folder.Driver{Path: s.Store}, password)
+	if err != nil {
+		return nil, s, fmt.Errorf("open store %s: %w", s.Store, err)
+	}
+	return st, s, nil
+}
+
+func initCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "init", Short: "Make an installation: its folder, its store and the store's key", Args: cobra.NoArgs,
+		Long: `Make an installation in --dir: settings, a store, and the key that opens it. Copy the key to a safe place elsewhere:
+without it nobody, you included, can read the store.
+
+To recover a lost installation, give the old store and the copy of its key, then run 'muster serve' and 'muster store adopt'.`,
+		Example: `  muster init
+  muster init --store /mnt/backup/muster
+  muster init --store /mnt/backup/muster --key-file /media/usb/store.key   # attach an existing store`}
+	storePath := cmd.Flags().String("store", "", "folder of the store (default DIR/store)")
+	keyFile := cmd.Flags().String("key-file", "", "key of an existing store")
+	maxMemory := cmd.Flags().Int("max-memory", 0, "MiB a rescue machine may have; 0: half this host's")
+	libvirt := cmd.Flags().String("libvirt", "", "libvirt's socket; empty: the system's")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		i := installation(cmd)
+		s := settings{Store: *storePath, MaxMemory: *maxMemory, Libvirt: *libvirt}
+		if s.Store == "" {
+			s.Store = i.path("store")
+		}
+		var err error
+		if s.Store, err = filepath.Abs(s.Store); err != nil {
+			return err
+		}
+		if err := i.create(cmd, s, *keyFile); err != nil {
+			return err
+		}
+		if wantJSON(cmd) {
+			return printJSON(cmd, map[string]string{"dir": i.Dir, "store": s.Store, "key": i.path("store.key")})
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "Installed in %s, store in %s.\nCopy %s to a safe place elsewhere NOW: without it the store cannot be read.\nNext: 'muster doctor', then 'muster serve'.\n",
+			i.Dir, s.Store, i.path("store.key"))
+		return nil
+	}
+	return cmd
+}
+
+// create makes an installation. The settings file is written last: without it there is no installation, and init may
+// be run again.
+func (i install) create(cmd *cobra.Command, s settings, keyFile string) error {
+	if _, err := os.Stat(i.path("muster.yaml")); err == nil {
+		return withCode(exitRefused, fmt.Errorf("%s is an installation already: nothing was changed", i.Dir))
+	}
+	if err := os.MkdirAll(i.Dir, 0o711); err != nil {
+		return fmt.Errorf("make folder: %w", err)
+	}
+	password := newKey()
+	if keyFile != "" {
+		raw, err := os.ReadFile(keyFile)
+		if err != nil {
+			return fmt.Errorf("read key: %w", err)
+		}
+		password = strings.TrimSpace(string(raw))
+	} else if raw, err := os.ReadFile(i.path("store.key")); err == nil {
+		password = strings.TrimSpace(string(raw)) // an init that was cut off
+	}
+	if err := writeSynced(i.path("store.key"), []byte(password+"\n"), 0o600); err != nil {
+		return err
+	}
+	driver := folder.Driver{Path: s.Store}
+	st, err := store.Open(cmd.Context(), driver, password)
+	switch {
+	case err == nil:
+		if err := st.Close(cmd.Context()); err != nil {
+			return err
+		}
+	case keyFile != "":
+		return fmt.Errorf("open store %s with that key: %w", s.Store, err)
+	default:
+		if err := store.Create(cmd.Context(), driver, password); err != nil {
+			return fmt.Errorf("make store in %s: %w", s.Store, err)
+		}
+	}
+	raw, err := yaml.Marshal(s)
+	if err != nil {
+		return err
+	}
+	return writeSynced(i.path("muster.yaml"), raw, 0o644)
+}
+
+func newKey() string {
+	var b [32]byte
+	if _, err := rand.Read(b[:]); err != nil {
+		panic("muster: the system has no randomness: " + err.Error())
+	}
+	return base64.RawURLEncoding.EncodeToString(b[:])
+}
+
+// writeSynced writes a file that is there in full or not at all, also after a power cut.
+func writeSynced(path string, content []byte, mode os.FileMode) error {
+	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, mode)
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	_, err = f.Write(content)
+	err = errors.Join(err, f.Sync(), f.Close())
+	if err == nil {
+		err = os.Rename(path+".new", path)
+	}
+	if err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return dir.Sync()
+}

@@ -1,0 +1,233 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/appliance"
+	"github.com/musterdr/muster/internal/capture"
+	capturedisk "github.com/musterdr/muster/internal/capture/disk"
+	capturessh "github.com/musterdr/muster/internal/capture/ssh"
+	"github.com/musterdr/muster/internal/catalog"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/engine"
+	"github.com/musterdr/muster/internal/master"
+	"github.com/musterdr/muster/internal/prerecover/guestfs"
+	"github.com/musterdr/muster/internal/silo"
+	"github.com/musterdr/muster/internal/store"
+	"github.com/musterdr/muster/internal/vm/libvirt"
+)
+
+func serveCommand() *cobra.Command {
+	return &cobra.Command{Use: "serve", Short: "Run master, appliance and silo in this process", Args: cobra.NoArgs,
+		Long: `Run the whole platform on this machine until interrupted: it takes snapshots when they are due, tests each one, and answers
+the command line. Work that is under way when it ends goes on when it is started again; invoked machines do not notice.`,
+		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd, installation(cmd)) }}
+}
+
+// platform is everything that serve opens, closed in reverse.
+type platform struct {
+	log    *slog.Logger
+	closes []func() error
+}
+
+func (p *platform) onClose(what string, f func() error) {
+	p.closes = append(p.closes, func() error {
+		if err := f(); err != nil {
+			return fmt.Errorf("close %s: %w", what, err)
+		}
+		return nil
+	})
+}
+
+func (p *platform) close() {
+	for i := len(p.closes) - 1; i >= 0; i-- {
+		if err := p.closes[i](); err != nil {
+			p.log.Error("stop", "error", err)
+		}
+	}
+}
+
+// closeLimit is how long work under way may take to let go when the process ends.
+const closeLimit = 20 * time.Second
+
+func serve(cmd *cobra.Command, i install) error {
+	ctx := cmd.Context()
+	p := &platform{log: slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))}
+	defer p.close()
+	if _, err := i.settings(); err != nil {
+		return err
+	}
+	if err := os.MkdirAll(i.Run, 0o711); err != nil {
+		return fmt.Errorf("make folder for sockets: %w", err)
+	}
+	if err := p.lock(i); err != nil {
+		return err
+	}
+	m, err := p.open(ctx, cmd, i)
+	if err != nil {
+		return err
+	}
+	listener, err := p.listen(i)
+	if err != nil {
+		return err
+	}
+	server := &http.Server{Handler: api.Handler(m, version), ReadHeaderTimeout: 10 * time.Second}
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(listener) }()
+	if err := m.Start(ctx); err != nil {
+		return err
+	}
+	p.log.Info("muster serves", "version", version, "dir", i.Dir, "socket", apiSocket(i))
+	scheduled := make(chan struct{})
+	go func() { defer close(scheduled); m.Run(ctx) }()
+	select {
+	case <-ctx.Done():
+	case err = <-served:
+		return fmt.Errorf("serve: %w", err)
+	}
+	p.log.Info("muster stops; work under way goes on at the next start")
+	<-scheduled
+	limit, cancel := context.WithTimeout(context.Background(), closeLimit)
+	defer cancel()
+	return server.Shutdown(limit)
+}
+
+// lock makes sure that only one process serves an installation.
+func (p *platform) lock(i install) error {
+	f, err := os.OpenFile(i.path("lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return fmt.Errorf("lock installation: %w", err)
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return withCode(exitRefused, fmt.Errorf("lock installation %s: another 'muster serve' runs on it", i.Dir))
+	}
+	p.onClose("lock", f.Close)
+	return nil
+}
+
+func (p *platform) listen(i install) (net.Listener, error) {
+	path := apiSocket(i)
+	os.Remove(path) // the lock says that nobody listens there any more
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("listen on %s: %w", path, err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+// open opens the parts in the order in which they need each other.
+func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*master.Master, error) {
+	st, set, err := i.openStore(cmd)
+	if err != nil {
+		return nil, err
+	}
+	p.onClose("store", func() error { return st.Close(context.Background()) })
+	cat, err := catalog.Open(ctx, i.path("catalog.db"))
+	if err != nil {
+		return nil, fmt.Errorf("open catalog: %w", err)
+	}
+	p.onClose("catalog", cat.Close)
+	s, err := p.openSilo(ctx, i, set, st)
+	if err != nil {
+		return nil, err
+	}
+	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: master.Shape,
+		Resources: map[string]int{master.ResourceTest: max(set.Tests, 1)}, Logger: p.log})
+	if err != nil {
+		return nil, fmt.Errorf("open engine: %w", err)
+	}
+	p.onClose("engine", func() error {
+		limit, cancel := context.WithTimeout(context.Background(), closeLimit)
+		defer cancel()
+		return eng.Close(limit)
+	})
+	return master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: &appliance.Appliance{Store: st, Open: openSource},
+		Silo: s, Log: p.log, Version: version, Data: i.Dir, Location: set.Store}), nil
+}
+
+func (p *platform) openSilo(ctx context.Context, i install, set settings, st *store.Store) (*silo.Silo, error) {
+	hv, err := libvirt.Open(ctx, libvirt.Config{Socket: set.Libvirt, ProbeCache: i.path("kvm-probe.json")})
+	if err != nil {
+		return nil, withCode(exitUnavailable, fmt.Errorf("reach libvirt: %w; 'muster doctor' says what is missing", err))
+	}
+	p.onClose("hypervisor", hv.Close)
+	guest, err := besides("muster-guest")
+	if err != nil {
+		return nil, err
+	}
+	s, err := silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: guestfs.Opener{Cache: i.path("silo/guestfs")}, Networks: hostNetworks{},
+		Exporter: exporter{install: i}, GuestAgent: guest, Dir: i.path("silo"), Run: i.Run, SocketGID: machineGroup(),
+		MaxMemory: set.MaxMemory, MaxCPUs: set.MaxCPUs, Diagnose: func(ctx context.Context) []api.Finding { return diagnose(ctx, i, hv) }})
+	if err != nil {
+		return nil, err
+	}
+	p.onClose("silo", s.Close)
+	return s, nil
+}
+
+// besides finds a program that is delivered beside this one.
+func besides(name string) (string, error) {
+	self, err := os.Executable()
+	if err != nil {
+		return "", fmt.Errorf("find %s: %w", name, err)
+	}
+	for _, dir := range []string{filepath.Dir(self), "/usr/lib/muster", "/usr/local/lib/muster"} {
+		if path := filepath.Join(dir, name); isFile(path) {
+			return path, nil
+		}
+	}
+	return "", withCode(exitUnavailable, fmt.Errorf("find %s: it is neither beside %s nor in /usr/lib/muster; build it with 'make build'", name, self))
+}
+
+func isFile(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular()
+}
+
+// machineGroup is the group under which the hypervisor runs machines: 0 where there is no such user.
+func machineGroup() int {
+	for _, name := range []string{"libvirt-qemu", "qemu"} {
+		if u, err := user.Lookup(name); err == nil {
+			if gid, err := strconv.Atoi(u.Gid); err == nil {
+				return gid
+			}
+		}
+	}
+	return 0
+}
+
+// openSource knows the ways of reading a server.
+func openSource(ctx context.Context, source dr.Source) (capture.Source, error) {
+	if source.SSH == nil {
+		return capturedisk.Open(source.Disks)
+	}
+	return capturessh.Open(ctx, *source.SSH, func(arch string) ([]byte, error) {
+		name := "muster-agent"
+		if arch != "amd64" {
+			name += "-" + arch
+		}
+		path, err := besides(name)
+		if err != nil {
+			return nil, err
+		}
+		return os.ReadFile(path)
+	})
+}

@@ -1,0 +1,380 @@
+package main
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/goccy/go-yaml"
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/dr"
+)
+
+func serverCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "server", Short: "Protect servers: add, list, show, set, remove"}
+	cmd.AddCommand(serverAddCommand(), serverListCommand(), serverShowCommand(), serverSetCommand(), serverRemoveCommand())
+	return cmd
+}
+
+// serverFlags are the settings that add and set share.
+type serverFlags struct {
+	every, rto, rpo, freeze time.Duration
+	memory, cpus, keepLast  int
+	overlays, key           string
+	checks                  []string
+}
+
+func (f *serverFlags) register(cmd *cobra.Command) {
+	fl := cmd.Flags()
+	fl.DurationVar(&f.every, "every", dr.DefaultEvery, "how often a snapshot is taken")
+	fl.DurationVar(&f.rto, "rto", 0, "promised recovery time (15m); 0 promises nothing")
+	fl.DurationVar(&f.rpo, "rpo", 0, "promised recovery point (24h); 0 promises nothing")
+	fl.StringArrayVar(&f.checks, "check", nil, "YAML file with a list of checks (may be repeated; see docs/formats/checks.md)")
+	fl.IntVar(&f.memory, "memory", 0, "MiB of the rescue machine; 0: as the original, within this host's limits")
+	fl.IntVar(&f.cpus, "cpus", 0, "processors of the rescue machine; 0: as the original, within this host's limits")
+	fl.StringVar(&f.overlays, "overlays", "", "folder with overlays of your own for this server")
+	fl.IntVar(&f.keepLast, "keep-last", 0, "snapshots to keep besides last-known-good; 0 keeps all")
+	fl.StringVar(&f.key, "key", "", "private SSH key of the user")
+	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
+}
+
+func serverAddCommand() *cobra.Command {
+	var f serverFlags
+	var ssh, hostKey string
+	var disks []string
+	var accept bool
+	cmd := &cobra.Command{
+		Use:   "add NAME (--ssh USER@HOST[:PORT] --key FILE | --disk PATH…)",
+		Short: "Protect a server",
+		Long: `Protect a server. With --ssh a live Linux server is captured over its own SSH: a small agent is copied into
+/var/cache/muster there, runs as root while a snapshot is taken, and changes nothing else. With --disk a raw disk image file
+or block device on this machine is captured as it is.
+
+The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
+		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --rto 15m --rpo 24h --check shop-checks.yaml
+  muster server add old --disk /images/old.raw`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			s := dr.Server{Name: args[0], Schedule: dr.Schedule{Every: f.every}, Objectives: dr.Objectives{RTO: f.rto, RPO: f.rpo},
+				Memory: f.memory, CPUs: f.cpus, Retention: dr.Retention{KeepLast: f.keepLast}}
+			if err := dr.ValidateName(s.Name); err != nil {
+				return withCode(exitUsage, err)
+			}
+			var err error
+			if s.Checks, err = readChecks(f.checks); err != nil {
+				return withCode(exitUsage, err)
+			}
+			if s.Overlays, err = absolute(f.overlays); err != nil {
+				return err
+			}
+			for _, d := range disks {
+				d, err := absolute(d)
+				if err != nil {
+					return err
+				}
+				s.Source.Disks = append(s.Source.Disks, d)
+			}
+			if ssh != "" {
+				source, err := dr.ParseSSH(ssh)
+				if err != nil {
+					return withCode(exitUsage, err)
+				}
+				source.HostKey, source.FreezeLimit = hostKey, f.freeze
+				if source.KeyFile, err = absolute(f.key); err != nil {
+					return err
+				}
+				s.Source.SSH = &source
+			}
+			return addServer(cmd, s, accept)
+		},
+	}
+	f.register(cmd)
+	cmd.Flags().StringVar(&ssh, "ssh", "", "live Linux server: USER@HOST[:PORT]")
+	cmd.Flags().StringArrayVar(&disks, "disk", nil, "raw disk image or block device (may be repeated, in the server's own order)")
+	cmd.Flags().StringVar(&hostKey, "host-key", "", "host key to expect, as in known_hosts: 'ssh-ed25519 AAAA…'")
+	cmd.Flags().BoolVar(&accept, "accept-host-key", false, "accept the host key shown on first contact without asking")
+	cmd.MarkFlagsMutuallyExclusive("ssh", "disk")
+	cmd.MarkFlagsOneRequired("ssh", "disk")
+	return cmd
+}
+
+func absolute(path string) (string, error) {
+	if path == "" {
+		return "", nil
+	}
+	return filepath.Abs(path)
+}
+
+// maxChecksFile bounds a file of checks in bytes.
+const maxChecksFile = 1 << 20
+
+func readChecks(files []string) ([]dr.Check, error) {
+	var out []dr.Check
+	for _, name := range files {
+		info, err := os.Stat(name)
+		if err != nil {
+			return nil, fmt.Errorf("read checks: %w", err)
+		}
+		if info.Size() > maxChecksFile {
+			return nil, fmt.Errorf("read checks: %s is larger than %s", name, size(maxChecksFile))
+		}
+		raw, err := os.ReadFile(name)
+		if err != nil {
+			return nil, fmt.Errorf("read checks: %w", err)
+		}
+		var list []dr.Check
+		if err := yaml.UnmarshalWithOptions(raw, &list, yaml.Strict()); err != nil {
+			return nil, fmt.Errorf("read checks %s: %s", name, yaml.FormatError(err, false, true))
+		}
+		for i, c := range list {
+			if err := c.Validate(); err != nil {
+				return nil, fmt.Errorf("read checks %s: check %d: %w", name, i+1, err)
+			}
+		}
+		out = append(out, list...)
+	}
+	return out, nil
+}
+
+func addServer(cmd *cobra.Command, s dr.Server, accept bool) error {
+	c := client(cmd)
+	defer c.Close()
+	contact, err := c.Contact(cmd.Context(), s.Source)
+	if err != nil {
+		return err
+	}
+	if ssh := s.Source.SSH; ssh != nil && ssh.HostKey == "" {
+		if err := confirmHostKey(cmd, *ssh, contact, accept); err != nil {
+			return err
+		}
+		ssh.HostKey = contact.HostKey
+		if contact, err = c.Contact(cmd.Context(), s.Source); err != nil {
+			return err
+		}
+	}
+	added, err := c.AddServer(cmd.Context(), s)
+	if err != nil {
+		return err
+	}
+	if wantJSON(cmd) {
+		return printJSON(cmd, added)
+	}
+	out := cmd.OutOrStdout()
+	inv := contact.Inventory
+	fmt.Fprintf(out, "%s is protected.\n", added.Name)
+	if inv.Distro.Name != "" {
+		fmt.Fprintf(out, "  %s, kernel %s, %s firmware, %d processors, %s memory\n", tame(inv.Distro.Name), tame(inv.Kernel), inv.Firmware, inv.CPU.Count, size(inv.Memory))
+	}
+	for _, d := range inv.Disks {
+		fmt.Fprintf(out, "  disk %s, %s\n", tame(d.Name), size(d.Size))
+	}
+	fmt.Fprintf(out, "Its first snapshot is taken at once; follow it with 'muster server show %s', or take one now with 'muster snapshot %s'.\n", added.Name, added.Name)
+	return nil
+}
+
+func confirmHostKey(cmd *cobra.Command, ssh dr.SSHSource, contact api.Contact, accept bool) error {
+	fmt.Fprintf(cmd.ErrOrStderr(), "%s shows the host key %s\n", ssh, contact.Fingerprint)
+	if accept {
+		return nil
+	}
+	if !term.IsTerminal(int(os.Stdin.Fd())) {
+		return withCode(exitRefused, errors.New("confirm host key: nobody is there to ask; give --accept-host-key, or the key with --host-key"))
+	}
+	fmt.Fprint(cmd.ErrOrStderr(), "Is that the right one? Compare it on the server with 'ssh-keygen -lf /etc/ssh/ssh_host_ed25519_key.pub'. Type yes: ")
+	line, err := bufio.NewReader(cmd.InOrStdin()).ReadString('\n')
+	if err != nil || strings.TrimSpace(line) != "yes" {
+		return withCode(exitRefused, errors.New("confirm host key: not confirmed, nothing was added"))
+	}
+	return nil
+}
+
+func serverListCommand() *cobra.Command {
+	return &cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List the servers and where each stands", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+		c := client(cmd)
+		defer c.Close()
+		list, err := c.Servers(cmd.Context())
+		if err != nil {
+			return err
+		}
+		if wantJSON(cmd) {
+			return printJSON(cmd, list)
+		}
+		if len(list) == 0 {
+			fmt.Fprintln(cmd.OutOrStdout(), "No server is protected yet: add one with 'muster server add'.")
+			return nil
+		}
+		var rows [][]string
+		for _, s := range list {
+			lkg, newest, doing := "none", "none", "-"
+			if s.LKG != nil {
+				lkg = ago(s.LKG.Snapshot.Taken)
+			}
+			if s.Newest != nil {
+				newest = string(s.Newest.State) + ", " + ago(s.Newest.Snapshot.Taken)
+			}
+			if s.Operation != nil {
+				doing = s.Operation.Kind
+			}
+			if s.Invocation != nil {
+				doing = "INVOKED (" + string(s.Invocation.State) + ")"
+			}
+			rows = append(rows, []string{s.Server.Name, lkg, newest, ago(s.Due), fmt.Sprint(s.Tickets), doing})
+		}
+		table(cmd.OutOrStdout(), "SERVER LAST-KNOWN-GOOD NEWEST DUE TICKETS DOING", rows)
+		return nil
+	}}
+}
+
+func serverShowCommand() *cobra.Command {
+	return &cobra.Command{Use: "show NAME", Short: "Show a server and where it stands", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers, RunE: func(cmd *cobra.Command, args []string) error {
+		c := client(cmd)
+		defer c.Close()
+		s, err := c.Server(cmd.Context(), args[0])
+		if err != nil {
+			return err
+		}
+		if wantJSON(cmd) {
+			return printJSON(cmd, s)
+		}
+		printServer(cmd, s)
+		return nil
+	}}
+}
+
+func printServer(cmd *cobra.Command, s api.ServerStatus) {
+	out := cmd.OutOrStdout()
+	fmt.Fprintf(out, "server       %s (%s)\n", s.Server.Name, s.Server.ID)
+	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
+	fmt.Fprintf(out, "schedule     every %s, next %s\n", span(s.Server.Schedule.Every), ago(s.Due))
+	if o := s.Server.Objectives; o.RTO > 0 || o.RPO > 0 {
+		fmt.Fprintf(out, "promised     RTO %s, RPO %s\n", span(o.RTO), span(o.RPO))
+	}
+	for _, c := range s.Server.Checks {
+		fmt.Fprintf(out, "check        %s (%s)\n", c.Name, c.Kind)
+	}
+	fmt.Fprintf(out, "tickets      %d open\n", s.Tickets)
+	if s.Operation != nil {
+		fmt.Fprintf(out, "doing        %s: %s %s\n", s.Operation.Kind, s.Operation.Step, s.Operation.Part)
+	}
+	if s.Invocation != nil {
+		fmt.Fprintf(out, "invoked      %s, %s, at %s\n", s.Invocation.ID, s.Invocation.State, strings.Join(s.Invocation.Addresses, ", "))
+	}
+	if s.LKG == nil {
+		fmt.Fprintln(out, "\nNo snapshot of it has passed a test yet.")
+	} else {
+		fmt.Fprintln(out, "\nLast-known-good:")
+		printRecord(out, *s.LKG)
+	}
+	if s.Newest != nil && !s.Newest.LKG {
+		fmt.Fprintln(out, "\nNewest:")
+		printRecord(out, *s.Newest)
+	}
+}
+
+func serverSetCommand() *cobra.Command {
+	var f serverFlags
+	cmd := &cobra.Command{Use: "set NAME", Short: "Change a server's settings; what is not named stays", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers,
+		Example: "  muster server set shop --every 4h --rto 30m",
+		RunE: func(cmd *cobra.Command, args []string) error {
+			change, err := f.change(cmd)
+			if err != nil {
+				return withCode(exitUsage, err)
+			}
+			c := client(cmd)
+			defer c.Close()
+			s, err := c.UpdateServer(cmd.Context(), args[0], change)
+			if err != nil {
+				return err
+			}
+			if wantJSON(cmd) {
+				return printJSON(cmd, s)
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "%s is changed.\n", s.Name)
+			return nil
+		}}
+	f.register(cmd)
+	return cmd
+}
+
+func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error) {
+	given := cmd.Flags().Changed
+	for _, d := range []struct {
+		flag string
+		from *time.Duration
+		to   **time.Duration
+	}{{"every", &f.every, &c.Every}, {"rto", &f.rto, &c.RTO}, {"rpo", &f.rpo, &c.RPO}, {"freeze-limit", &f.freeze, &c.FreezeTime}} {
+		if given(d.flag) {
+			*d.to = d.from
+		}
+	}
+	for _, n := range []struct {
+		flag string
+		from *int
+		to   **int
+	}{{"memory", &f.memory, &c.Memory}, {"cpus", &f.cpus, &c.CPUs}, {"keep-last", &f.keepLast, &c.KeepLast}} {
+		if given(n.flag) {
+			*n.to = n.from
+		}
+	}
+	if given("check") {
+		checks, err := readChecks(f.checks)
+		if err != nil {
+			return c, err
+		}
+		c.Checks = &checks
+	}
+	if given("overlays") {
+		path, err := absolute(f.overlays)
+		if err != nil {
+			return c, err
+		}
+		c.Overlays = &path
+	}
+	if given("key") {
+		path, err := absolute(f.key)
+		if err != nil {
+			return c, err
+		}
+		c.KeyFile = &path
+	}
+	return c, nil
+}
+
+func serverRemoveCommand() *cobra.Command {
+	return &cobra.Command{Use: "remove NAME", Aliases: []string{"rm"}, Short: "Stop protecting a server; what is kept of it stays", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers, RunE: func(cmd *cobra.Command, args []string) error {
+		c := client(cmd)
+		defer c.Close()
+		if err := c.RemoveServer(cmd.Context(), args[0]); err != nil {
+			return err
+		}
+		if !wantJSON(cmd) {
+			fmt.Fprintf(cmd.OutOrStdout(), "%s is no longer protected. Its snapshots are still in the store.\n", args[0])
+		}
+		return nil
+	}}
+}
+
+// completeServers completes the names of servers, if a master answers.
+func completeServers(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	c := client(cmd)
+	defer c.Close()
+	list, err := c.Servers(cmd.Context())
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, s := range list {
+		names = append(names, s.Server.Name)
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}

@@ -1,0 +1,299 @@
+package master
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/catalog"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/engine"
+)
+
+// Limits on the steps of an invocation.
+const (
+	bootLimit  = 15 * time.Minute
+	checkLimit = 30 * time.Minute
+	endLimit   = 6 * time.Hour // keeping what was written copies whole disks
+)
+
+// invocationWork is the input of invoke and end.
+type invocationWork struct {
+	ID   string `json:"id"`
+	Keep bool   `json:"keep,omitempty"`
+}
+
+// Invoke implements api.Operator. Only last-known-good is ever invoked.
+func (m *Master) Invoke(ctx context.Context, request api.InvokeRequest) (api.Operation, error) {
+	s, err := m.server(ctx, request.Server)
+	if err != nil {
+		return api.Operation{}, err
+	}
+	lkg, ok, err := m.Catalog.LKG(ctx, s.ID)
+	if err != nil {
+		return api.Operation{}, err
+	}
+	if !ok {
+		return api.Operation{}, api.Errorf(api.Refused, "server %s has no last-known-good: no image of it has passed a test yet; see 'muster snapshots %s' and 'muster tickets'", s.Name, s.Name)
+	}
+	if inv, active, err := m.Catalog.ActiveInvocation(ctx, s.ID); err != nil {
+		return api.Operation{}, err
+	} else if active {
+		return api.Operation{}, api.Errorf(api.Conflict, "server %s is invoked already (%s, %s): end that first with 'muster invocation end %s'", s.Name, inv.ID, inv.State, s.Name)
+	}
+	if request.Network.Kind == "" {
+		request.Network.Kind = dr.NetworkHostOnly
+	}
+	now := m.Now().UTC()
+	inv := dr.Invocation{ID: dr.NewID("inv"), ServerID: s.ID, Server: s.Name, SnapshotID: lkg.Snapshot.ID, By: request.By,
+		Reason: request.Reason, State: dr.Invoking, Network: request.Network, Requested: now}
+	if err := m.Catalog.RecordInvocation(ctx, inv); err != nil {
+		return api.Operation{}, err
+	}
+	return begin(ctx, m, kindInvoke, s.Name, inv.ID, invocationWork{ID: inv.ID}, engine.StartOptions{})
+}
+
+// invocationTask gathers what a silo needs to know of an invocation.
+func (m *Master) invocationTask(ctx context.Context, id string, term int64) (dr.Invocation, api.InvokeTask, error) {
+	inv, err := m.Catalog.Invocation(ctx, id)
+	if err != nil {
+		return inv, api.InvokeTask{}, err
+	}
+	s, err := m.Catalog.Server(ctx, inv.ServerID)
+	if err != nil {
+		return inv, api.InvokeTask{}, err
+	}
+	rec, err := m.Catalog.Snapshot(ctx, inv.SnapshotID)
+	if err != nil {
+		return inv, api.InvokeTask{}, err
+	}
+	if rec.PreRecovery == nil {
+		return inv, api.InvokeTask{}, engine.Permanent(fmt.Errorf("invoke snapshot %s: it has no rescue image; run 'muster test %s --snapshot %s'", inv.SnapshotID, s.Name, inv.SnapshotID))
+	}
+	return inv, api.InvokeTask{ID: id, Term: term, Server: s, Snapshot: rec.Snapshot, PreRecovery: *rec.PreRecovery, Network: inv.Network}, nil
+}
+
+// invoke runs an invocation. Until the machine runs, whatever goes wrong is undone. Once it runs it is never taken
+// away again: on the day of a disaster a machine with a failing check is better than none.
+func (m *Master) invoke(r *engine.Run, in invocationWork) error {
+	r.OnUndo("undo boot", func(ctx context.Context) error { return m.undoBoot(ctx, in, r.Term()) })
+	_, err := engine.Step(r, "boot", engine.StepOptions{Limit: bootLimit, Attempts: 3}, func(ctx context.Context) (string, error) {
+		return m.journal(ctx, in.ID, "boot", func(inv *dr.Invocation) (string, error) {
+			_, task, err := m.invocationTask(ctx, in.ID, r.Term())
+			if err != nil {
+				return "", err
+			}
+			started, err := m.Silo.Invoke(ctx, task, r.Report)
+			if err != nil {
+				return "", err
+			}
+			inv.Machine, inv.Addresses, inv.Network.Bridge = started.Machine, started.Addresses, started.Bridge
+			return "machine " + started.Machine + " runs from " + inv.SnapshotID, nil
+		})
+	})
+	if err != nil {
+		return m.invocationFailed(r, in, err)
+	}
+	_, err = engine.Step(r, "check", engine.StepOptions{Limit: checkLimit, Attempts: 2}, func(ctx context.Context) (string, error) {
+		return m.journal(ctx, in.ID, "check", func(inv *dr.Invocation) (string, error) { return m.check(ctx, r, in, inv) })
+	})
+	return m.handOver(r, in, err)
+}
+
+func (m *Master) check(ctx context.Context, r *engine.Run, in invocationWork, inv *dr.Invocation) (string, error) {
+	_, task, err := m.invocationTask(ctx, in.ID, r.Term())
+	if err != nil {
+		return "", err
+	}
+	results, err := m.Silo.CheckInvoked(ctx, task, r.Report)
+	if err != nil {
+		return "", err
+	}
+	served := m.Now().UTC()
+	inv.Results, inv.Served = results, &served
+	inv.RTA = served.Sub(inv.Requested)
+	inv.RPA = inv.Requested.Sub(task.Snapshot.Taken)
+	outcome, _, summary := dr.Judge(results)
+	return string(outcome) + ": " + summary, nil
+}
+
+// handOver ends the runbook: the machine is the user's, with a ticket if a check failed.
+func (m *Master) handOver(r *engine.Run, in invocationWork, checkErr error) error {
+	_, err := engine.Step(r, "hand over", engine.StepOptions{Limit: recordLimit, Attempts: 3}, func(ctx context.Context) (string, error) {
+		inv, err := m.Catalog.Invocation(ctx, in.ID)
+		if err != nil {
+			return "", err
+		}
+		inv.State = dr.Running
+		if checkErr != nil {
+			inv.Failure = "it runs, but could not be checked: " + checkErr.Error()
+		} else if outcome, _, summary := dr.Judge(inv.Results); outcome != dr.Pass {
+			inv.Failure = "it runs, but " + summary
+		}
+		if err := m.Catalog.RecordInvocation(ctx, inv); err != nil {
+			return "", err
+		}
+		if inv.Failure != "" {
+			_, err = m.Catalog.OpenTicket(ctx, inv.ServerID, dr.ProblemInvocation, "the invoked machine does not pass its checks", inv.Failure, inv.SnapshotID, m.Now())
+		}
+		return inv.Failure, err
+	})
+	return err
+}
+
+// journal runs one step of an invocation and writes it into the invocation's record, however it ended.
+func (m *Master) journal(ctx context.Context, id, name string, do func(inv *dr.Invocation) (string, error)) (string, error) {
+	inv, err := m.Catalog.Invocation(ctx, id)
+	if err != nil {
+		return "", err
+	}
+	start := m.Now()
+	detail, err := do(&inv)
+	record := dr.StepRecord{Name: name, Started: start.UTC(), Duration: m.Now().Sub(start), Detail: detail}
+	if err != nil {
+		record.Error = err.Error()
+	}
+	inv.Steps = append(inv.Steps, record)
+	if werr := m.Catalog.RecordInvocation(context.WithoutCancel(ctx), inv); werr != nil {
+		return detail, errors.Join(err, werr)
+	}
+	return detail, err
+}
+
+func (m *Master) undoBoot(ctx context.Context, in invocationWork, term int64) error {
+	inv, task, err := m.invocationTask(ctx, in.ID, term)
+	if err != nil {
+		return err
+	}
+	if _, err := m.Silo.EndInvocation(ctx, task, false); err != nil {
+		return err
+	}
+	if inv.State == dr.Invoking {
+		inv.State = dr.Failed
+		ended := m.Now().UTC()
+		inv.Ended = &ended
+		if inv.Failure == "" {
+			inv.Failure = "cancelled before it ran"
+		}
+		return m.Catalog.RecordInvocation(ctx, inv)
+	}
+	return nil
+}
+
+// invocationFailed records why an invocation did not come to run; what it has started is undone when the run ends.
+func (m *Master) invocationFailed(r *engine.Run, in invocationWork, cause error) error {
+	_, err := engine.Step(r, "fail", engine.StepOptions{Limit: recordLimit, Attempts: 3}, func(ctx context.Context) (string, error) {
+		inv, err := m.Catalog.Invocation(ctx, in.ID)
+		if err != nil {
+			return "", err
+		}
+		inv.Failure = cause.Error()
+		if err := m.Catalog.RecordInvocation(ctx, inv); err != nil {
+			return "", err
+		}
+		if !errors.Is(cause, engine.ErrCancelled) {
+			_, err = m.Catalog.OpenTicket(ctx, inv.ServerID, dr.ProblemInvocation, "an invocation did not come to run", cause.Error(), inv.SnapshotID, m.Now())
+		}
+		return "", err
+	})
+	if err != nil {
+		m.Log.Error("record failed invocation", "invocation", in.ID, "error", err)
+	}
+	return cause
+}
+
+// Invocation implements api.Operator.
+func (m *Master) Invocation(ctx context.Context, id string) (dr.Invocation, error) {
+	if strings.HasPrefix(id, "inv-") {
+		inv, err := m.Catalog.Invocation(ctx, id)
+		if !errors.Is(err, catalog.ErrNotFound) {
+			return inv, err
+		}
+	}
+	s, err := m.server(ctx, id)
+	if err != nil {
+		return dr.Invocation{}, api.Errorf(api.NotFound, "there is no invocation or server %q: see 'muster invocation list --all'", id)
+	}
+	inv, active, err := m.Catalog.ActiveInvocation(ctx, s.ID)
+	if err == nil && !active {
+		err = api.Errorf(api.NotFound, "server %s is not invoked: see 'muster invocation list --all'", s.Name)
+	}
+	return inv, err
+}
+
+// Invocations implements api.Operator.
+func (m *Master) Invocations(ctx context.Context, all bool) ([]dr.Invocation, error) {
+	return m.Catalog.Invocations(ctx, all)
+}
+
+// EndInvocation implements api.Operator.
+func (m *Master) EndInvocation(ctx context.Context, id string, keep bool) (api.Operation, error) {
+	inv, err := m.Invocation(ctx, id)
+	if err != nil {
+		return api.Operation{}, err
+	}
+	if !inv.Active() {
+		return api.Operation{}, api.Errorf(api.Conflict, "invocation %s has %s already", inv.ID, inv.State)
+	}
+	op, err := m.Operation(ctx, operationID(kindInvoke, inv.Server, inv.ID), 0, 0)
+	if err == nil && !op.State.Finished() {
+		return api.Operation{}, api.Errorf(api.Conflict, "invocation %s is still starting: wait for it, or cancel it with 'muster operation cancel %s'", inv.ID, op.ID)
+	}
+	// Each wish to end is an operation of its own: one that failed may be repeated.
+	subject := inv.ID + "." + dr.NewID("end")
+	return begin(ctx, m, kindEnd, inv.Server, subject, invocationWork{ID: inv.ID, Keep: keep}, engine.StartOptions{Key: "invocation/" + inv.ID, Refuse: true})
+}
+
+func (m *Master) end(r *engine.Run, in invocationWork) error {
+	_, err := engine.Step(r, "end", engine.StepOptions{Limit: endLimit, Attempts: 2}, func(ctx context.Context) (string, error) {
+		inv, task, err := m.invocationTask(ctx, in.ID, r.Term())
+		if err != nil {
+			return "", err
+		}
+		if !inv.Active() {
+			return inv.KeptAt, nil
+		}
+		kept, err := m.Silo.EndInvocation(ctx, task, in.Keep)
+		if err != nil {
+			return "", err
+		}
+		ended := m.Now().UTC()
+		inv.State, inv.Ended, inv.Kept, inv.KeptAt = dr.Ended, &ended, kept != "", kept
+		return kept, m.Catalog.RecordInvocation(ctx, inv)
+	})
+	return err
+}
+
+// tend makes active invocations whole again and says so if one has died.
+func (m *Master) tend(ctx context.Context) {
+	active, err := m.Catalog.Invocations(ctx, false)
+	if err != nil {
+		m.Log.Error("look for active invocations", "error", err)
+		return
+	}
+	for _, inv := range active {
+		if inv.State != dr.Running {
+			continue
+		}
+		_, task, err := m.invocationTask(ctx, inv.ID, 0)
+		if err != nil {
+			m.Log.Error("tend invocation", "invocation", inv.ID, "error", err)
+			continue
+		}
+		running, err := m.Silo.Tend(ctx, task)
+		if err != nil {
+			m.Log.Error("tend invocation", "invocation", inv.ID, "error", err)
+			continue
+		}
+		if !running && !m.warned[inv.ID] {
+			m.warned[inv.ID] = true
+			detail := "the machine " + inv.Machine + " is gone: it shut down or died. What it wrote is still there: end the invocation with --keep or --discard"
+			if _, err := m.Catalog.OpenTicket(ctx, inv.ServerID, dr.ProblemInvocation, "an invoked machine has stopped", detail, inv.SnapshotID, m.Now()); err != nil {
+				m.Log.Error("open ticket", "error", err)
+			}
+		}
+	}
+}

@@ -1,0 +1,324 @@
+package master
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/engine"
+	"github.com/musterdr/muster/internal/store"
+)
+
+// Limits on the steps of protecting a server.
+const (
+	captureLimit    = 24 * time.Hour
+	preRecoverLimit = 30 * time.Minute
+	testLimit       = time.Hour
+	recordLimit     = time.Minute
+	settleLimit     = 30 * time.Minute
+)
+
+// Kinds under which the store keeps what adopt rebuilds a catalog from.
+const (
+	recordPreRecovery = "prerecovery"
+	recordVerdict     = "verdict"
+)
+
+// work is the input of protect, prerecover and test: all identifiers are chosen before the run begins.
+type work struct {
+	ServerID    string    `json:"server_id"`
+	SnapshotID  string    `json:"snapshot_id"`
+	PreRecovery string    `json:"pre_recovery"` // identifier of a new one; for test "" uses the snapshot's newest
+	VerdictID   string    `json:"verdict_id"`
+	Asked       time.Time `json:"asked"`
+}
+
+// Snapshot implements api.Operator.
+func (m *Master) Snapshot(ctx context.Context, name string) (api.Operation, error) {
+	s, err := m.server(ctx, name)
+	if err != nil {
+		return api.Operation{}, err
+	}
+	return m.beginProtect(ctx, s, false)
+}
+
+func (m *Master) beginProtect(ctx context.Context, s dr.Server, refuse bool) (api.Operation, error) {
+	now := m.Now()
+	in := work{ServerID: s.ID, SnapshotID: dr.NewSnapshotID(now), PreRecovery: dr.NewID("pre"), VerdictID: dr.NewID("verdict"), Asked: now}
+	return begin(ctx, m, kindProtect, s.Name, in.SnapshotID, in, engine.StartOptions{Key: serverKey(s.ID), Refuse: refuse})
+}
+
+// PreRecover implements api.Operator.
+func (m *Master) PreRecover(ctx context.Context, name, snapshot string) (api.Operation, error) {
+	s, r, err := m.pick(ctx, name, snapshot)
+	if err != nil {
+		return api.Operation{}, err
+	}
+	in := work{ServerID: s.ID, SnapshotID: r.Snapshot.ID, PreRecovery: dr.NewID("pre"), Asked: m.Now()}
+	return begin(ctx, m, kindPreRecover, s.Name, in.PreRecovery, in, engine.StartOptions{Key: serverKey(s.ID)})
+}
+
+// Test implements api.Operator.
+func (m *Master) Test(ctx context.Context, name, snapshot string) (api.Operation, error) {
+	s, r, err := m.pick(ctx, name, snapshot)
+	if err != nil {
+		return api.Operation{}, err
+	}
+	in := work{ServerID: s.ID, SnapshotID: r.Snapshot.ID, VerdictID: dr.NewID("verdict"), Asked: m.Now()}
+	if r.PreRecovery == nil {
+		in.PreRecovery = dr.NewID("pre")
+	}
+	return begin(ctx, m, kindTest, s.Name, in.VerdictID, in, engine.StartOptions{Key: serverKey(s.ID)})
+}
+
+// pick finds a server and one of its snapshots that is still there, the newest if none is named.
+func (m *Master) pick(ctx context.Context, name, snapshot string) (dr.Server, dr.Record, error) {
+	s, err := m.server(ctx, name)
+	if err != nil {
+		return s, dr.Record{}, err
+	}
+	if snapshot != "" {
+		r, err := m.Record(ctx, snapshot)
+		switch {
+		case err != nil:
+		case r.Snapshot.ServerID != s.ID:
+			err = api.Errorf(api.NotFound, "snapshot %s is not of server %s", snapshot, s.Name)
+		case r.State == dr.Expired:
+			err = api.Errorf(api.Conflict, "snapshot %s has expired", snapshot)
+		}
+		return s, r, err
+	}
+	records, err := m.Catalog.Snapshots(ctx, s.ID)
+	if err != nil {
+		return s, dr.Record{}, err
+	}
+	for _, r := range records {
+		if r.State != dr.Expired {
+			return s, r, nil
+		}
+	}
+	return s, dr.Record{}, api.Errorf(api.NotFound, "server %s has no snapshot yet: take one with 'muster snapshot %s'", s.Name, s.Name)
+}
+
+// protect is the night's work on one server.
+func (m *Master) protect(r *engine.Run, in work) error {
+	_, err := engine.Step(r, "capture", engine.StepOptions{Limit: captureLimit, Attempts: 1}, func(ctx context.Context) (string, error) {
+		return in.SnapshotID, m.capture(ctx, r, in)
+	})
+	if err != nil {
+		return m.ticket(r, in, dr.ProblemCapture, "no snapshot could be taken", err)
+	}
+	return m.prepareAndTest(r, in)
+}
+
+func (m *Master) capture(ctx context.Context, r *engine.Run, in work) error {
+	s, err := m.Catalog.Server(ctx, in.ServerID)
+	if err != nil {
+		return engine.Permanent(err)
+	}
+	task := api.SnapshotTask{ID: in.SnapshotID, Server: s}
+	last, ok, err := m.Catalog.LastSnapshot(ctx, s.ID)
+	if err != nil {
+		return err
+	}
+	if ok {
+		task.Parent = last.Snapshot.ID
+	}
+	snap, err := m.Appliance.Snapshot(ctx, task, r.Report)
+	if err != nil {
+		return err
+	}
+	return m.Catalog.RecordSnapshot(ctx, snap)
+}
+
+// prerecover makes a snapshot's rescue image anew.
+func (m *Master) prerecover(r *engine.Run, in work) error {
+	rejected, err := m.prepare(r, in)
+	if err != nil {
+		return m.ticket(r, in, dr.ProblemPreRecovery, "no rescue image could be made", err)
+	}
+	if rejected != nil {
+		return engine.Permanent(rejected)
+	}
+	return nil
+}
+
+// test tests a snapshot again.
+func (m *Master) test(r *engine.Run, in work) error {
+	if in.PreRecovery != "" {
+		return m.prepareAndTest(r, in)
+	}
+	return m.bootAndSettle(r, in)
+}
+
+func (m *Master) prepareAndTest(r *engine.Run, in work) error {
+	rejected, err := m.prepare(r, in)
+	if err != nil {
+		return m.ticket(r, in, dr.ProblemPreRecovery, "no rescue image could be made", err)
+	}
+	if rejected != nil {
+		return m.reject(r, in, *rejected)
+	}
+	return m.bootAndSettle(r, in)
+}
+
+func (m *Master) prepare(r *engine.Run, in work) (*api.Rejected, error) {
+	return engine.Step(r, "pre-recover", engine.StepOptions{Limit: preRecoverLimit, Attempts: 2}, func(ctx context.Context) (*api.Rejected, error) {
+		s, rec, err := m.load(ctx, in)
+		if err != nil {
+			return nil, err
+		}
+		pre, err := m.Silo.PreRecover(ctx, api.PreRecoverTask{ID: in.PreRecovery, Term: r.Term(), Server: s, Snapshot: rec.Snapshot}, r.Report)
+		var rejected *api.Rejected
+		if errors.As(err, &rejected) {
+			return rejected, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		return nil, m.Catalog.RecordPreRecovery(ctx, pre)
+	})
+}
+
+func (m *Master) load(ctx context.Context, in work) (dr.Server, dr.Record, error) {
+	s, err := m.Catalog.Server(ctx, in.ServerID)
+	if err != nil {
+		return s, dr.Record{}, err
+	}
+	rec, err := m.Catalog.Snapshot(ctx, in.SnapshotID)
+	return s, rec, err
+}
+
+// reject records that a snapshot cannot become a rescue image.
+func (m *Master) reject(r *engine.Run, in work, why api.Rejected) error {
+	_, err := engine.Step(r, "judge", engine.StepOptions{Limit: recordLimit}, func(ctx context.Context) (bool, error) {
+		_, err := m.Catalog.RecordVerdict(ctx, dr.Verdict{ID: in.VerdictID, SnapshotID: in.SnapshotID, PreRecovery: in.PreRecovery,
+			Outcome: dr.Fail, Code: why.Code, Summary: why.Reason, Started: in.Asked})
+		if err == nil && why.Code == dr.CodeDiskError {
+			_, err = m.Catalog.OpenTicket(ctx, in.ServerID, dr.ProblemStore, "the store is damaged", why.Reason, in.SnapshotID, m.Now())
+		}
+		return false, err
+	})
+	return err
+}
+
+func (m *Master) bootAndSettle(r *engine.Run, in work) error {
+	moved, err := engine.Step(r, "test", engine.StepOptions{Limit: testLimit, Attempts: 2, Needs: ResourceTest}, func(ctx context.Context) (bool, error) {
+		return m.boot(ctx, r, in)
+	})
+	if err != nil {
+		return m.ticket(r, in, dr.ProblemTestMissing, "the boot test could not be held", err)
+	}
+	_, err = engine.Step(r, "settle", engine.StepOptions{Limit: settleLimit, Attempts: 3}, func(ctx context.Context) (bool, error) {
+		return moved, m.settle(ctx, in, moved)
+	})
+	if err != nil {
+		return m.ticket(r, in, dr.ProblemStore, "the result of a test could not be kept in the store", err)
+	}
+	return nil
+}
+
+// boot holds a boot test and writes down the verdict.
+func (m *Master) boot(ctx context.Context, r *engine.Run, in work) (moved bool, err error) {
+	s, rec, err := m.load(ctx, in)
+	if err != nil {
+		return false, err
+	}
+	if rec.PreRecovery == nil {
+		return false, engine.Permanent(fmt.Errorf("test snapshot %s: it has no rescue image", in.SnapshotID))
+	}
+	v, err := m.Silo.Test(ctx, api.TestTask{ID: in.VerdictID, Term: r.Term(), Server: s, Snapshot: rec.Snapshot,
+		PreRecovery: *rec.PreRecovery, Asked: in.Asked}, r.Report)
+	if err != nil {
+		return false, err
+	}
+	judged, err := m.Catalog.RecordVerdict(ctx, v)
+	if err != nil {
+		return false, err
+	}
+	if v.Code == dr.CodeDiskError {
+		_, err = m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemStore, "the store is damaged", v.Summary, in.SnapshotID, m.Now())
+	}
+	return judged.Moved, err
+}
+
+// settle carries what was decided into the store, so that it survives the catalog, and lets old snapshots go.
+func (m *Master) settle(ctx context.Context, in work, moved bool) error {
+	s, rec, err := m.load(ctx, in)
+	if err != nil {
+		return err
+	}
+	if rec.Verdict != nil {
+		if err := m.Store.PutRecord(ctx, recordVerdict, rec.Verdict.ID, rec.Verdict); err != nil {
+			return fmt.Errorf("keep verdict in the store: %w", err)
+		}
+	}
+	if moved && rec.PreRecovery != nil {
+		if err := m.Silo.KeepDeltas(ctx, rec.Snapshot, *rec.PreRecovery); err != nil {
+			return err
+		}
+		if err := m.Store.PutRecord(ctx, recordPreRecovery, rec.PreRecovery.ID, rec.PreRecovery); err != nil {
+			return fmt.Errorf("keep record of pre-recovery in the store: %w", err)
+		}
+		if err := m.Store.SetLKG(ctx, s.ID, rec.Snapshot.ID); err != nil {
+			return fmt.Errorf("mark last-known-good in the store: %w", err)
+		}
+	}
+	return m.expire(ctx, s)
+}
+
+// expire lets go what the server's retention rule no longer asks for.
+func (m *Master) expire(ctx context.Context, s dr.Server) error {
+	records, err := m.Catalog.Snapshots(ctx, s.ID)
+	if err != nil {
+		return err
+	}
+	lkg, pinned := "", map[string]bool{}
+	for _, r := range records {
+		if r.LKG {
+			lkg = r.Snapshot.ID
+		}
+	}
+	active, err := m.Catalog.Invocations(ctx, false)
+	if err != nil {
+		return err
+	}
+	for _, inv := range active {
+		pinned[inv.SnapshotID] = true
+	}
+	for _, id := range dr.Expirable(records, s.Retention, lkg, pinned) {
+		if err := m.Store.Forget(ctx, id); err != nil {
+			if errors.Is(err, store.ErrPinned) {
+				continue // somebody reads it: the next night will do
+			}
+			if !errors.Is(err, store.ErrNotFound) {
+				return fmt.Errorf("expire snapshot %s: %w", id, err)
+			}
+		}
+		if err := m.Silo.Discard(ctx, id); err != nil {
+			return fmt.Errorf("expire snapshot %s: %w", id, err)
+		}
+		if err := m.Catalog.Expire(ctx, id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ticket opens a ticket for work that failed and returns the failure. Cancelled work is nobody's problem.
+func (m *Master) ticket(r *engine.Run, in work, problem dr.Problem, title string, cause error) error {
+	if errors.Is(cause, engine.ErrCancelled) {
+		return cause
+	}
+	_, err := engine.Step(r, "ticket", engine.StepOptions{Limit: recordLimit, Attempts: 3}, func(ctx context.Context) (string, error) {
+		t, err := m.Catalog.OpenTicket(ctx, in.ServerID, problem, title, cause.Error(), in.SnapshotID, m.Now())
+		return t.ID, err
+	})
+	if err != nil {
+		m.Log.Error("open ticket", "problem", problem, "error", err)
+	}
+	return cause
+}

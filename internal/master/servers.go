@@ -1,0 +1,253 @@
+package master
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/catalog"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/engine"
+)
+
+// recordServer is the kind under which the store keeps servers' definitions.
+const recordServer = "server"
+
+// Contact implements api.Operator.
+func (m *Master) Contact(ctx context.Context, source dr.Source) (api.Contact, error) {
+	return m.Appliance.Contact(ctx, source)
+}
+
+// AddServer implements api.Operator.
+func (m *Master) AddServer(ctx context.Context, server dr.Server) (dr.Server, error) {
+	server.ID = dr.NewID("srv")
+	server.Created = m.Now().UTC()
+	if server.Schedule.Every == 0 {
+		server.Schedule.Every = dr.DefaultEvery
+	}
+	if err := server.Validate(); err != nil {
+		return dr.Server{}, api.Errorf(api.Invalid, "%w", err)
+	}
+	if err := m.Store.PutRecord(ctx, recordServer, server.ID, server); err != nil {
+		return dr.Server{}, fmt.Errorf("keep definition of %s in the store: %w", server.Name, err)
+	}
+	if err := m.Catalog.AddServer(ctx, server); err != nil {
+		if derr := m.Store.DeleteRecord(ctx, recordServer, server.ID); derr != nil {
+			m.Log.Error("take back record of server", "server", server.Name, "error", derr)
+		}
+		if errors.Is(err, catalog.ErrExists) {
+			return dr.Server{}, api.Errorf(api.Conflict, "a server named %q exists: remove it first, or choose another name", server.Name)
+		}
+		return dr.Server{}, err
+	}
+	return server, nil
+}
+
+// UpdateServer implements api.Operator.
+func (m *Master) UpdateServer(ctx context.Context, name string, change api.ServerChange) (dr.Server, error) {
+	server, err := m.server(ctx, name)
+	if err != nil {
+		return dr.Server{}, err
+	}
+	apply(&server, change)
+	if err := server.Validate(); err != nil {
+		return dr.Server{}, api.Errorf(api.Invalid, "%w", err)
+	}
+	if err := m.Catalog.UpdateServer(ctx, server); err != nil {
+		return dr.Server{}, err
+	}
+	if err := m.Store.PutRecord(ctx, recordServer, server.ID, server); err != nil {
+		return dr.Server{}, fmt.Errorf("keep definition of %s in the store: %w", server.Name, err)
+	}
+	return server, nil
+}
+
+func apply(server *dr.Server, c api.ServerChange) {
+	set(&server.Schedule.Every, c.Every)
+	set(&server.Objectives.RTO, c.RTO)
+	set(&server.Objectives.RPO, c.RPO)
+	set(&server.Checks, c.Checks)
+	set(&server.Memory, c.Memory)
+	set(&server.CPUs, c.CPUs)
+	set(&server.Overlays, c.Overlays)
+	set(&server.Retention.KeepLast, c.KeepLast)
+	if ssh := server.Source.SSH; ssh != nil {
+		set(&ssh.KeyFile, c.KeyFile)
+		set(&ssh.HostKey, c.HostKey)
+		set(&ssh.FreezeLimit, c.FreezeTime)
+	}
+}
+
+func set[T any](to *T, from *T) {
+	if from != nil {
+		*to = *from
+	}
+}
+
+// server finds a server by name or identifier.
+func (m *Master) server(ctx context.Context, name string) (dr.Server, error) {
+	s, err := m.Catalog.Server(ctx, name)
+	if errors.Is(err, catalog.ErrNotFound) {
+		return dr.Server{}, api.Errorf(api.NotFound, "there is no server %q: see 'muster server list'", name)
+	}
+	return s, err
+}
+
+// Servers implements api.Operator.
+func (m *Master) Servers(ctx context.Context) ([]api.ServerStatus, error) {
+	servers, err := m.Catalog.Servers(ctx)
+	if err != nil {
+		return nil, err
+	}
+	running, err := m.running(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []api.ServerStatus
+	for _, s := range servers {
+		status, err := m.status(ctx, s, running)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, status)
+	}
+	return out, nil
+}
+
+// Server implements api.Operator.
+func (m *Master) Server(ctx context.Context, name string) (api.ServerStatus, error) {
+	s, err := m.server(ctx, name)
+	if err != nil {
+		return api.ServerStatus{}, err
+	}
+	running, err := m.running(ctx)
+	if err != nil {
+		return api.ServerStatus{}, err
+	}
+	return m.status(ctx, s, running)
+}
+
+// running gives each server's unfinished operation, by server name.
+func (m *Master) running(ctx context.Context) (map[string]api.Operation, error) {
+	all, err := m.Engine.List(ctx, engine.Filter{Unfinished: true})
+	if err != nil {
+		return nil, err
+	}
+	out := map[string]api.Operation{}
+	for _, s := range all {
+		op := m.view(s)
+		if _, there := out[op.Server]; op.Server != "" && (!there || op.State == api.OperationRunning) {
+			out[op.Server] = op
+		}
+	}
+	return out, nil
+}
+
+func (m *Master) status(ctx context.Context, s dr.Server, running map[string]api.Operation) (api.ServerStatus, error) {
+	out := api.ServerStatus{Server: s}
+	records, err := m.Catalog.Snapshots(ctx, s.ID)
+	if err != nil {
+		return out, err
+	}
+	for i := range records {
+		if out.Newest == nil && records[i].State != dr.Expired {
+			out.Newest = &records[i]
+		}
+		if records[i].LKG {
+			out.LKG = &records[i]
+		}
+	}
+	out.Due = m.due(s, out.Newest)
+	tickets, err := m.Catalog.Tickets(ctx, catalog.TicketFilter{ServerID: s.ID})
+	if err != nil {
+		return out, err
+	}
+	out.Tickets = len(tickets)
+	if op, ok := running[s.Name]; ok {
+		out.Operation = &op
+	}
+	inv, active, err := m.Catalog.ActiveInvocation(ctx, s.ID)
+	if active {
+		out.Invocation = &inv
+	}
+	return out, err
+}
+
+// RemoveServer implements api.Operator.
+func (m *Master) RemoveServer(ctx context.Context, name string) error {
+	s, err := m.server(ctx, name)
+	if err != nil {
+		return err
+	}
+	running, err := m.running(ctx)
+	if err != nil {
+		return err
+	}
+	if op, ok := running[s.Name]; ok {
+		return api.Errorf(api.Conflict, "%s is being worked on (%s): wait for it or cancel it first", s.Name, op.ID)
+	}
+	if err := m.Catalog.RemoveServer(ctx, s.ID); err != nil {
+		if errors.Is(err, catalog.ErrInUse) {
+			return api.Errorf(api.Conflict, "%s is invoked: end the invocation first", s.Name)
+		}
+		return err
+	}
+	if err := m.Store.DeleteRecord(ctx, recordServer, s.ID); err != nil {
+		return fmt.Errorf("forget definition of %s in the store: %w", s.Name, err)
+	}
+	// The source may be gone for good: what is left there is a cache folder, and not reaching it is no reason to fail.
+	if err := m.Appliance.Forget(ctx, s.Source); err != nil {
+		m.event(ctx, "server.source-not-cleaned", s.Name, s.ID, "the agent's cache folder may be left on the source: "+err.Error())
+	}
+	return nil
+}
+
+// Snapshots implements api.Operator.
+func (m *Master) Snapshots(ctx context.Context, name string) ([]dr.Record, error) {
+	s, err := m.server(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	return m.Catalog.Snapshots(ctx, s.ID)
+}
+
+// Record implements api.Operator.
+func (m *Master) Record(ctx context.Context, snapshot string) (dr.Record, error) {
+	r, err := m.Catalog.Snapshot(ctx, snapshot)
+	if errors.Is(err, catalog.ErrNotFound) {
+		return dr.Record{}, api.Errorf(api.NotFound, "there is no snapshot %q: see 'muster snapshots SERVER'", snapshot)
+	}
+	return r, err
+}
+
+// Promotions implements api.Operator.
+func (m *Master) Promotions(ctx context.Context, name string) ([]dr.Promotion, error) {
+	s, err := m.server(ctx, name)
+	if err != nil {
+		return nil, err
+	}
+	return m.Catalog.Promotions(ctx, s.ID)
+}
+
+// Tickets implements api.Operator.
+func (m *Master) Tickets(ctx context.Context, all bool) ([]dr.Ticket, error) {
+	return m.Catalog.Tickets(ctx, catalog.TicketFilter{Closed: all})
+}
+
+// CloseTicket implements api.Operator.
+func (m *Master) CloseTicket(ctx context.Context, id, reason string) error {
+	err := m.Catalog.CloseTicket(ctx, id, reason, m.Now())
+	if errors.Is(err, catalog.ErrNotFound) {
+		return api.Errorf(api.NotFound, "there is no open ticket %q: see 'muster tickets'", id)
+	}
+	return err
+}
+
+// Events implements api.Operator.
+func (m *Master) Events(ctx context.Context, after int64, limit int, server string) ([]dr.Event, error) {
+	if limit <= 0 || limit > api.MaxEvents {
+		limit = api.MaxEvents
+	}
+	return m.Catalog.Events(ctx, after, limit, server)
+}

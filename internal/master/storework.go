@@ -1,0 +1,185 @@
+package master
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/engine"
+	"github.com/musterdr/muster/internal/store"
+)
+
+// storeWork is the input of verify, collect and adopt.
+type storeWork struct {
+	ID       string `json:"id"` // of the operation
+	Snapshot string `json:"snapshot,omitempty"`
+	Alone    bool   `json:"alone,omitempty"`
+}
+
+const storeKey = "store"
+
+// StoreUsage implements api.Operator.
+func (m *Master) StoreUsage(ctx context.Context) (api.StoreUsage, error) {
+	u, err := m.Store.Usage(ctx)
+	if err != nil {
+		return api.StoreUsage{}, err
+	}
+	snaps, err := m.Store.Snapshots(ctx)
+	if err != nil {
+		return api.StoreUsage{}, err
+	}
+	out := api.StoreUsage{Location: m.Location, Bytes: u.Bytes, Snapshots: len(snaps), Free: u.Free}
+	for _, s := range snaps {
+		out.Logical += s.Size()
+	}
+	return out, nil
+}
+
+func (m *Master) beginStore(ctx context.Context, kind string, in storeWork) (api.Operation, error) {
+	subject := dr.NewID(kind)
+	in.ID = operationID(kind, "", subject)
+	return begin(ctx, m, kind, "", subject, in, engine.StartOptions{Key: storeKey})
+}
+
+// VerifyStore implements api.Operator.
+func (m *Master) VerifyStore(ctx context.Context, snapshot string) (api.Operation, error) {
+	if snapshot != "" {
+		if _, err := m.Record(ctx, snapshot); err != nil {
+			return api.Operation{}, err
+		}
+	}
+	return m.beginStore(ctx, kindVerify, storeWork{Snapshot: snapshot})
+}
+
+// CollectStore implements api.Operator.
+func (m *Master) CollectStore(ctx context.Context, alone bool) (api.Operation, error) {
+	return m.beginStore(ctx, kindCollect, storeWork{Alone: alone})
+}
+
+// AdoptStore implements api.Operator.
+func (m *Master) AdoptStore(ctx context.Context) (api.Operation, error) {
+	return m.beginStore(ctx, kindAdopt, storeWork{})
+}
+
+func (m *Master) verifyStore(r *engine.Run, in storeWork) error {
+	reports, err := engine.Step(r, "verify", engine.StepOptions{Limit: captureLimit}, func(ctx context.Context) ([]store.VerifyReport, error) {
+		return m.verify(ctx, r, in.Snapshot)
+	})
+	m.keepResult(in.ID, reports)
+	if err != nil {
+		return err
+	}
+	damaged := 0
+	for _, report := range reports {
+		damaged += len(report.Damages)
+	}
+	if damaged > 0 {
+		return engine.Permanent(fmt.Errorf("verify store: %d damaged blocks found; see the tickets", damaged))
+	}
+	return nil
+}
+
+func (m *Master) verify(ctx context.Context, r *engine.Run, only string) ([]store.VerifyReport, error) {
+	if err := m.Store.Refresh(ctx); err != nil {
+		return nil, err
+	}
+	snaps, err := m.Store.Snapshots(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []store.VerifyReport
+	for _, snap := range snaps {
+		if only != "" && snap.ID != only {
+			continue
+		}
+		report, err := m.Store.Verify(ctx, snap.ID, r.Report)
+		if err != nil && !errors.Is(err, store.ErrDamaged) {
+			return out, fmt.Errorf("verify snapshot %s: %w", snap.ID, err)
+		}
+		out = append(out, report)
+		if len(report.Damages) > 0 {
+			if _, err := m.Catalog.OpenTicket(ctx, snap.ServerID, dr.ProblemStore, "the store is damaged", report.String(), snap.ID, m.Now()); err != nil {
+				return out, err
+			}
+		}
+		m.event(ctx, "store.verified", snap.Server, snap.ID, report.String())
+	}
+	if len(out) == 0 {
+		return nil, engine.Permanent(errors.New("verify store: it holds no snapshot, so nothing was verified"))
+	}
+	return out, nil
+}
+
+func (m *Master) collectStore(r *engine.Run, in storeWork) error {
+	report, err := engine.Step(r, "collect", engine.StepOptions{Limit: captureLimit}, func(ctx context.Context) (store.CollectReport, error) {
+		report, err := m.Store.Collect(ctx, store.CollectOptions{Alone: in.Alone}, r.Report)
+		if err == nil {
+			m.event(ctx, "store.collected", "", "", report.String())
+		}
+		return report, err
+	})
+	m.keepResult(in.ID, report)
+	return err
+}
+
+// Adopted is what adopt found in the store and wrote into the catalog.
+type Adopted struct {
+	Servers   int `json:"servers"`
+	Snapshots int `json:"snapshots"`
+	Verdicts  int `json:"verdicts"`
+	LKG       int `json:"lkg"`
+}
+
+func (m *Master) adoptStore(r *engine.Run, in storeWork) error {
+	found, err := engine.Step(r, "adopt", engine.StepOptions{Limit: settleLimit}, func(ctx context.Context) (Adopted, error) {
+		return m.adopt(ctx)
+	})
+	m.keepResult(in.ID, found)
+	return err
+}
+
+func (m *Master) adopt(ctx context.Context) (Adopted, error) {
+	if err := m.Store.Refresh(ctx); err != nil {
+		return Adopted{}, err
+	}
+	servers, err := records[dr.Server](ctx, m.Store, recordServer)
+	if err != nil {
+		return Adopted{}, err
+	}
+	pres, err := records[dr.PreRecovery](ctx, m.Store, recordPreRecovery)
+	if err != nil {
+		return Adopted{}, err
+	}
+	verdicts, err := records[dr.Verdict](ctx, m.Store, recordVerdict)
+	if err != nil {
+		return Adopted{}, err
+	}
+	snaps, err := m.Store.Snapshots(ctx)
+	if err != nil {
+		return Adopted{}, err
+	}
+	lkg, err := m.Store.LKG(ctx)
+	if err != nil {
+		return Adopted{}, err
+	}
+	if _, err := m.Catalog.Adopt(ctx, servers, snaps, pres, verdicts, lkg); err != nil {
+		return Adopted{}, err
+	}
+	return Adopted{Servers: len(servers), Snapshots: len(snaps), Verdicts: len(verdicts), LKG: len(lkg)}, nil
+}
+
+func records[T any](ctx context.Context, st *store.Store, kind string) ([]T, error) {
+	var out []T
+	err := st.Records(ctx, kind, func(id string, raw json.RawMessage) error {
+		var v T
+		if err := json.Unmarshal(raw, &v); err != nil {
+			return fmt.Errorf("read %s %s from the store: %w", kind, id, err)
+		}
+		out = append(out, v)
+		return nil
+	})
+	return out, err
+}

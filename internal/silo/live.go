@@ -1,0 +1,324 @@
+package silo
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/boottest"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/invoke"
+	"github.com/musterdr/muster/internal/vm"
+)
+
+// ShutdownLimit is how long an invoked machine may take to shut down before the plug is pulled.
+const ShutdownLimit = 90 * time.Second
+
+// HostOnlyNet is a bridge with only the host on it.
+type HostOnlyNet struct {
+	Name    string       // of the bridge, at most 15 bytes
+	Address netip.Prefix // the host's; zero: none
+}
+
+// machineName gives the hypervisor's name for an invocation's machine.
+func machineName(invocation string) string { return "mi-" + strings.TrimPrefix(invocation, "inv-") }
+
+// bridgeName gives the name of an invocation's own network. Linux takes 15 bytes.
+func bridgeName(invocation string, index int) string {
+	short := strings.TrimPrefix(invocation, "inv-")
+	return fmt.Sprintf("mu%s%d", short[:min(len(short), 10)], index)
+}
+
+func (s *Silo) liveSocket(invocation string) string {
+	return filepath.Join(s.Run, strings.TrimPrefix(invocation, "inv-")+".sock")
+}
+
+func (s *Silo) machineDir(invocation string) string {
+	return filepath.Join(s.Run, machineName(invocation))
+}
+
+// Invoke implements api.Silo. Asked again for an invocation whose machine runs, it answers with that machine.
+func (s *Silo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progress) (api.Invoked, error) {
+	if err := s.admit(task.ID, task.Term); err != nil {
+		return api.Invoked{}, err
+	}
+	plan, err := invoke.Attach(task.Network, task.PreRecovery.Hardware, task.Snapshot.Inventory)
+	if err != nil {
+		return api.Invoked{}, err
+	}
+	out := api.Invoked{Machine: machineName(task.ID), Addresses: plan.Addresses}
+	if len(plan.Segments) > 0 {
+		out.Bridge = segmentBridge(task.ID, plan.Segments[0])
+	}
+	report.Report("export", 0, 0, "")
+	if err := s.Exporter.Start(ctx, task.Snapshot.ID, s.liveSocket(task.ID)); err != nil {
+		return api.Invoked{}, fmt.Errorf("export snapshot %s: %w", task.Snapshot.ID, err)
+	}
+	if _, err := s.Hypervisor.Find(ctx, out.Machine); err == nil {
+		return out, nil
+	} else if !errors.Is(err, vm.ErrGone) {
+		return api.Invoked{}, fmt.Errorf("look for machine of %s: %w", task.ID, err)
+	}
+	report.Report("layers", 0, 0, "")
+	disks, err := s.liveLayers(ctx, task)
+	if err != nil {
+		return api.Invoked{}, err
+	}
+	networks, err := s.plug(ctx, task.ID, plan)
+	if err != nil {
+		return api.Invoked{}, err
+	}
+	dir := s.machineDir(task.ID)
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return api.Invoked{}, fmt.Errorf("make folder for machine: %w", err)
+	}
+	report.Report("start", 0, 0, "")
+	_, err = s.Hypervisor.Start(ctx, vm.Spec{
+		Name: out.Machine, Owner: vm.Owner{Kind: "invocation", ID: task.ID, Term: task.Term},
+		Hardware: task.PreRecovery.Hardware, Disks: disks, Networks: networks, Dir: dir,
+	})
+	if err != nil && !errors.Is(err, vm.ErrExists) {
+		return api.Invoked{}, fmt.Errorf("start machine: %w", err)
+	}
+	return out, nil
+}
+
+// liveLayers makes the layers an invoked machine writes to, or finds those of an earlier attempt.
+func (s *Silo) liveLayers(ctx context.Context, task api.InvokeTask) ([]vm.Disk, error) {
+	deltas, err := s.deltas(ctx, task.Snapshot, task.PreRecovery)
+	if err != nil {
+		return nil, err
+	}
+	dir := s.liveDir(task.ID)
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return nil, fmt.Errorf("make folder for live layers: %w", err)
+	}
+	raw, err := json.MarshalIndent(task, "", "  ")
+	if err != nil {
+		return nil, fmt.Errorf("write task: %w", err)
+	}
+	if err := placeFile(filepath.Join(dir, "task.json"), raw); err != nil {
+		return nil, err
+	}
+	base := Layers(s.liveSocket(task.ID), task.Snapshot.ID, len(task.Snapshot.Disks))
+	disks := make([]vm.Disk, len(deltas))
+	for n, below := range under(deltas, base) {
+		path := filepath.Join(dir, fmt.Sprintf("live-%d.qcow2", n))
+		live := vm.Layer{Path: path, Format: "qcow2"}
+		if _, err := os.Stat(path); err != nil {
+			if live, err = vm.NewLayer(ctx, path, below[0]); err != nil {
+				return nil, fmt.Errorf("make live layer: %w", err)
+			}
+		}
+		disks[n] = vm.Disk{Layers: append([]vm.Layer{live}, below...)}
+	}
+	return disks, nil
+}
+
+func segmentBridge(id string, seg invoke.Segment) string {
+	if seg.Own {
+		return bridgeName(id, seg.Index)
+	}
+	return seg.Bridge
+}
+
+func (s *Silo) plug(ctx context.Context, id string, plan invoke.Attachment) ([]vm.Network, error) {
+	var out []vm.Network
+	for _, seg := range plan.Segments {
+		bridge := segmentBridge(id, seg)
+		if seg.Own {
+			if err := s.Networks.HostOnly(ctx, HostOnlyNet{Name: bridge, Address: seg.Host}); err != nil {
+				return nil, fmt.Errorf("make network: %w", err)
+			}
+		}
+		out = append(out, vm.Network{Bridge: bridge})
+	}
+	return out, nil
+}
+
+// CheckInvoked implements api.Silo.
+func (s *Silo) CheckInvoked(ctx context.Context, task api.InvokeTask, report dr.Progress) ([]dr.CheckResult, error) {
+	m, err := s.Hypervisor.Find(ctx, machineName(task.ID))
+	if err != nil {
+		return nil, fmt.Errorf("find machine of %s: %w", task.ID, err)
+	}
+	a, err := boottest.Attend(ctx, m, boottest.Expectation{
+		Hardware: task.PreRecovery.Hardware, PreRecovery: task.PreRecovery,
+		Baseline: task.Snapshot.Inventory.Baseline(), Checks: task.Server.Checks,
+		Cabled: task.Network.Kind != dr.NetworkNone,
+	}, report)
+	return a.Results, err
+}
+
+// Tend implements api.Silo.
+func (s *Silo) Tend(ctx context.Context, task api.InvokeTask) (bool, error) {
+	if _, err := os.Stat(s.liveDir(task.ID)); err != nil {
+		return false, nil // it never started, or has ended
+	}
+	if err := s.Exporter.Start(ctx, task.Snapshot.ID, s.liveSocket(task.ID)); err != nil {
+		return false, fmt.Errorf("export snapshot %s again: %w", task.Snapshot.ID, err)
+	}
+	m, err := s.Hypervisor.Find(ctx, machineName(task.ID))
+	if errors.Is(err, vm.ErrGone) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("find machine of %s: %w", task.ID, err)
+	}
+	state, _, err := m.State(ctx)
+	return state == vm.Running || state == vm.Paused, err
+}
+
+// EndInvocation implements api.Silo. What is kept is a qcow2 file a disk, complete in itself.
+func (s *Silo) EndInvocation(ctx context.Context, task api.InvokeTask, keep bool) (string, error) {
+	if err := s.admit(task.ID, task.Term); err != nil {
+		return "", err
+	}
+	if m, err := s.Hypervisor.Find(ctx, machineName(task.ID)); err == nil {
+		if keep {
+			_, err = m.Shutdown(ctx, ShutdownLimit) // clean, so that what is kept is whole
+		} else {
+			err = m.Destroy(ctx)
+		}
+		if err != nil {
+			return "", fmt.Errorf("stop machine: %w", err)
+		}
+	} else if !errors.Is(err, vm.ErrGone) {
+		return "", fmt.Errorf("find machine of %s: %w", task.ID, err)
+	}
+	var kept string
+	if keep {
+		var err error
+		if kept, err = s.keepLive(ctx, task); err != nil {
+			return "", err
+		}
+	}
+	return kept, s.clearInvocation(ctx, task.ID)
+}
+
+// keepLive writes each disk, with everything the machine wrote, as one file that needs no store.
+func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error) {
+	dir := filepath.Join(s.Dir, "kept", task.ID)
+	if err := os.MkdirAll(dir, 0o750); err != nil {
+		return "", fmt.Errorf("make folder for kept disks: %w", err)
+	}
+	for n := range task.Snapshot.Disks {
+		live := filepath.Join(s.liveDir(task.ID), fmt.Sprintf("live-%d.qcow2", n))
+		dst := filepath.Join(dir, fmt.Sprintf("disk-%d.qcow2", n))
+		if _, err := os.Stat(dst); err == nil {
+			continue // an earlier attempt finished this one
+		}
+		if _, err := os.Stat(live); err != nil {
+			return "", fmt.Errorf("keep disk %d: %w", n, err)
+		}
+		if err := vm.Flatten(ctx, vm.Layer{Path: live, Format: "qcow2"}, dst+".new", nil); err != nil {
+			return "", fmt.Errorf("keep disk %d: %w", n, err)
+		}
+		if err := syncPath(dst + ".new"); err != nil {
+			return "", err
+		}
+		if err := os.Rename(dst+".new", dst); err != nil {
+			return "", fmt.Errorf("keep disk %d: %w", n, err)
+		}
+	}
+	return dir, syncPath(dir)
+}
+
+// clearInvocation removes everything an invocation has on this host but what was kept.
+func (s *Silo) clearInvocation(ctx context.Context, id string) error {
+	var errs []error
+	names, err := s.Networks.List(ctx)
+	errs = append(errs, err)
+	for _, name := range names {
+		if prefix := bridgeName(id, 0); strings.HasPrefix(name, prefix[:len(prefix)-1]) {
+			errs = append(errs, s.Networks.Remove(ctx, name))
+		}
+	}
+	errs = append(errs, s.Exporter.Stop(ctx, s.liveSocket(id)), os.RemoveAll(s.machineDir(id)), os.RemoveAll(s.liveDir(id)))
+	s.done(id)
+	return errors.Join(errs...)
+}
+
+// Reap implements api.Silo. It is called when no boot test is under way in this process: machines of boot tests that
+// are not named alive belong to a process that died.
+func (s *Silo) Reap(ctx context.Context, alive []string) ([]string, error) {
+	keep := map[string]bool{}
+	for _, id := range alive {
+		keep[id] = true
+	}
+	var removed []string
+	var errs []error
+	machines, err := s.Hypervisor.List(ctx)
+	errs = append(errs, err)
+	for _, m := range machines {
+		if keep[m.Owner.ID] {
+			continue
+		}
+		machine, err := s.Hypervisor.Find(ctx, m.Name)
+		if err == nil {
+			err = machine.Destroy(ctx)
+		}
+		if err != nil && !errors.Is(err, vm.ErrGone) {
+			errs = append(errs, fmt.Errorf("remove machine %s: %w", m.Name, err))
+			continue
+		}
+		removed = append(removed, "machine "+m.Name)
+	}
+	more, err := s.reapFiles(ctx, keep)
+	removed = append(removed, more...)
+	return removed, errors.Join(append(errs, err)...)
+}
+
+func (s *Silo) reapFiles(ctx context.Context, keep map[string]bool) ([]string, error) {
+	var removed []string
+	var errs []error
+	gone := func(what, path string) {
+		if err := os.RemoveAll(path); err != nil {
+			errs = append(errs, err)
+			return
+		}
+		removed = append(removed, what+" "+filepath.Base(path))
+	}
+	for _, e := range entries(s.scratch()) {
+		if !keep[e] {
+			gone("scratch layer", filepath.Join(s.scratch(), e))
+		}
+	}
+	for _, e := range entries(filepath.Join(s.Dir, "live")) {
+		if !keep[e] {
+			errs = append(errs, s.clearInvocation(ctx, e))
+			removed = append(removed, "live layer "+e)
+		}
+	}
+	for _, e := range entries(s.Run) {
+		if id, ok := strings.CutPrefix(e, boottest.MachinePrefix); ok && !keep["verdict-"+id] {
+			gone("machine folder", filepath.Join(s.Run, e))
+		}
+	}
+	for _, snap := range entries(filepath.Join(s.Dir, "images")) {
+		for _, pre := range entries(filepath.Join(s.Dir, "images", snap)) {
+			if _, err := readRecord(s.imageDir(snap, pre)); err != nil && !keep[pre] {
+				gone("unfinished delta", s.imageDir(snap, pre))
+			}
+		}
+	}
+	return removed, errors.Join(errs...)
+}
+
+func entries(dir string) (names []string) {
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		return nil
+	}
+	for _, e := range list {
+		names = append(names, e.Name())
+	}
+	return names
+}

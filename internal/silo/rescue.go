@@ -1,0 +1,277 @@
+package silo
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/boottest"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/prerecover"
+	"github.com/musterdr/muster/internal/store"
+	"github.com/musterdr/muster/internal/vm"
+)
+
+// recordName is the file that makes a folder of deltas complete.
+const recordName = "prerecovery.json"
+
+// PreRecover implements api.Silo. The deltas are complete once their record is written; what an earlier attempt left
+// unfinished is thrown away first.
+func (s *Silo) PreRecover(ctx context.Context, task api.PreRecoverTask, report dr.Progress) (dr.PreRecovery, error) {
+	if err := s.admit(task.ID, task.Term); err != nil {
+		return dr.PreRecovery{}, err
+	}
+	dir := s.imageDir(task.Snapshot.ID, task.ID)
+	if done, err := readRecord(dir); err == nil {
+		return done, nil
+	}
+	if err := os.RemoveAll(dir); err != nil {
+		return dr.PreRecovery{}, fmt.Errorf("clear unfinished pre-recovery: %w", err)
+	}
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return dr.PreRecovery{}, fmt.Errorf("make folder for deltas: %w", err)
+	}
+	own, err := customerOverlays(task.Server)
+	if err != nil {
+		return dr.PreRecovery{}, err
+	}
+	agent, err := os.ReadFile(s.GuestAgent)
+	if err != nil {
+		return dr.PreRecovery{}, fmt.Errorf("read test agent: %w; build it with 'make build'", err)
+	}
+	host, err := s.Hypervisor.Host(ctx)
+	if err != nil {
+		return dr.PreRecovery{}, fmt.Errorf("ask hypervisor: %w", err)
+	}
+	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
+	if err != nil {
+		return dr.PreRecovery{}, err
+	}
+	defer release()
+	memory, cpus := s.limits(host)
+	pre, err := prerecover.Run(ctx, s.Opener, prerecover.Request{
+		ID: task.ID, Snapshot: task.Snapshot, Base: firsts(layers), Dir: dir, Overlays: own, Agent: agent,
+		MaxMemory: memory, MaxCPUs: cpus, Memory: task.Server.Memory, CPUs: task.Server.CPUs, UEFI: host.UEFI,
+	}, report)
+	if err != nil {
+		os.RemoveAll(dir)
+		return dr.PreRecovery{}, rejection(err, fault())
+	}
+	if err := writeRecord(dir, pre); err != nil {
+		return dr.PreRecovery{}, err
+	}
+	s.done(task.ID)
+	return pre, nil
+}
+
+// rejection tells a fault of the snapshot from a fault on the way. fault is the first read error its export saw.
+func rejection(err, fault error) error {
+	if fault != nil {
+		return &api.Rejected{Code: dr.CodeDiskError, Reason: "the snapshot cannot be read from the store: " + fault.Error()}
+	}
+	if errors.Is(err, prerecover.ErrNotRescuable) {
+		return &api.Rejected{Code: dr.CodeNotBooted, Reason: err.Error()}
+	}
+	return err
+}
+
+func customerOverlays(server dr.Server) ([]prerecover.Overlay, error) {
+	if server.Overlays == "" {
+		return nil, nil
+	}
+	own, err := prerecover.LoadOverlays(server.Overlays)
+	if err != nil {
+		return nil, fmt.Errorf("load overlays of %s: %w", server.Name, err)
+	}
+	return own, nil
+}
+
+func (s *Silo) limits(host vm.Host) (memory, cpus int) {
+	memory, cpus = s.MaxMemory, s.MaxCPUs
+	if memory == 0 {
+		memory = int(host.Memory >> 21)
+	}
+	if cpus == 0 {
+		cpus = host.CPUs
+	}
+	return max(memory, 512), max(cpus, 1)
+}
+
+func firsts(layers [][]vm.Layer) (out []vm.Layer) {
+	for _, l := range layers {
+		out = append(out, l[0])
+	}
+	return out
+}
+
+func readRecord(dir string) (dr.PreRecovery, error) {
+	var pre dr.PreRecovery
+	raw, err := os.ReadFile(filepath.Join(dir, recordName))
+	if err != nil {
+		return pre, err
+	}
+	if err := json.Unmarshal(raw, &pre); err != nil {
+		return pre, fmt.Errorf("read record of pre-recovery %s: %w", dir, err)
+	}
+	return pre, nil
+}
+
+// writeRecord syncs the deltas, then puts the record in place in one step.
+func writeRecord(dir string, pre dr.PreRecovery) error {
+	for _, path := range pre.Deltas {
+		if err := syncPath(path); err != nil {
+			return err
+		}
+	}
+	raw, err := json.MarshalIndent(pre, "", "  ")
+	if err != nil {
+		return fmt.Errorf("write record of pre-recovery %s: %w", pre.ID, err)
+	}
+	return placeFile(filepath.Join(dir, recordName), raw)
+}
+
+// placeFile writes a file that is there in full or not at all, also after a power cut.
+func placeFile(path string, content []byte) error {
+	tmp := path + ".new"
+	if err := os.WriteFile(tmp, content, 0o600); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	if err := syncPath(tmp); err != nil {
+		return err
+	}
+	if err := os.Rename(tmp, path); err != nil {
+		return fmt.Errorf("write %s: %w", path, err)
+	}
+	return syncPath(filepath.Dir(path))
+}
+
+func syncPath(path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("sync %s: %w", path, err)
+	}
+	defer f.Close()
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("sync %s: %w", path, err)
+	}
+	return nil
+}
+
+// DeltaName is the name under which disk n's delta is kept with its snapshot in the store.
+func DeltaName(pre string, n int) string { return fmt.Sprintf("%s-delta-%d.qcow2", pre, n) }
+
+// deltas gives the delta files of a pre-recovery, fetched back from the store if this silo has lost them.
+func (s *Silo) deltas(ctx context.Context, snap dr.Snapshot, pre dr.PreRecovery) ([]string, error) {
+	dir := s.imageDir(snap.ID, pre.ID)
+	_, err := readRecord(dir)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	paths := make([]string, len(snap.Disks))
+	for n := range paths {
+		paths[n] = filepath.Join(dir, fmt.Sprintf("delta-%d.qcow2", n))
+	}
+	if err == nil {
+		return paths, nil
+	}
+	if err := os.MkdirAll(dir, 0o711); err != nil {
+		return nil, fmt.Errorf("make folder for deltas: %w", err)
+	}
+	for n, path := range paths {
+		if err := s.fetch(ctx, snap.ID, DeltaName(pre.ID, n), path); err != nil {
+			return nil, fmt.Errorf("find delta of %s: %w; run 'muster prerecover %s --snapshot %s' to make it anew", snap.ID, err, snap.Server, snap.ID)
+		}
+	}
+	pre.Deltas = paths
+	return paths, writeRecord(dir, pre)
+}
+
+func (s *Silo) fetch(ctx context.Context, snapshot, name, path string) error {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return s.Store.Fetch(ctx, snapshot, name, f)
+}
+
+// KeepDeltas puts a pre-recovery's deltas into the store beside their snapshot, so that a lost silo costs nothing.
+func (s *Silo) KeepDeltas(ctx context.Context, snap dr.Snapshot, pre dr.PreRecovery) error {
+	paths, err := s.deltas(ctx, snap, pre)
+	if err != nil {
+		return err
+	}
+	for n, path := range paths {
+		if err := keepFile(ctx, s.Store, snap.ID, DeltaName(pre.ID, n), path); err != nil {
+			return fmt.Errorf("keep delta of %s: %w", snap.ID, err)
+		}
+	}
+	return nil
+}
+
+func keepFile(ctx context.Context, st *store.Store, snapshot, name, path string) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return st.Keep(ctx, snapshot, name, io.Reader(f))
+}
+
+// Test implements api.Silo.
+func (s *Silo) Test(ctx context.Context, task api.TestTask, report dr.Progress) (dr.Verdict, error) {
+	if err := s.admit(task.ID, task.Term); err != nil {
+		return dr.Verdict{}, err
+	}
+	if err := boottest.Clear(ctx, s.Hypervisor, task.ID, s.scratch(), s.Run); err != nil {
+		return dr.Verdict{}, fmt.Errorf("clear what an earlier attempt left: %w", err)
+	}
+	paths, err := s.deltas(ctx, task.Snapshot, task.PreRecovery)
+	if err != nil {
+		return dr.Verdict{}, err
+	}
+	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
+	if err != nil {
+		return dr.Verdict{}, err
+	}
+	defer release()
+	evidence := s.evidenceDir(task.Snapshot.ID, task.ID)
+	if err := os.MkdirAll(evidence, 0o750); err != nil {
+		return dr.Verdict{}, fmt.Errorf("make folder for evidence: %w", err)
+	}
+	v, err := boottest.Run(ctx, s.Hypervisor, boottest.Request{
+		VerdictID: task.ID, Term: task.Term, Snapshot: task.Snapshot, PreRecovery: task.PreRecovery,
+		Baseline: task.Snapshot.Inventory.Baseline(), Checks: task.Server.Checks, Objectives: task.Server.Objectives,
+		Layers: under(paths, layers), ScratchDir: s.scratch(), RunDir: s.Run, EvidenceDir: evidence,
+		Asked: task.Asked, DiskError: fault,
+	}, report)
+	if err == nil {
+		s.done(task.ID)
+	}
+	return v, err
+}
+
+func (s *Silo) scratch() string { return filepath.Join(s.Dir, "scratch") }
+
+// under puts each delta on top of its disk.
+func under(deltas []string, base [][]vm.Layer) [][]vm.Layer {
+	out := make([][]vm.Layer, len(deltas))
+	for n, path := range deltas {
+		out[n] = append([]vm.Layer{{Path: path, Format: "qcow2"}}, base[n]...)
+	}
+	return out
+}
+
+// Discard implements api.Silo.
+func (s *Silo) Discard(_ context.Context, snapshot string) error {
+	if err := dr.ValidateID(snapshot); err != nil {
+		return err
+	}
+	return errors.Join(os.RemoveAll(filepath.Join(s.Dir, "images", snapshot)), os.RemoveAll(filepath.Join(s.Dir, "evidence", snapshot)))
+}

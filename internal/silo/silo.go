@@ -1,0 +1,240 @@
+// Package silo is the role of a host with a hypervisor: it makes rescue images of snapshots, boot-tests them, runs them
+// for real, and cleans up after itself and after crashes.
+//
+// # Where things lie
+//
+//	DIR/images/SNAPSHOT/PRERECOVERY/   deltas and their record, kept as long as the snapshot
+//	DIR/evidence/SNAPSHOT/VERDICT/     screenshot, serial log, answers
+//	DIR/scratch/                       of boot tests; emptied at every start
+//	DIR/live/INVOCATION/               what an invoked machine writes; kept until the invocation ends
+//	RUN/                               sockets and machine folders: short paths, gone after a reboot
+//
+// A boot test reads the store through an export inside this process: if the process dies, so does the test. An invoked
+// machine reads through an exporter process of its own, so that it lives on when this process is restarted.
+//
+// Knows: which stage needs what of the others; where files of a silo lie; leases by their term.
+// Must not know: the catalog, last-known-good, why it is asked.
+package silo
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/image"
+	"github.com/musterdr/muster/internal/prerecover"
+	"github.com/musterdr/muster/internal/store"
+	"github.com/musterdr/muster/internal/vm"
+)
+
+// Config is what a silo is made of. All fields but Overlays are needed.
+type Config struct {
+	Store      *store.Store
+	Hypervisor vm.Hypervisor
+	Opener     prerecover.Opener
+	Networks   Networks
+	Exporter   Exporter
+	GuestAgent string // path of the static test agent that is put into rescue images
+	Dir        string // data, see the package comment
+	Run        string // sockets; short
+	SocketGID  int    // group under which the hypervisor's machines run
+	MaxMemory  int    // MiB a rescue machine may have at most; 0: half the host's
+	MaxCPUs    int    // 0: the host's
+	Diagnose   func(ctx context.Context) []api.Finding
+}
+
+// Networks makes and removes the bridges of rescue machines.
+type Networks interface {
+	// HostOnly makes a bridge on which only the host and the machines plugged into it are. A zero address leaves the
+	// host without one. Making one that exists with the same address is no error.
+	HostOnly(ctx context.Context, net HostOnlyNet) error
+	Remove(ctx context.Context, name string) error
+	List(ctx context.Context) ([]string, error)
+}
+
+// Exporter runs a process that serves a snapshot's disks on a unix socket and outlives this one.
+type Exporter interface {
+	// Start makes sure that the snapshot is served on the socket, as exports SNAPSHOT/0, SNAPSHOT/1, …
+	Start(ctx context.Context, snapshot, socket string) error
+	Stop(ctx context.Context, socket string) error
+}
+
+// Silo does the work of one host. Its methods may be called from many goroutines.
+type Silo struct {
+	Config
+	exports *exports
+
+	mu    sync.Mutex
+	terms map[string]int64
+}
+
+var _ api.Silo = (*Silo)(nil)
+
+// Open starts a silo: its folders exist and its exports are served until ctx ends or Close is called.
+func Open(ctx context.Context, config Config) (*Silo, error) {
+	for _, dir := range []string{"images", "evidence", "scratch", "live"} {
+		if err := os.MkdirAll(filepath.Join(config.Dir, dir), 0o711); err != nil {
+			return nil, fmt.Errorf("open silo: %w", err)
+		}
+	}
+	if err := os.MkdirAll(config.Run, 0o711); err != nil {
+		return nil, fmt.Errorf("open silo: %w", err)
+	}
+	if config.Diagnose == nil {
+		config.Diagnose = func(context.Context) []api.Finding { return nil }
+	}
+	s := &Silo{Config: config, terms: map[string]int64{}}
+	socket := filepath.Join(config.Run, "exports.sock")
+	l, err := image.Listen(socket, 0o660, config.SocketGID)
+	if err != nil {
+		return nil, fmt.Errorf("open silo: %w", err)
+	}
+	s.exports = serveExports(config.Store, socket, l)
+	return s, nil
+}
+
+// Close stops serving. Machines of boot tests that still run lose their disks; invoked machines do not notice.
+func (s *Silo) Close() error { return s.exports.close() }
+
+// ErrStale is returned to work whose lease has gone to somebody else.
+var ErrStale = errors.New("this work was given to somebody else meanwhile")
+
+// admit refuses work of a lower term than one seen for the same identifier.
+func (s *Silo) admit(id string, term int64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if term < s.terms[id] {
+		return fmt.Errorf("admit %s in term %d: %w (term %d)", id, term, ErrStale, s.terms[id])
+	}
+	s.terms[id] = term
+	return nil
+}
+
+func (s *Silo) done(id string) {
+	s.mu.Lock()
+	delete(s.terms, id)
+	s.mu.Unlock()
+}
+
+// Diagnose implements api.Silo.
+func (s *Silo) Diagnose(ctx context.Context) []api.Finding { return s.Config.Diagnose(ctx) }
+
+func (s *Silo) imageDir(snapshot, pre string) string {
+	return filepath.Join(s.Dir, "images", snapshot, pre)
+}
+func (s *Silo) evidenceDir(snapshot, verdict string) string {
+	return filepath.Join(s.Dir, "evidence", snapshot, verdict)
+}
+func (s *Silo) liveDir(invocation string) string { return filepath.Join(s.Dir, "live", invocation) }
+
+// exports serves snapshots' disks to machines of this process, opened once however many read them.
+type exports struct {
+	store  *store.Store
+	socket string
+	server *image.Server
+	cancel context.CancelFunc
+	served chan error
+
+	mu   sync.Mutex
+	open map[string]*export
+	bad  map[string]error // export → first read error, until it is released
+}
+
+type export struct {
+	images []*store.Image
+	users  int
+}
+
+func serveExports(st *store.Store, socket string, l net.Listener) *exports {
+	ctx, cancel := context.WithCancel(context.Background())
+	e := &exports{store: st, socket: socket, server: image.NewServer(), cancel: cancel, served: make(chan error, 1),
+		open: map[string]*export{}, bad: map[string]error{}}
+	e.server.OnError = func(name string, err error) {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if e.bad[name] == nil {
+			e.bad[name] = err
+		}
+	}
+	go func() { e.served <- e.server.Serve(ctx, l) }()
+	return e
+}
+
+func (e *exports) close() error {
+	e.cancel()
+	err := e.server.Close()
+	<-e.served
+	os.Remove(e.socket)
+	return err
+}
+
+// ExportName is how disk n of a snapshot is called on an NBD server.
+func ExportName(snapshot string, n int) string { return fmt.Sprintf("%s/%d", snapshot, n) }
+
+// Layers names the disks of a snapshot on an NBD socket, each as the single layer under what is put above.
+func Layers(socket, snapshot string, disks int) [][]vm.Layer {
+	out := make([][]vm.Layer, disks)
+	for n := range out {
+		out[n] = []vm.Layer{{Socket: socket, Export: ExportName(snapshot, n), Format: "raw"}}
+	}
+	return out
+}
+
+// acquire serves a snapshot's disks until release is called. fault gives the first read error of any of them.
+func (e *exports) acquire(ctx context.Context, snapshot string, disks int) (layers [][]vm.Layer, fault func() error, release func(), err error) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	x := e.open[snapshot]
+	if x == nil {
+		x = &export{}
+		for n := range disks {
+			img, err := e.store.Image(ctx, snapshot, n)
+			if err == nil {
+				x.images = append(x.images, img)
+				err = e.server.Add(ExportName(snapshot, n), img)
+			}
+			if err != nil {
+				e.drop(snapshot, x)
+				return nil, nil, nil, fmt.Errorf("export snapshot %s: %w", snapshot, err)
+			}
+		}
+		e.open[snapshot] = x
+	}
+	x.users++
+	var once sync.Once
+	release = func() {
+		once.Do(func() {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			if x.users--; x.users == 0 {
+				e.drop(snapshot, x)
+			}
+		})
+	}
+	fault = func() error {
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		for n := range disks {
+			if err := e.bad[ExportName(snapshot, n)]; err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	return Layers(e.socket, snapshot, disks), fault, release, nil
+}
+
+func (e *exports) drop(snapshot string, x *export) {
+	for n, img := range x.images {
+		name := ExportName(snapshot, n)
+		e.server.Remove(name)
+		delete(e.bad, name)
+		img.Close()
+	}
+	delete(e.open, snapshot)
+}
