@@ -137,6 +137,7 @@ func export(cmd *cobra.Command, st *store.Store, snap dr.Snapshot, socket string
 // is restarted. It implements silo.Exporter.
 type exporter struct {
 	install install
+	group   int // under which the hypervisor runs machines
 }
 
 // Limits of starting and stopping an exporter.
@@ -160,7 +161,7 @@ func (e exporter) Start(ctx context.Context, snapshot, socket string) error {
 		return fmt.Errorf("start exporter: %w", err)
 	}
 	defer logFile.Close()
-	c := exec.Command(self, "export", "--dir", e.install.Dir, snapshot, "--socket", socket, "--group", strconv.Itoa(machineGroup()))
+	c := exec.Command(self, "export", "--dir", e.install.Dir, snapshot, "--socket", socket, "--group", strconv.Itoa(e.group))
 	c.Env = append(os.Environ(), "GOMEMLIMIT=120MiB")
 	c.Stdout, c.Stderr = logFile, logFile
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

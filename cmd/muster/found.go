@@ -19,13 +19,13 @@ func printFound(cmd *cobra.Command, op api.Operation) {
 		var reports []store.VerifyReport
 		if json.Unmarshal(op.Result, &reports) == nil {
 			for _, r := range reports {
-				fmt.Fprintln(out, r.String())
+				fmt.Fprintln(out, master.Found(r))
 			}
 		}
 	case "collect":
 		var r store.CollectReport
 		if json.Unmarshal(op.Result, &r) == nil {
-			fmt.Fprintln(out, r.String())
+			fmt.Fprintf(out, "Freed %s; %d snapshots are kept in %s.\n", size(r.Freed()), r.Snapshots, size(r.After))
 		}
 	case "adopt":
 		var a master.Adopted

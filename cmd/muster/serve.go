@@ -8,9 +8,7 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/user"
 	"path/filepath"
-	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -164,17 +162,18 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 }
 
 func (p *platform) openSilo(ctx context.Context, i install, set settings, st *store.Store) (*silo.Silo, error) {
-	hv, err := libvirt.Open(ctx, libvirt.Config{Socket: set.Libvirt, ProbeCache: i.path("kvm-probe.json")})
+	hv, err := libvirt.Open(ctx, libvirt.Config{Socket: set.Libvirt, ProbeFile: i.path("kvm-probe.json")})
 	if err != nil {
 		return nil, withCode(exitUnavailable, fmt.Errorf("reach libvirt: %w; 'muster doctor' says what is missing", err))
 	}
 	p.onClose("hypervisor", hv.Close)
+	_, gid := hv.User()
 	guest, err := besides("muster-guest")
 	if err != nil {
 		return nil, err
 	}
 	s, err := silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: guestfs.Opener{Cache: i.path("silo/guestfs")}, Networks: hostNetworks{},
-		Exporter: exporter{install: i}, GuestAgent: guest, Dir: i.path("silo"), Run: i.Run, SocketGID: machineGroup(),
+		Exporter: exporter{install: i, group: gid}, GuestAgent: guest, Dir: i.path("silo"), Run: i.Run, SocketGID: gid,
 		MaxMemory: set.MaxMemory, MaxCPUs: set.MaxCPUs, Diagnose: func(ctx context.Context) []api.Finding { return diagnose(ctx, i, hv) }})
 	if err != nil {
 		return nil, err
@@ -200,18 +199,6 @@ func besides(name string) (string, error) {
 func isFile(path string) bool {
 	info, err := os.Stat(path)
 	return err == nil && info.Mode().IsRegular()
-}
-
-// machineGroup is the group under which the hypervisor runs machines: 0 where there is no such user.
-func machineGroup() int {
-	for _, name := range []string{"libvirt-qemu", "qemu"} {
-		if u, err := user.Lookup(name); err == nil {
-			if gid, err := strconv.Atoi(u.Gid); err == nil {
-				return gid
-			}
-		}
-	}
-	return 0
 }
 
 // openSource knows the ways of reading a server.

@@ -72,9 +72,9 @@ func (m *Master) verifyStore(r *engine.Run, in storeWork) error {
 	if err != nil {
 		return err
 	}
-	damaged := 0
+	var damaged int64
 	for _, report := range reports {
-		damaged += len(report.Damages)
+		damaged += report.Damaged
 	}
 	if damaged > 0 {
 		return engine.Permanent(fmt.Errorf("verify store: %d damaged blocks found; see the tickets", damaged))
@@ -100,12 +100,12 @@ func (m *Master) verify(ctx context.Context, r *engine.Run, only string) ([]stor
 			return out, fmt.Errorf("verify snapshot %s: %w", snap.ID, err)
 		}
 		out = append(out, report)
-		if len(report.Damages) > 0 {
-			if _, err := m.Catalog.OpenTicket(ctx, snap.ServerID, dr.ProblemStore, "the store is damaged", report.String(), snap.ID, m.Now()); err != nil {
+		if report.Damaged > 0 {
+			if _, err := m.Catalog.OpenTicket(ctx, snap.ServerID, dr.ProblemStore, "the store is damaged", Found(report), snap.ID, m.Now()); err != nil {
 				return out, err
 			}
 		}
-		m.event(ctx, "store.verified", snap.Server, snap.ID, report.String())
+		m.event(ctx, "store.verified", snap.Server, snap.ID, Found(report))
 	}
 	if len(out) == 0 {
 		return nil, engine.Permanent(errors.New("verify store: it holds no snapshot, so nothing was verified"))
@@ -113,11 +113,29 @@ func (m *Master) verify(ctx context.Context, r *engine.Run, only string) ([]stor
 	return out, nil
 }
 
+// Found says in a sentence what a verification found, with the first damages by disk and offset.
+func Found(r store.VerifyReport) string {
+	if r.Damaged == 0 {
+		return fmt.Sprintf("%s: %d blocks (%d bytes) and %d files read back and right, %d blocks of zeros", r.SnapshotID, r.Blocks, r.Bytes, r.Files, r.Zero)
+	}
+	text := fmt.Sprintf("%s: %d DAMAGED, %d blocks and %d files right", r.SnapshotID, r.Damaged, r.Blocks, r.Files)
+	for i, d := range r.Damages {
+		if i == maxDamagesTold {
+			return text + "; …"
+		}
+		text += "; " + d.String()
+	}
+	return text
+}
+
+// maxDamagesTold is how many damages a ticket lists; the operation's result lists more.
+const maxDamagesTold = 10
+
 func (m *Master) collectStore(r *engine.Run, in storeWork) error {
 	report, err := engine.Step(r, "collect", engine.StepOptions{Limit: captureLimit}, func(ctx context.Context) (store.CollectReport, error) {
-		report, err := m.Store.Collect(ctx, store.CollectOptions{Alone: in.Alone}, r.Report)
+		report, err := m.Store.Collect(ctx, store.CollectOptions{Immediate: in.Alone}, r.Report)
 		if err == nil {
-			m.event(ctx, "store.collected", "", "", report.String())
+			m.event(ctx, "store.collected", "", "", fmt.Sprintf("%d bytes freed, %d snapshots kept", report.Freed(), report.Snapshots))
 		}
 		return report, err
 	})
