@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"sort"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -70,9 +71,13 @@ func (m *memory) Extents(ctx context.Context, off, length int64, yield func(Exte
 	if off < 0 || length < 0 || off+length > m.Size() {
 		return fmt.Errorf("[%d, %d) is outside", off, off+length)
 	}
-	for _, e := range m.extents {
+	first := sort.Search(len(m.extents), func(i int) bool { return m.extents[i].Offset+m.extents[i].Length > off })
+	for _, e := range m.extents[first:] {
 		from, to := max(e.Offset, off), min(e.Offset+e.Length, off+length)
-		if from < to && !yield(Extent{from, to - from, e.Zero}) {
+		if from >= to {
+			break
+		}
+		if !yield(Extent{from, to - from, e.Zero}) {
 			return ctx.Err()
 		}
 	}

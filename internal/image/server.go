@@ -267,7 +267,7 @@ func (s *Server) Close() error {
 	}
 	s.mu.Unlock()
 	if stuck := s.finish(left); stuck > 0 {
-		return fmt.Errorf("close NBD server: reads for %d clients hang in the image", stuck)
+		return fmt.Errorf("close NBD server: reads hang in the image, clients: %d", stuck)
 	}
 	return nil
 }
