@@ -1,0 +1,181 @@
+package store
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/kopia/kopia/repo/blob"
+	"github.com/kopia/kopia/repo/content"
+)
+
+// guard stands between Kopia and a place. It reads back what was written before it says so, keeps a reserve of space
+// so that a full store can still forget, turns "disk full" into an error people understand, and notices when the place
+// is gone for good, where Kopia would try for ever.
+type guard struct {
+	Place
+	store    *Store
+	failures atomic.Int32 // listings that failed in a row
+}
+
+// Space kept back for forgetting and collecting: a share of the place, at most a fixed size.
+const (
+	reserveShare = 20 // a twentieth
+	reserveMax   = 64 << 20
+)
+
+// maxListFailures is how many listings may fail in a row before the place is given up.
+const maxListFailures = 5
+
+type reserveKey struct{}
+
+// withReserve lets the work under a context use the reserved space.
+func withReserve(ctx context.Context) context.Context {
+	return context.WithValue(ctx, reserveKey{}, true)
+}
+
+// sessions are the write sessions of one Writer: what tells a block that is new from one that was there.
+type sessions struct {
+	mu  sync.Mutex
+	ids map[content.SessionID]bool
+}
+
+type sessionsKey struct{}
+
+func (t *sessions) add(id content.SessionID) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.ids == nil {
+		t.ids = make(map[content.SessionID]bool)
+	}
+	t.ids[id] = true
+}
+
+func (t *sessions) has(id content.SessionID) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.ids[id]
+}
+
+func (g *guard) Close(context.Context) error { return nil } // the place is the store's to close
+
+func (g *guard) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts blob.PutOptions) error {
+	if err := g.room(ctx, id, int64(data.Length())); err != nil {
+		return err
+	}
+	if err := g.Place.PutBlob(ctx, id, data, opts); err != nil {
+		if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+			return g.noSpace(ctx, id, err)
+		}
+		return fmt.Errorf("put blob %s: %w", id, err)
+	}
+	if err := g.readBack(ctx, id, data); err != nil {
+		return err
+	}
+	if t, ok := ctx.Value(sessionsKey{}).(*sessions); ok && len(id) > 0 && id[:1] == content.BlobIDPrefixSession {
+		t.add(content.SessionIDFromBlobID(id))
+	}
+	return nil
+}
+
+// room refuses to use up the last space for anything but forgetting and collecting.
+func (g *guard) room(ctx context.Context, id blob.ID, length int64) error {
+	if ctx.Value(reserveKey{}) != nil {
+		return nil
+	}
+	c, err := g.GetCapacity(ctx)
+	if err != nil {
+		return nil // this place cannot say; writing will
+	}
+	if int64(c.FreeB)-length < min(int64(c.SizeB)/reserveShare, reserveMax) {
+		return g.noSpace(ctx, id, nil)
+	}
+	return nil
+}
+
+func (g *guard) noSpace(ctx context.Context, id blob.ID, cause error) error {
+	free := "an unknown number of"
+	if c, err := g.GetCapacity(ctx); err == nil {
+		free = fmt.Sprint(c.FreeB)
+	}
+	if cause == nil {
+		return fmt.Errorf("put blob %s: %w: %s has %s bytes free; add space, or forget snapshots and collect", id, ErrNoSpace, g.store.drv, free)
+	}
+	return fmt.Errorf("put blob %s: %w: %s has %s bytes free; add space, or forget snapshots and collect (%w)", id, ErrNoSpace, g.store.drv, free, cause)
+}
+
+// readBack compares a blob on the medium with what should be there.
+func (g *guard) readBack(ctx context.Context, id blob.ID, data blob.Bytes) error {
+	g.Evict(ctx, id)
+	r := data.Reader()
+	defer r.Close() //nolint:errcheck // memory
+	c := &comparer{want: r, total: data.Length()}
+	if err := g.Place.GetBlob(ctx, id, 0, -1, c); err != nil && !errors.Is(err, errDiffers) {
+		return fmt.Errorf("read back blob %s: %w", id, err)
+	}
+	if err := c.done(); err != nil {
+		return fmt.Errorf("read back blob %s: %w: the medium does not return what was written to it; check disk and memory (%w)", id, ErrDamaged, err)
+	}
+	return nil
+}
+
+var errDiffers = errors.New("the bytes differ")
+
+// comparer is where a blob is read to that is only to be compared.
+type comparer struct {
+	want    io.ReadSeeker
+	total   int
+	got     int
+	buf     [32 << 10]byte
+	differs bool
+}
+
+func (c *comparer) Length() int { return c.got }
+
+func (c *comparer) Reset() {
+	_, err := c.want.Seek(0, io.SeekStart)
+	c.got, c.differs = 0, err != nil
+}
+
+func (c *comparer) Write(p []byte) (int, error) {
+	for rest := p; len(rest) > 0; {
+		n := min(len(rest), len(c.buf))
+		if _, err := io.ReadFull(c.want, c.buf[:n]); err != nil || !bytes.Equal(c.buf[:n], rest[:n]) {
+			c.differs = true
+			return 0, errDiffers
+		}
+		rest = rest[n:]
+	}
+	c.got += len(p)
+	return len(p), nil
+}
+
+func (c *comparer) done() error {
+	if c.differs {
+		return fmt.Errorf("%w after byte %d", errDiffers, c.got)
+	}
+	if c.got != c.total {
+		return fmt.Errorf("%d bytes came back of %d", c.got, c.total)
+	}
+	return nil
+}
+
+func (g *guard) ListBlobs(ctx context.Context, prefix blob.ID, cb func(blob.Metadata) error) error {
+	var stopped error
+	err := g.Place.ListBlobs(ctx, prefix, func(m blob.Metadata) error {
+		stopped = cb(m)
+		return stopped
+	})
+	switch {
+	case err == nil || stopped != nil || ctx.Err() != nil:
+		g.failures.Store(0)
+	case g.failures.Add(1) >= maxListFailures:
+		g.store.giveUp(fmt.Errorf("list blobs: %w", err))
+	}
+	return err
+}

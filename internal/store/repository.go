@@ -1,0 +1,273 @@
+package store
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/kopia/kopia/repo"
+	"github.com/kopia/kopia/repo/blob"
+	"github.com/kopia/kopia/repo/content"
+	"github.com/kopia/kopia/repo/format"
+	"github.com/kopia/kopia/repo/maintenance"
+	"github.com/kopia/kopia/repo/manifest"
+)
+
+// The format of a new repository. BLAKE3 is several times faster than Kopia's default; the splitter is never used by
+// our own blocks, which are smaller than one of its pieces.
+const (
+	hashAlgorithm       = "BLAKE3-256"
+	encryptionAlgorithm = "AES256-GCM-HMAC-SHA256"
+	objectSplitter      = "FIXED-8M"
+	packSize            = 20 << 20
+	compressorFast      = "zstd-fastest"
+	compressorSmall     = "zstd"
+)
+
+// owner is who runs maintenance: never a stock kopia command, which does not know our locks.
+const ownerUser, ownerHost = "muster", "muster"
+
+// repository is Kopia's view of the place. The store has two: one that can only read, because Kopia rewrites
+// manifests on its own when it finds many, without any lock; and one to write with, opened when first needed.
+type repository struct {
+	rep repo.DirectRepository
+}
+
+// connections hands an open place over to Kopia, which wants to open storages by itself from a description.
+var connections struct {
+	sync.Mutex
+	next int
+	open map[string]blob.Storage
+}
+
+const storageType = "muster-place"
+
+type connection struct {
+	ID string `json:"id"`
+}
+
+func init() {
+	blob.AddSupportedStorage(storageType, connection{}, func(_ context.Context, c *connection, _ bool) (blob.Storage, error) {
+		connections.Lock()
+		defer connections.Unlock()
+		st, ok := connections.open[c.ID]
+		if !ok {
+			return nil, errors.New("this place is not open in this process")
+		}
+		return st, nil
+	})
+}
+
+// lend makes a storage known to Kopia until the returned function is called.
+func lend(st blob.Storage) (blob.ConnectionInfo, func()) {
+	connections.Lock()
+	defer connections.Unlock()
+	if connections.open == nil {
+		connections.open = make(map[string]blob.Storage)
+	}
+	connections.next++
+	id := strconv.Itoa(connections.next)
+	connections.open[id] = st
+	return blob.ConnectionInfo{Type: storageType, Config: connection{ID: id}}, func() {
+		connections.Lock()
+		defer connections.Unlock()
+		delete(connections.open, id)
+	}
+}
+
+// cacheVariable makes Kopia use a cache folder whatever it was told, and then panic because the cache has no size.
+const cacheVariable = "KOPIA_CACHE_DIRECTORY"
+
+// open connects Kopia to a storage. dir is a folder of this process for the configuration file it insists on.
+func open(ctx context.Context, st blob.Storage, dir, password string, readOnly bool, now func() time.Time, fatal func(error)) (repo.DirectRepository, error) {
+	if err := os.Unsetenv(cacheVariable); err != nil {
+		return nil, err
+	}
+	info, forget := lend(st)
+	defer forget()
+	config, err := json.Marshal(repo.LocalConfig{
+		Storage: &info,
+		Caching: &content.CachingOptions{},
+		ClientOptions: repo.ClientOptions{
+			Username: ownerUser, Hostname: ownerHost, ReadOnly: readOnly, Description: "muster",
+		},
+	})
+	if err != nil {
+		return nil, err
+	}
+	name := filepath.Join(dir, fmt.Sprintf("%v.json", readOnly))
+	if err := os.WriteFile(name, config, 0o600); err != nil {
+		return nil, err
+	}
+	rep, err := repo.Open(ctx, name, password, &repo.Options{
+		DisableRepositoryLog: true,
+		DoNotWaitForUpgrade:  true,
+		TimeNowFunc:          now,
+		OnFatalError:         fatal,
+	})
+	switch {
+	case errors.Is(err, repo.ErrInvalidPassword):
+		return nil, ErrBadPassword
+	case errors.Is(err, blob.ErrBlobNotFound):
+		return nil, fmt.Errorf("%w (%w)", ErrNotAStore, err)
+	case err != nil:
+		return nil, err
+	}
+	direct, ok := rep.(repo.DirectRepository)
+	if !ok {
+		return nil, errors.Join(errors.New("kopia gave no direct repository"), rep.Close(ctx))
+	}
+	return direct, nil
+}
+
+func openRepository(ctx context.Context, s *Store, readOnly bool) (*repository, error) {
+	rep, err := open(ctx, &guard{Place: s.place, store: s}, s.dir, s.password, readOnly, s.now, s.giveUp)
+	if err != nil {
+		return nil, err
+	}
+	return &repository{rep: rep}, nil
+}
+
+// writable gives the repository to write with.
+func (s *Store) writable(ctx context.Context) (repo.DirectRepository, error) {
+	s.mu.Lock()
+	w := s.writer
+	s.mu.Unlock()
+	if w != nil {
+		return w.rep, nil
+	}
+	w, err := openRepository(ctx, s, false)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.writer != nil { // somebody was faster
+		return s.writer.rep, w.rep.Close(ctx)
+	}
+	s.writer = w
+	return w.rep, nil
+}
+
+// initialize writes a new repository and its parameters.
+func initialize(ctx context.Context, place Place, password string) error {
+	err := repo.Initialize(ctx, place, &repo.NewRepositoryOptions{
+		BlockFormat: format.ContentFormat{
+			Hash: hashAlgorithm, Encryption: encryptionAlgorithm,
+			MutableParameters: format.MutableParameters{MaxPackSize: packSize},
+		},
+		ObjectFormat: format.ObjectFormat{Splitter: objectSplitter},
+	}, password)
+	if errors.Is(err, repo.ErrAlreadyInitialized) {
+		return ErrNotEmpty
+	}
+	if err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "muster-store-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir) //nolint:errcheck // only a configuration file of this process
+	var broken atomic.Pointer[error]
+	rep, err := open(ctx, kept{place}, dir, password, false, time.Now, func(err error) { broken.Store(&err) })
+	if err != nil {
+		return err
+	}
+	err = errors.Join(setParameters(ctx, rep), rep.Close(ctx))
+	if p := broken.Load(); p != nil {
+		err = errors.Join(err, *p)
+	}
+	return errors.Join(err, place.Sync(ctx))
+}
+
+// setParameters makes index blobs be compacted after minutes, not days, because every look-up asks each of them, and
+// makes us the owner of maintenance.
+func setParameters(ctx context.Context, rep repo.DirectRepository) error {
+	fm := rep.FormatManager()
+	mp, err := fm.GetMutableParameters(ctx)
+	if err != nil {
+		return err
+	}
+	cfg, err := fm.BlobCfgBlob(ctx)
+	if err != nil {
+		return err
+	}
+	ep := &mp.EpochParameters
+	ep.EpochRefreshFrequency = 3 * time.Minute
+	ep.MinEpochDuration = 10 * time.Minute
+	ep.CleanupSafetyMargin = 10 * time.Minute
+	ep.EpochAdvanceOnCountThreshold = 10
+	if err := fm.SetParameters(ctx, mp, cfg, nil); err != nil {
+		return err
+	}
+	return repo.WriteSession(ctx, rep, repo.WriteSessionOptions{Purpose: "create"}, func(ctx context.Context, w repo.RepositoryWriter) error {
+		p := maintenance.DefaultParams()
+		p.Owner = ownerUser + "@" + ownerHost
+		return maintenance.SetParams(ctx, w, &p)
+	})
+}
+
+// kept is a place that outlives the repository opened on it.
+type kept struct{ Place }
+
+func (kept) Close(context.Context) error { return nil }
+
+// mutate changes manifests: it is alone with them in all processes, sees the newest, and returns when what fn did
+// is on the medium and visible to our own readers.
+func (s *Store) mutate(ctx context.Context, purpose string, fn func(ctx context.Context, w repo.DirectRepositoryWriter) error) error {
+	ctx, done := s.bind(ctx)
+	defer done()
+	unlock, err := s.lock(ctx, lockPublish, true)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	rep, err := s.writable(ctx)
+	if err != nil {
+		return s.explain(err)
+	}
+	if err := rep.Refresh(ctx); err != nil {
+		return s.explain(err)
+	}
+	ctx, w, err := rep.NewDirectWriter(ctx, repo.WriteSessionOptions{Purpose: purpose})
+	if err != nil {
+		return s.explain(err)
+	}
+	err = func() error {
+		all, err := w.FindManifests(ctx, nil)
+		if err != nil {
+			return err
+		}
+		s.raiseFloor(newest(all))
+		if err := fn(ctx, w); err != nil {
+			return err
+		}
+		if err := w.Flush(ctx); err != nil {
+			return err
+		}
+		return s.place.Sync(ctx)
+	}()
+	err = errors.Join(err, w.Close(ctx))
+	if err != nil {
+		return s.explain(err)
+	}
+	s.tidy(ctx, rep)
+	return s.Refresh(ctx)
+}
+
+func newest(entries []*manifest.EntryMetadata) (t time.Time) {
+	for _, e := range entries {
+		if e.ModTime.After(t) {
+			t = e.ModTime
+		}
+	}
+	return t
+}
