@@ -76,13 +76,17 @@ type Spec struct {
 	Dir      string    // existing folder of this machine's own: serial log, sockets, NVRAM; absolute, under 80 bytes
 	// Freeze: start with processors stopped (for tests of the harness). Normally false.
 	Paused bool
-	// NoReboot: a guest that reboots or panics stops the machine instead. Used for boot tests of hopeless images.
+	// NoReboot: a guest that reboots is Off instead. Used for boot tests of hopeless images. (A guest that panics is
+	// never rebooted: it stays, Crashed, to be looked at.)
 	NoReboot bool
 }
 
 // Disk is a chain of layers, top first. The top is written to; everything below is only read.
 type Disk struct {
 	Layers []Layer
+	// Scratch: what is written is thrown away with the machine, so it is never flushed to stable storage. A power cut
+	// of the host ruins the top layer. Never for a live layer.
+	Scratch bool
 }
 
 // Layer is one layer of a disk: a qcow2 or raw file, or an NBD export on a unix socket.
@@ -142,7 +146,7 @@ type Channel interface {
 
 // Usage is what a machine has used.
 type Usage struct {
-	CPU        time.Duration // processor time of the emulator's virtual CPUs
+	CPU        time.Duration // processor time of the emulator, virtual CPUs and all else
 	ReadBytes  int64         // from its disks
 	WriteBytes int64
 	ReadOps    int64
