@@ -2,7 +2,6 @@ package store
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -24,6 +23,9 @@ const sweepAge = time.Hour
 
 // immediateStep is how far the store's clock is put forward for an immediate collection.
 const immediateStep = 2 * time.Second
+
+// rewriteAge keeps an immediate collection from copying what it has just marked as deleted.
+const rewriteAge = time.Minute
 
 // Forget takes a snapshot out of the store, with the files kept with it. Space is freed by Collect. One that is
 // last-known-good is ErrProtected; one that is read, booted or the parent of a snapshot being written is ErrPinned.
@@ -131,6 +133,7 @@ func (s *Store) collect(ctx context.Context, opts CollectOptions, progress dr.Pr
 	safety := maintenance.SafetyFull
 	if opts.Immediate {
 		safety = maintenance.SafetyNone
+		safety.RewriteMinAge = rewriteAge
 		release, err := s.lock(ctx, lockPublish, true) // a record being put must not lose its blob
 		if err != nil {
 			return r, err
@@ -139,14 +142,10 @@ func (s *Store) collect(ctx context.Context, opts CollectOptions, progress dr.Pr
 		// Kopia counts in seconds and dates a deletion after what it deletes: what was written just now would stay.
 		s.raiseFloor(time.Now().Add(immediateStep))
 	}
-	rep, err := s.writable(ctx)
-	if err != nil {
+	if err := s.rep.Refresh(ctx); err != nil {
 		return r, err
 	}
-	if err := rep.Refresh(ctx); err != nil {
-		return r, err
-	}
-	entries, err := findManifests(ctx, rep, kindSnapshot, "")
+	entries, err := findManifests(ctx, s.rep, kindSnapshot, "")
 	if err != nil {
 		return r, damaged(err)
 	}
@@ -159,14 +158,14 @@ func (s *Store) collect(ctx context.Context, opts CollectOptions, progress dr.Pr
 		return r, err
 	}
 	progress.Report("collect", 2, steps, "steps")
-	if err := maintain(ctx, rep, maintenance.ModeFull, safety); err != nil {
+	if err := maintain(ctx, s.rep, maintenance.ModeFull, safety); err != nil {
 		return r, err
 	}
 	progress.Report("collect", 3, steps, "steps")
 	if err := s.place.Sync(ctx); err != nil {
 		return r, err
 	}
-	if err := errors.Join(rep.Refresh(ctx), s.Refresh(ctx)); err != nil {
+	if err := s.rep.Refresh(ctx); err != nil {
 		return r, err
 	}
 	r.After, _, err = s.blobs(ctx)
@@ -183,13 +182,13 @@ func maintain(ctx context.Context, rep repo.DirectRepository, mode maintenance.M
 
 // tidy compacts index blobs by the way: every look-up asks each of them, and every flush adds one. It is safe beside
 // anything; that it did not work out costs nothing but time.
-func (s *Store) tidy(ctx context.Context, rep repo.DirectRepository) {
+func (s *Store) tidy(ctx context.Context) {
 	if !s.due(&s.tidied, tidyEvery) {
 		return
 	}
-	blobs, err := rep.IndexBlobs(ctx, false)
+	blobs, err := s.rep.IndexBlobs(ctx, false)
 	if err == nil && len(blobs) > tidyAbove {
-		err = maintain(ctx, rep, maintenance.ModeQuick, maintenance.SafetyFull)
+		err = maintain(ctx, s.rep, maintenance.ModeQuick, maintenance.SafetyFull)
 	}
 	if err != nil {
 		slog.Warn("index blobs were not compacted", "store", s.String(), "error", err)
@@ -224,7 +223,7 @@ func (s *Store) usage(ctx context.Context) (u Usage, err error) {
 	if u.Bytes, u.Blobs, err = s.blobs(ctx); err != nil {
 		return u, err
 	}
-	err = s.reader.rep.ContentReader().IterateContents(ctx, content.IterateOptions{}, func(c content.Info) error {
+	err = s.rep.ContentReader().IterateContents(ctx, content.IterateOptions{}, func(c content.Info) error {
 		u.Contents++
 		u.Unpacked += int64(c.OriginalLength)
 		u.Packed += int64(c.PackedLength)

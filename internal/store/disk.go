@@ -302,7 +302,7 @@ func (d *DiskWriter) before(ctx context.Context, n int64) ([]content.ID, error) 
 	if n >= int64(len(d.parentMap)) || d.parentMap[n] == object.EmptyID {
 		return out, nil
 	}
-	blocks, err := loadSegment(ctx, d.w.s.reader.rep.ContentReader(), d.parent, n, d.parentMap[n], d.parentZ)
+	blocks, err := loadSegment(ctx, d.w.s.rep.ContentReader(), d.parent, n, d.parentMap[n], d.parentZ)
 	if err != nil {
 		return nil, err
 	}

@@ -21,7 +21,12 @@ type guard struct {
 	Place
 	store    *Store
 	failures atomic.Int32 // listings that failed in a row
+
+	compacting atomic.Bool // Kopia may compact manifests now
 }
+
+// IsReadOnly is only what Kopia asks before it compacts manifests on its own.
+func (g *guard) IsReadOnly() bool { return !g.compacting.Load() }
 
 // Space kept back for forgetting and collecting: a share of the place, at most a fixed size.
 const (
@@ -33,6 +38,13 @@ const (
 const maxListFailures = 5
 
 type reserveKey struct{}
+
+type dryKey struct{}
+
+// withoutWriting makes every attempt to write under a context fail.
+func withoutWriting(ctx context.Context) context.Context {
+	return context.WithValue(ctx, dryKey{}, true)
+}
 
 // withReserve lets the work under a context use the reserved space.
 func withReserve(ctx context.Context) context.Context {
@@ -65,6 +77,9 @@ func (t *sessions) has(id content.SessionID) bool {
 func (g *guard) Close(context.Context) error { return nil } // the place is the store's to close
 
 func (g *guard) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts blob.PutOptions) error {
+	if ctx.Value(dryKey{}) != nil {
+		return fmt.Errorf("put blob %s: nothing may be written", id)
+	}
 	if err := g.room(ctx, id, int64(data.Length())); err != nil {
 		return err
 	}

@@ -101,7 +101,7 @@ func (s *Store) newImage(ctx context.Context, f *found, disk int) (*Image, error
 		return nil, err
 	}
 	m := &Image{s: s, snapshot: f.doc.Snapshot.ID, disk: disk, geo: geo, data: d.Data, zeros: f.doc.Zeros[disk], maps: map[int64][]content.ID{}}
-	m.segments, err = readRoot(ctx, s.reader.rep, d.Root, geo)
+	m.segments, err = readRoot(ctx, s.rep, d.Root, geo)
 	if err != nil {
 		return nil, damaged(fmt.Errorf("read map of disk %d of %s: %w", disk, m.snapshot, err))
 	}
@@ -172,7 +172,7 @@ func (m *Image) checkZeros(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		blocks, err := loadSegment(ctx, m.s.reader.rep.ContentReader(), m.geo, n, oid, m.zeros)
+		blocks, err := loadSegment(ctx, m.s.rep.ContentReader(), m.geo, n, oid, m.zeros)
 		if err == nil && !allZero(blocks) {
 			err = fmt.Errorf("segment %s does not hold only zeros, as it is said to", id)
 		}
@@ -235,7 +235,7 @@ func (m *Image) segment(ctx context.Context, n int64) ([]content.ID, error) {
 	}
 	var err error
 	for try := range 2 {
-		blocks, err = loadSegment(ctx, m.s.reader.rep.ContentReader(), m.geo, n, id, m.zeros)
+		blocks, err = loadSegment(ctx, m.s.rep.ContentReader(), m.geo, n, id, m.zeros)
 		if err == nil || try > 0 || !m.s.heal(ctx, err) {
 			break
 		}
@@ -287,9 +287,9 @@ func (m *Image) block(ctx context.Context, b int64) ([]byte, error) {
 
 // content reads, decrypts and decompresses one content.
 func (s *Store) content(ctx context.Context, id content.ID) ([]byte, error) {
-	data, err := s.reader.rep.ContentReader().GetContent(ctx, id)
+	data, err := s.rep.ContentReader().GetContent(ctx, id)
 	if err != nil && s.heal(ctx, err) {
-		data, err = s.reader.rep.ContentReader().GetContent(ctx, id)
+		data, err = s.rep.ContentReader().GetContent(ctx, id)
 	}
 	return data, err
 }

@@ -79,14 +79,10 @@ func (s *Store) keep(ctx context.Context, snapshotID, name string, r io.Reader) 
 	}
 	defer unlock()
 	defer s.Pin(snapshotID)()
-	rep, err := s.writable(ctx)
-	if err != nil {
+	if err := s.rep.Refresh(ctx); err != nil {
 		return err
 	}
-	if err := rep.Refresh(ctx); err != nil {
-		return err
-	}
-	id, size, err := s.putFile(ctx, rep, name, r)
+	id, size, err := s.putFile(ctx, name, r)
 	if err != nil {
 		return err
 	}
@@ -122,8 +118,8 @@ func (s *Store) keep(ctx context.Context, snapshotID, name string, r io.Reader) 
 }
 
 // putFile writes a file's content so that it is on the medium.
-func (s *Store) putFile(ctx context.Context, rep repo.DirectRepository, name string, r io.Reader) (object.ID, int64, error) {
-	ctx, w, err := rep.NewDirectWriter(ctx, repo.WriteSessionOptions{Purpose: "keep"})
+func (s *Store) putFile(ctx context.Context, name string, r io.Reader) (object.ID, int64, error) {
+	ctx, w, err := s.rep.NewDirectWriter(ctx, repo.WriteSessionOptions{Purpose: "keep"})
 	if err != nil {
 		return object.EmptyID, 0, err
 	}
@@ -148,13 +144,13 @@ func (s *Store) putFile(ctx context.Context, rep repo.DirectRepository, name str
 
 // keptManifests gives the files added to a snapshot by name.
 func (s *Store) keptManifests(ctx context.Context, snapshotID string) (map[string]*snapshot.Manifest, error) {
-	entries, err := findManifests(ctx, s.reader.rep, kindKept, snapshotID)
+	entries, err := findManifests(ctx, s.rep, kindKept, snapshotID)
 	if err != nil {
 		return nil, damaged(err)
 	}
 	out := map[string]*snapshot.Manifest{}
 	for _, e := range entries { // in the order of time: the newest of a name wins
-		m, err := snapshot.LoadSnapshot(ctx, s.reader.rep, e.ID)
+		m, err := snapshot.LoadSnapshot(ctx, s.rep, e.ID)
 		if errors.Is(err, snapshot.ErrSnapshotNotFound) {
 			continue
 		}
@@ -195,7 +191,7 @@ func (s *Store) Fetch(ctx context.Context, snapshotID, name string, w io.Writer)
 		if !ok {
 			return fmt.Errorf("fetch %s of %s: %w", name, snapshotID, ErrNotFound)
 		}
-		err = copyEntry(ctx, snapshotfs.EntryFromDirEntry(s.reader.rep, m.RootEntry), w, MaxKept)
+		err = copyEntry(ctx, snapshotfs.EntryFromDirEntry(s.rep, m.RootEntry), w, MaxKept)
 	}
 	if err != nil {
 		return fmt.Errorf("fetch %s of %s: %w", name, snapshotID, s.explain(err))

@@ -142,7 +142,7 @@ func (s *Store) find(ctx context.Context, snapshotID string) (*found, error) {
 	if err := dr.ValidateID(snapshotID); err != nil {
 		return nil, err
 	}
-	entries, err := findManifests(ctx, s.reader.rep, kindSnapshot, snapshotID)
+	entries, err := findManifests(ctx, s.rep, kindSnapshot, snapshotID)
 	if err != nil {
 		return nil, damaged(err)
 	}
@@ -160,7 +160,7 @@ func (s *Store) find(ctx context.Context, snapshotID string) (*found, error) {
 }
 
 func (s *Store) load(ctx context.Context, id manifest.ID) (*found, error) {
-	rep := s.reader.rep
+	rep := s.rep
 	m, err := snapshot.LoadSnapshot(ctx, rep, id)
 	if errors.Is(err, snapshot.ErrSnapshotNotFound) {
 		return nil, fmt.Errorf("manifest %s is %w", id, ErrNotFound)
@@ -263,7 +263,7 @@ func (s *Store) Snapshot(ctx context.Context, id string) (dr.Snapshot, error) {
 func (s *Store) Snapshots(ctx context.Context) ([]dr.Snapshot, error) {
 	ctx, done := s.bind(ctx)
 	defer done()
-	entries, err := findManifests(ctx, s.reader.rep, kindSnapshot, "")
+	entries, err := findManifests(ctx, s.rep, kindSnapshot, "")
 	if err != nil {
 		return nil, s.explain(fmt.Errorf("list snapshots: %w", damaged(err)))
 	}

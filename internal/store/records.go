@@ -111,7 +111,7 @@ func (s *Store) DeleteRecord(ctx context.Context, kind, id string) error {
 func (s *Store) Records(ctx context.Context, kind string, each func(id string, raw json.RawMessage) error) error {
 	ctx, done := s.bind(ctx)
 	defer done()
-	if err := records(ctx, s.reader.rep, kind, each); err != nil {
+	if err := records(ctx, s.rep, kind, each); err != nil {
 		return s.explain(fmt.Errorf("list records %s: %w", kind, err))
 	}
 	return nil
@@ -184,7 +184,7 @@ func (s *Store) SetLKG(ctx context.Context, serverID, snapshotID string) error {
 func (s *Store) LKG(ctx context.Context) (map[string]string, error) {
 	ctx, done := s.bind(ctx)
 	defer done()
-	m, err := lkg(ctx, s.reader.rep)
+	m, err := lkg(ctx, s.rep)
 	if err != nil {
 		return nil, s.explain(fmt.Errorf("list last-known-good: %w", err))
 	}
@@ -245,7 +245,7 @@ func (s *Store) Unhold(ctx context.Context, snapshotID, owner string) error {
 func (s *Store) Holds(ctx context.Context) (map[string][]string, error) {
 	ctx, done := s.bind(ctx)
 	defer done()
-	m, err := holds(ctx, s.reader.rep)
+	m, err := holds(ctx, s.rep)
 	if err != nil {
 		return nil, s.explain(fmt.Errorf("list holds: %w", err))
 	}

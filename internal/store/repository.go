@@ -34,10 +34,23 @@ const (
 // owner is who runs maintenance: never a stock kopia command, which does not know our locks.
 const ownerUser, ownerHost = "muster", "muster"
 
-// repository is Kopia's view of the place. The store has two: one that can only read, because Kopia rewrites
-// manifests on its own when it finds many, without any lock; and one to write with, opened when first needed.
-type repository struct {
-	rep repo.DirectRepository
+// shared is the repository that all readers use. Kopia compacts manifests whenever it lists them and finds many, without
+// any lock, and could so bring back what somebody is deleting. Ours lets it do that only in mutate, while nobody lists.
+type shared struct {
+	repo.DirectRepository
+	mu *sync.RWMutex
+}
+
+func (r shared) FindManifests(ctx context.Context, labels map[string]string) ([]*manifest.EntryMetadata, error) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.DirectRepository.FindManifests(ctx, labels)
+}
+
+func (r shared) GetManifest(ctx context.Context, id manifest.ID, data any) (*manifest.EntryMetadata, error) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	return r.DirectRepository.GetManifest(ctx, id, data)
 }
 
 // connections hands an open place over to Kopia, which wants to open storages by itself from a description.
@@ -85,24 +98,22 @@ func lend(st blob.Storage) (blob.ConnectionInfo, func()) {
 // cacheVariable makes Kopia use a cache folder whatever it was told, and then panic because the cache has no size.
 const cacheVariable = "KOPIA_CACHE_DIRECTORY"
 
-// open connects Kopia to a storage. dir is a folder of this process for the configuration file it insists on.
-func open(ctx context.Context, st blob.Storage, dir, password string, readOnly bool, now func() time.Time, fatal func(error)) (repo.DirectRepository, error) {
+// connect opens Kopia's view of a storage. dir is a folder of this process for the configuration file it insists on.
+func connect(ctx context.Context, st blob.Storage, dir, password string, now func() time.Time, fatal func(error)) (repo.DirectRepository, error) {
 	if err := os.Unsetenv(cacheVariable); err != nil {
 		return nil, err
 	}
 	info, forget := lend(st)
 	defer forget()
 	config, err := json.Marshal(repo.LocalConfig{
-		Storage: &info,
-		Caching: &content.CachingOptions{},
-		ClientOptions: repo.ClientOptions{
-			Username: ownerUser, Hostname: ownerHost, ReadOnly: readOnly, Description: "muster",
-		},
+		Storage:       &info,
+		Caching:       &content.CachingOptions{},
+		ClientOptions: repo.ClientOptions{Username: ownerUser, Hostname: ownerHost, Description: "muster"},
 	})
 	if err != nil {
 		return nil, err
 	}
-	name := filepath.Join(dir, fmt.Sprintf("%v.json", readOnly))
+	name := filepath.Join(dir, "repository.json")
 	if err := os.WriteFile(name, config, 0o600); err != nil {
 		return nil, err
 	}
@@ -127,35 +138,6 @@ func open(ctx context.Context, st blob.Storage, dir, password string, readOnly b
 	return direct, nil
 }
 
-func openRepository(ctx context.Context, s *Store, readOnly bool) (*repository, error) {
-	rep, err := open(ctx, &guard{Place: s.place, store: s}, s.dir, s.password, readOnly, s.now, s.giveUp)
-	if err != nil {
-		return nil, err
-	}
-	return &repository{rep: rep}, nil
-}
-
-// writable gives the repository to write with.
-func (s *Store) writable(ctx context.Context) (repo.DirectRepository, error) {
-	s.mu.Lock()
-	w := s.writer
-	s.mu.Unlock()
-	if w != nil {
-		return w.rep, nil
-	}
-	w, err := openRepository(ctx, s, false)
-	if err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.writer != nil { // somebody was faster
-		return s.writer.rep, w.rep.Close(ctx)
-	}
-	s.writer = w
-	return w.rep, nil
-}
-
 // initialize writes a new repository and its parameters.
 func initialize(ctx context.Context, place Place, password string) error {
 	err := repo.Initialize(ctx, place, &repo.NewRepositoryOptions{
@@ -177,7 +159,7 @@ func initialize(ctx context.Context, place Place, password string) error {
 	}
 	defer os.RemoveAll(dir) //nolint:errcheck // only a configuration file of this process
 	var broken atomic.Pointer[error]
-	rep, err := open(ctx, kept{place}, dir, password, false, time.Now, func(err error) { broken.Store(&err) })
+	rep, err := connect(ctx, kept{place}, dir, password, time.Now, func(err error) { broken.Store(&err) })
 	if err != nil {
 		return err
 	}
@@ -230,21 +212,17 @@ func (s *Store) mutate(ctx context.Context, purpose string, fn func(ctx context.
 		return err
 	}
 	defer unlock()
-	rep, err := s.writable(ctx)
-	if err != nil {
+	if err := s.rep.Refresh(ctx); err != nil {
 		return s.explain(err)
 	}
-	if err := rep.Refresh(ctx); err != nil {
-		return s.explain(err)
-	}
-	ctx, w, err := rep.NewDirectWriter(ctx, repo.WriteSessionOptions{Purpose: purpose})
+	ctx, w, err := s.rep.NewDirectWriter(ctx, repo.WriteSessionOptions{Purpose: purpose})
 	if err != nil {
 		return s.explain(err)
 	}
 	err = func() error {
-		all, err := w.FindManifests(ctx, nil)
+		all, err := s.listCompacting(ctx, w)
 		if err != nil {
-			return err
+			return damaged(err)
 		}
 		s.raiseFloor(newest(all))
 		if err := fn(ctx, w); err != nil {
@@ -259,8 +237,17 @@ func (s *Store) mutate(ctx context.Context, purpose string, fn func(ctx context.
 	if err != nil {
 		return s.explain(err)
 	}
-	s.tidy(ctx, rep)
+	s.tidy(ctx)
 	return s.Refresh(ctx)
+}
+
+// listCompacting lists all manifests and lets Kopia compact them if there are many.
+func (s *Store) listCompacting(ctx context.Context, w repo.DirectRepositoryWriter) ([]*manifest.EntryMetadata, error) {
+	s.rep.mu.Lock()
+	defer s.rep.mu.Unlock()
+	s.guard.compacting.Store(true)
+	defer s.guard.compacting.Store(false)
+	return w.FindManifests(ctx, nil)
 }
 
 func newest(entries []*manifest.EntryMetadata) (t time.Time) {

@@ -102,21 +102,20 @@ const (
 
 // Store is an open store. Methods may be called from many goroutines.
 type Store struct {
-	drv    Driver
-	place  Place
-	life   context.Context // ends when the store is closed or can no longer be trusted
-	end    context.CancelCauseFunc
-	dir    string // of this process: Kopia's configuration files
-	reader *repository
-	cache  *cache
+	drv   Driver
+	place Place
+	life  context.Context // ends when the store is closed or can no longer be trusted
+	end   context.CancelCauseFunc
+	dir   string // of this process: Kopia's configuration file
+	guard *guard
+	rep   shared // to read from, and to make write sessions of
+	cache *cache
 
-	mu       sync.Mutex
-	password string
-	writer   *repository // opened when first needed
-	floor    time.Time   // no manifest is written with an earlier time than this
-	tidied   time.Time   // when index blobs were last looked after
-	healed   time.Time   // when a missing blob last made the reader refresh
-	work     sync.WaitGroup
+	mu     sync.Mutex
+	floor  time.Time // no manifest is written with an earlier time than this
+	tidied time.Time // when index blobs were last looked after
+	healed time.Time // when a missing blob last made the index be read again
+	work   sync.WaitGroup
 }
 
 // Create makes a new, empty store. The password is needed to open it ever after; nothing can replace it. A place that
@@ -145,12 +144,14 @@ func Open(ctx context.Context, drv Driver, password string) (*Store, error) {
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open store in %s: %w", drv, err), place.Close(ctx))
 	}
-	s := &Store{drv: drv, place: place, dir: dir, password: password, cache: newCache(DefaultCache)}
+	s := &Store{drv: drv, place: place, dir: dir, cache: newCache(DefaultCache)}
 	s.life, s.end = context.WithCancelCause(context.Background())
-	s.reader, err = openRepository(ctx, s, true)
+	s.guard = &guard{Place: place, store: s}
+	rep, err := connect(ctx, s.guard, dir, password, s.now, s.giveUp)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("open store in %s: %w", drv, err), place.Close(ctx), os.RemoveAll(dir))
 	}
+	s.rep = shared{DirectRepository: rep, mu: &sync.RWMutex{}}
 	return s, nil
 }
 
@@ -165,12 +166,7 @@ func (s *Store) Close(ctx context.Context) error {
 	s.work.Wait()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	errs := []error{s.reader.rep.Close(ctx)}
-	if s.writer != nil {
-		errs = append(errs, s.writer.rep.Close(ctx))
-	}
-	errs = append(errs, s.place.Close(ctx), os.RemoveAll(s.dir))
-	return errors.Join(errs...)
+	return errors.Join(s.rep.Close(ctx), s.place.Close(ctx), os.RemoveAll(s.dir))
 }
 
 // String names the place of the store for people.
@@ -180,7 +176,7 @@ func (s *Store) String() string { return s.drv.String() }
 func (s *Store) Refresh(ctx context.Context) error {
 	ctx, done := s.bind(ctx)
 	defer done()
-	if err := s.reader.rep.Refresh(ctx); err != nil {
+	if err := s.rep.Refresh(ctx); err != nil {
 		return s.explain(fmt.Errorf("refresh store: %w", err))
 	}
 	return nil

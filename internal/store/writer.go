@@ -88,15 +88,11 @@ func (w *Writer) begin(ctx context.Context) error {
 		}
 		w.release = append(w.release, unlock)
 	}
-	rep, err := s.writable(ctx)
-	if err != nil {
-		return err
-	}
 	// Blocks that another process forgot and collected must not be taken for present.
-	if err := errors.Join(rep.Refresh(ctx), s.reader.rep.Refresh(ctx)); err != nil {
+	if err := s.rep.Refresh(ctx); err != nil {
 		return err
 	}
-	if there, err := exists(ctx, s.reader.rep, w.id); err != nil {
+	if there, err := exists(ctx, s.rep, w.id); err != nil {
 		return damaged(err)
 	} else if there {
 		return ErrExists
@@ -109,7 +105,7 @@ func (w *Writer) begin(ctx context.Context) error {
 		}
 	}
 	w.ctx, w.cancel = context.WithCancel(context.WithValue(s.life, sessionsKey{}, w.mine))
-	_, w.session, err = rep.NewDirectWriter(w.ctx, repo.WriteSessionOptions{
+	_, w.session, err = s.rep.NewDirectWriter(w.ctx, repo.WriteSessionOptions{
 		Purpose:  "snapshot",
 		OnUpload: func(n int64) { w.uploaded.Add(n) },
 	})
