@@ -1,7 +1,6 @@
 package linux
 
 import (
-	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -11,8 +10,6 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/musterdr/muster/internal/dr"
 )
 
 // Disk is an open disk to read from: a whole disk of this system, or a file with a disk's content.
@@ -24,7 +21,8 @@ type Disk struct {
 }
 
 // OpenDisk opens a disk given by kernel name or absolute path. It reads around the page cache: what is read is what the
-// device holds, and the server's cache is left alone. Reads must be aligned to 4096 bytes and end there or at the end.
+// device holds, and the server's cache is left alone. Reads begin at a multiple of 4096 bytes, end at one or at the end of
+// the disk, and go to an AlignedBuffer.
 func OpenDisk(name string) (*Disk, error) {
 	path := name
 	if !filepath.IsAbs(path) {
@@ -33,10 +31,11 @@ func OpenDisk(name string) (*Disk, error) {
 		}
 		path = filepath.Join("/dev", name)
 	}
-	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
-	if errors.Is(err, syscall.EINVAL) { // a file on a file system without direct reads
-		f, err = os.Open(path)
+	flags := os.O_RDONLY
+	if info, err := os.Stat(path); err == nil && !info.Mode().IsRegular() {
+		flags |= unix.O_DIRECT
 	}
+	f, err := os.OpenFile(path, flags, 0)
 	if err != nil {
 		return nil, fmt.Errorf("open disk %s: %w", name, err)
 	}
@@ -68,19 +67,10 @@ func (d *Disk) identify() error {
 	for _, b := range Blocks("/") {
 		if b.Dev == dev {
 			d.Kernel, d.Name = b.Name, b.Name
+			return nil
 		}
 	}
-	return nil
-}
-
-// Describe gives what is known of the disk.
-func (d *Disk) Describe() dr.InventoryDisk {
-	if d.Kernel == "" {
-		return dr.InventoryDisk{Name: d.Name, Size: d.Size}
-	}
-	about := DescribeDisk("/", d.Kernel)
-	about.Size = d.Size
-	return about
+	return fmt.Errorf("open disk %s: the kernel does not list it", d.Name)
 }
 
 // ReadAt reads from the disk. A file that has become shorter is an error, not an early end.

@@ -52,25 +52,27 @@ func block(root, dir, name string) Block {
 	return Block{Name: name, Dev: text(root, dir, "dev"), Size: sectors * 512}
 }
 
-// below gives the whole disks that a device stands on, itself if it is one. A loop device is followed to nothing: what
-// lies behind it is a file.
-func below(blocks map[string]Block, name string) []string {
+// chain gives a device and everything it stands on. A loop device is followed to nothing: what lies behind it is a file.
+func chain(blocks map[string]Block, name string) []string {
 	var out []string
-	var walk func(name string, depth int)
-	walk = func(name string, depth int) {
+	var walk func(name string)
+	walk = func(name string) {
 		b, ok := blocks[name]
-		if !ok || depth > 32 {
+		if !ok || slices.Contains(out, name) {
 			return
 		}
-		if len(b.Parents) == 0 && !slices.Contains(out, name) {
-			out = append(out, name)
-		}
+		out = append(out, name)
 		for _, p := range b.Parents {
-			walk(p, depth+1)
+			walk(p)
 		}
 	}
-	walk(name, 0)
+	walk(name)
 	return out
+}
+
+// below gives the whole disks that a device stands on, itself if it is one.
+func below(blocks map[string]Block, name string) []string {
+	return slices.DeleteFunc(chain(blocks, name), func(n string) bool { return len(blocks[n].Parents) > 0 })
 }
 
 // ofMount gives the kernel names of the block devices behind a mount: one, or several for a btrfs.

@@ -27,7 +27,9 @@ var ErrVoid = errors.New("the disks did not stand still")
 // Freeze holds the writable file systems on some disks still. Prepare makes it, Hold begins and Release ends the time in
 // which they stand still. It is used once, by one goroutine.
 type Freeze struct {
-	disks   []string // kernel names
+	open    []*Disk
+	disks   []string      // kernel names of those that are block devices
+	files   []os.FileInfo // of those that are files, at Hold
 	systems []held
 	points  []*os.File // open mount points, same order
 	devices []string   // whose write counters are watched
@@ -36,7 +38,7 @@ type Freeze struct {
 	to     io.WriteCloser
 	from   chan string // lines of the watchdog; closed at their end
 	limit  time.Duration
-	since  time.Time // of the beginning of Hold
+	since  time.Time // of the end of Hold: all stood still
 	before counters
 	notes  []string
 	weaker dr.Consistency // what is left of consistency if a file system could not be frozen
@@ -49,7 +51,7 @@ const answerLimit = 15 * time.Second
 // Watchdog, to which the number of file systems is added. Nothing is frozen yet. With nothing to freeze there is no
 // watchdog, and Hold and Release only take the time.
 func Prepare(disks []*Disk, limit time.Duration, command []string) (*Freeze, error) {
-	f := &Freeze{weaker: dr.FilesystemConsistent, limit: limit}
+	f := &Freeze{weaker: dr.FilesystemConsistent, limit: limit, open: disks}
 	for _, d := range disks {
 		if d.Kernel != "" {
 			f.disks = append(f.disks, d.Kernel)
@@ -76,6 +78,18 @@ func Prepare(disks []*Disk, limit time.Duration, command []string) (*Freeze, err
 		return nil, fmt.Errorf("start the watchdog that thaws: %w", err)
 	}
 	return f, nil
+}
+
+// Writable says whether any file system on the disks could be written to.
+func Writable(disks []*Disk) (bool, error) {
+	var names []string
+	for _, d := range disks {
+		if d.Kernel != "" {
+			names = append(names, d.Kernel)
+		}
+	}
+	systems, err := writableOn("/", names)
+	return len(systems) > 0, err
 }
 
 // Needed says whether anything has to stand still.
@@ -128,7 +142,6 @@ func (f *Freeze) Sync(ctx context.Context) error {
 
 // Hold freezes. On an error everything is thawed.
 func (f *Freeze) Hold() error {
-	f.since = time.Now()
 	if f.Needed() {
 		o, err := f.ask("freeze", "frozen")
 		if err != nil {
@@ -139,6 +152,11 @@ func (f *Freeze) Hold() error {
 			return err
 		}
 	}
+	var err error
+	if f.files, err = f.stat(); err != nil {
+		return err
+	}
+	f.since = time.Now()
 	f.before = readCounters("/", f.devices)
 	return nil
 }
@@ -194,20 +212,53 @@ func (f *Freeze) Release() (Held, error) {
 	if err := f.before.disturbed(after); err != nil {
 		return Held{}, fmt.Errorf("%w: %w", ErrVoid, err)
 	}
-	now, err := writableOn("/", f.disks)
-	if err != nil {
+	if err := f.unchanged(); err != nil {
 		return Held{}, err
-	}
-	for _, s := range now {
-		if !slices.ContainsFunc(f.systems, func(o held) bool { return o.Dev == s.Dev }) {
-			return Held{}, fmt.Errorf("%s was mounted while the disks were read: %w", s.Path, ErrVoid)
-		}
 	}
 	if !f.Needed() {
 		// Nothing could write through a file system, so the content is what the last unmount left.
 		h.Consistency = dr.CrashConsistent
 	}
 	return h, nil
+}
+
+// unchanged says whether the same file systems are mounted as before, and the disks that are files have not changed.
+func (f *Freeze) unchanged() error {
+	now, err := writableOn("/", f.disks)
+	if err != nil {
+		return err
+	}
+	for _, s := range now {
+		if !slices.ContainsFunc(f.systems, func(o held) bool { return o.Dev == s.Dev }) {
+			return fmt.Errorf("%s was mounted while the disks were read: %w", s.Path, ErrVoid)
+		}
+	}
+	files, err := f.stat()
+	if err != nil {
+		return err
+	}
+	for i, before := range f.files {
+		if before.Size() != files[i].Size() || !before.ModTime().Equal(files[i].ModTime()) {
+			return fmt.Errorf("%s was written to while it was read: %w", before.Name(), ErrVoid)
+		}
+	}
+	return nil
+}
+
+// stat looks at the disks that are files.
+func (f *Freeze) stat() ([]os.FileInfo, error) {
+	var out []os.FileInfo
+	for _, d := range f.open {
+		if d.Kernel != "" {
+			continue
+		}
+		info, err := d.file.Stat()
+		if err != nil {
+			return nil, fmt.Errorf("look at disk %s: %w", d.Name, err)
+		}
+		out = append(out, info)
+	}
+	return out, nil
 }
 
 // ask sends a command to the watchdog and waits for its answer.

@@ -95,11 +95,11 @@ func layersTo(root string, blocks map[string]Block, table []Mount, m Mount, disk
 	for layer = range deepest {
 		var file string
 		for _, name := range ofMount(root, blocks, m) {
-			for _, base := range below(blocks, name) {
-				if slices.Contains(disks, base) {
+			for _, device := range chain(blocks, name) {
+				if slices.Contains(disks, device) {
 					return layer, true
 				}
-				file = first(file, blocks[base].File)
+				file = first(file, blocks[device].File)
 			}
 		}
 		lower, found := holding(table, file)
@@ -172,7 +172,7 @@ func counted(root string, disks []string) []string {
 		var above []string
 		layered := false
 		for name, b := range blocks {
-			if name == disk || !slices.Contains(below(blocks, name), disk) {
+			if name == disk || !slices.Contains(chain(blocks, name), disk) {
 				continue
 			}
 			above = append(above, name)

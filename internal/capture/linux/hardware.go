@@ -72,6 +72,9 @@ func CPU(root string) dr.CPU {
 // Memory is the size of the machine's memory in bytes, as far as the kernel uses it.
 func Memory(root string) int64 { return meminfo(root, "MemTotal") }
 
+// Available is the memory in bytes that could be used without swapping.
+func Available(root string) int64 { return meminfo(root, "MemAvailable") }
+
 // meminfo reads one line of /proc/meminfo in bytes.
 func meminfo(root, key string) int64 {
 	for line := range strings.Lines(content(root, "proc/meminfo")) {

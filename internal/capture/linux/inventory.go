@@ -2,14 +2,16 @@ package linux
 
 import (
 	"context"
+	"os"
+	"path/filepath"
 	"slices"
 	"time"
 
 	"github.com/musterdr/muster/internal/dr"
 )
 
-// Inventory gathers what is true of this system now, for the given whole disks (kernel names, in this order). What could
-// not be learned is empty.
+// Inventory gathers what is true of this system now, for the given disks (kernel names or absolute paths) in this order.
+// What could not be learned is empty.
 func Inventory(ctx context.Context, disks []string) dr.Inventory {
 	const root = "/"
 	inv := dr.Inventory{
@@ -19,12 +21,24 @@ func Inventory(ctx context.Context, disks []string) dr.Inventory {
 		Processes: Processes(root), Timezone: Timezone(root), RTCLocal: RTCLocal(root),
 	}
 	boot := bootDisks(root)
-	for _, name := range disks {
-		d := DescribeDisk(root, name)
-		d.Boot = slices.Contains(boot, name)
-		inv.Disks = append(inv.Disks, d)
+	var kernel []string
+	blocks := Blocks(root)
+	for _, disk := range disks {
+		name := kernelName(blocks, disk)
+		if name == "" { // a file
+			about := dr.InventoryDisk{Name: filepath.Base(disk)}
+			if info, err := os.Stat(disk); err == nil {
+				about.Size = info.Size()
+			}
+			inv.Disks = append(inv.Disks, about)
+			continue
+		}
+		about := DescribeDisk(root, name)
+		about.Boot = slices.Contains(boot, name)
+		inv.Disks = append(inv.Disks, about)
+		kernel = append(kernel, name)
 	}
-	inv.Volumes = Volumes(ctx, root, disks)
+	inv.Volumes = Volumes(ctx, root, kernel)
 	inv.Filesystems, _ = Mounts(root)
 	inv.NICs, _ = NICs()
 	inv.Routes, _ = Routes()

@@ -1,0 +1,218 @@
+// Package agent is the role on a protected server: it answers an appliance over its standard input and output, tells what
+// the server is made of, and sends what of its disks the appliance does not have yet.
+//
+//	Agent    answers one conversation (capture/wire) and ends
+//	run      one capture: live passes, then one under freeze that makes all blocks those of one instant
+//	hold     memory in which a frozen pass puts what it found, so that a slow line never lengthens a freeze
+//
+// It keeps nothing on the server: what the appliance has already is sent to it as fingerprints and lives in memory. It
+// ends when its input ends, so that a lost connection leaves nothing behind.
+//
+// Knows: the conversation, the passes.
+// Must not know: SSH, the store, anything on the appliance.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"runtime"
+	"time"
+
+	"github.com/musterdr/muster/internal/capture/linux"
+	"github.com/musterdr/muster/internal/capture/wire"
+	"github.com/musterdr/muster/internal/dr"
+)
+
+// Agent answers one conversation.
+type Agent struct {
+	Version  string
+	Watchdog []string // program and arguments that run linux.Watchdog; the number of file systems is added
+}
+
+// unwindLimit is how long a capture may take to thaw and let go after its appliance is gone.
+const unwindLimit = 5 * time.Second
+
+// Serve answers until the capture is done or the input ends. The caller ends the process then, whatever still runs.
+func (a Agent) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
+	r, w := wire.NewReader(in), wire.NewWriter(out)
+	if err := w.Greet(); err != nil {
+		return err
+	}
+	if err := w.Message(wire.KindHello, wire.Hello{Version: a.Version, Arch: runtime.GOARCH, UID: os.Getuid()}); err != nil {
+		return err
+	}
+	err := a.answer(ctx, r, w)
+	if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, context.Canceled) {
+		_ = w.Message(wire.KindFailure, wire.Failure{Text: err.Error()}) // if it does not arrive, nobody listens
+	}
+	if errors.Is(err, io.EOF) {
+		return nil
+	}
+	return err
+}
+
+// answer serves inventories, and one capture.
+func (a Agent) answer(ctx context.Context, r *wire.Reader, w *wire.Writer) error {
+	for {
+		kind, payload, err := r.Next(nil)
+		if err != nil {
+			return err
+		}
+		var plan wire.Plan
+		if kind != wire.KindAskInventory && kind != wire.KindAskCapture {
+			return fmt.Errorf("answer the appliance: %w: kind %q", wire.ErrGarbage, byte(kind))
+		}
+		if err := wire.Decode(payload, &plan); err != nil {
+			return err
+		}
+		if plan.Disks, err = choose(plan.Disks); err != nil {
+			return err
+		}
+		if kind == wire.KindAskCapture {
+			return a.capture(ctx, r, w, plan)
+		}
+		if err := w.Message(wire.KindInventory, linux.Inventory(ctx, plan.Disks)); err != nil {
+			return err
+		}
+	}
+}
+
+// capture reads disks once the appliance has said what it knows, and stops when its input ends.
+func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan wire.Plan) error {
+	if plan.FreezeLimit <= 0 {
+		plan.FreezeLimit = dr.DefaultFreezeLimit
+	}
+	disks, err := open(plan.Disks)
+	if err != nil {
+		return err
+	}
+	defer closeAll(disks)
+	layout := wire.Layout{Inventory: linux.Inventory(ctx, plan.Disks)}
+	for i, d := range disks {
+		layout.Inventory.Disks[i].Size = d.Size
+		layout.Disks = append(layout.Disks, wire.Disk{Name: d.Name, Size: d.Size})
+	}
+	if err := w.Message(wire.KindLayout, layout); err != nil {
+		return err
+	}
+	sums, err := known(r, disks)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		// The appliance says nothing more: this ends when it closes the conversation, or is gone.
+		_, _, err := r.Next(nil)
+		cancel(fmt.Errorf("the appliance ended the conversation: %w", errors.Join(context.Canceled, err)))
+	}()
+	ended := make(chan error, 1)
+	go func() { ended <- newRun(w, plan, a.Watchdog, disks, sums).all(ctx) }()
+	select {
+	case err = <-ended:
+	case <-ctx.Done():
+		select {
+		case <-ended:
+		case <-time.After(unwindLimit):
+		}
+		err = context.Cause(ctx)
+	}
+	return err
+}
+
+// known reads what the appliance has: fingerprints for every disk, and the word to begin.
+func known(r *wire.Reader, disks []*linux.Disk) ([]*wire.Sums, error) {
+	sums := make([]*wire.Sums, len(disks))
+	var buf []byte
+	for {
+		kind, payload, err := r.Next(buf)
+		if err != nil {
+			return nil, err
+		}
+		buf = payload
+		switch kind {
+		case wire.KindKnown:
+			var k wire.Known
+			if err := wire.Decode(payload, &k); err != nil {
+				return nil, err
+			}
+			if k.Disk < 0 || k.Disk >= len(disks) || sums[k.Disk] != nil || len(k.Seed) != wire.SeedSize {
+				return nil, fmt.Errorf("read fingerprints of disk %d: %w", k.Disk, wire.ErrGarbage)
+			}
+			if sums[k.Disk], err = wire.NewSums(wire.Seed(k.Seed), k.BlockSize, disks[k.Disk].Size); err != nil {
+				return nil, err
+			}
+		case wire.KindSums:
+			disk, first, raw, err := wire.ParseSums(payload)
+			if err != nil {
+				return nil, err
+			}
+			if disk >= len(disks) || sums[disk] == nil {
+				return nil, fmt.Errorf("read fingerprints of disk %d: %w", disk, wire.ErrGarbage)
+			}
+			if err := sums[disk].Fill(first, raw); err != nil {
+				return nil, err
+			}
+		case wire.KindGo:
+			for i, s := range sums {
+				if s == nil {
+					return nil, fmt.Errorf("begin: nothing is known of disk %d: %w", i, wire.ErrGarbage)
+				}
+			}
+			return sums, nil
+		default:
+			return nil, fmt.Errorf("read fingerprints: %w: kind %q", wire.ErrGarbage, byte(kind))
+		}
+	}
+}
+
+// choose gives the named disks, or every disk in use.
+func choose(names []string) ([]string, error) {
+	if len(names) == 0 {
+		if err := linux.Refuse("/"); err != nil {
+			return nil, err
+		}
+		var err error
+		if names, err = linux.InUse("/"); err != nil {
+			return nil, err
+		}
+		if len(names) == 0 {
+			return nil, errors.New("find the disks in use: there are none; name the disks of this server explicitly")
+		}
+	}
+	if len(names) > wire.MaxDisks {
+		return nil, fmt.Errorf("choose disks: %d of them: the most is %d; name those to capture explicitly", len(names), wire.MaxDisks)
+	}
+	return names, nil
+}
+
+func open(names []string) ([]*linux.Disk, error) {
+	var disks []*linux.Disk
+	for _, name := range names {
+		d, err := linux.OpenDisk(name)
+		if err != nil {
+			closeAll(disks)
+			return nil, err
+		}
+		disks = append(disks, d)
+	}
+	return disks, nil
+}
+
+func closeAll(disks []*linux.Disk) {
+	for _, d := range disks {
+		d.Close()
+	}
+}
+
+// Inventory gathers what this server is made of, with every disk in use.
+func Inventory(ctx context.Context) (dr.Inventory, error) {
+	disks, err := choose(nil)
+	if err != nil {
+		return dr.Inventory{}, err
+	}
+	return linux.Inventory(ctx, disks), nil
+}

@@ -1,0 +1,204 @@
+package agent
+
+import (
+	"context"
+	"sync/atomic"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/musterdr/muster/internal/capture/linux"
+	"github.com/musterdr/muster/internal/capture/wire"
+)
+
+// Sizes and numbers of a pass.
+const (
+	chunk      = 1 << 20 // bytes read at once
+	maxReaders = 4       // at once from one disk
+	allReaders = 16      // at once from all disks
+	tickEvery  = time.Second
+)
+
+// disk is a disk that is read, with what the appliance has of it.
+type disk struct {
+	*linux.Disk
+	number  int
+	sums    *wire.Sums
+	readers []*reader
+	next    atomic.Int64 // offset of the next chunk
+	busy    atomic.Int64 // nanoseconds of all readers in reading and comparing
+}
+
+// reader is one of several that read a disk side by side, with memory of its own.
+type reader struct {
+	disk   *disk
+	buf    []byte
+	packed []byte
+	zip    *zstd.Encoder
+}
+
+func newDisk(number int, d *linux.Disk, sums *wire.Sums, disks int) *disk {
+	out := &disk{Disk: d, number: number, sums: sums}
+	for range min(maxReaders, max(1, allReaders/disks)) {
+		out.readers = append(out.readers, &reader{disk: out})
+	}
+	return out
+}
+
+// prepare takes the memory that the readers need.
+func (d *disk) prepare() {
+	for _, r := range d.readers {
+		if r.buf == nil {
+			r.buf = linux.AlignedBuffer(chunk)
+			r.packed = make([]byte, 0, d.sums.BlockSize+64<<10)
+			// The options are constants that the library accepts.
+			r.zip, _ = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
+				zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(max(zstd.MinWindowSize, d.sums.BlockSize)))
+			r.packed = r.zip.EncodeAll(r.buf[:d.sums.BlockSize], r.packed)[:0]
+		}
+	}
+}
+
+// pass is one reading of all disks.
+type pass struct {
+	w        *wire.Writer
+	into     *hold // for a frozen pass: where what differs is put
+	total    int64
+	done     atomic.Int64
+	differed atomic.Int64
+	sending  atomic.Int64 // nanoseconds of all readers in sending
+	ticked   atomic.Int64 // time of the last tick, nanoseconds from the start
+	start    time.Time
+}
+
+// pass reads every disk from beginning to end and sends what differs from what is known, or with a hold puts it there
+// while there is room.
+func (r *run) pass(ctx context.Context, frozen bool, into *hold) (found, error) {
+	p := &pass{w: r.w, into: into, start: time.Now()}
+	for _, d := range r.disks {
+		p.total += d.Size
+		d.next.Store(0)
+		d.busy.Store(0)
+		d.prepare()
+	}
+	r.passes++
+	if err := r.w.Message(wire.KindPass, wire.Pass{Number: r.passes, Frozen: frozen, Total: p.total}); err != nil {
+		return found{}, err
+	}
+	before := linux.Written(r.open())
+	group, ctx := errgroup.WithContext(ctx)
+	for _, d := range r.disks {
+		for _, reader := range d.readers {
+			group.Go(func() error { return reader.run(ctx, p) })
+		}
+	}
+	err := group.Wait()
+	r.read += p.done.Load()
+	if err == nil && into == nil {
+		err = r.w.Flush()
+	}
+	f := found{differed: p.differed.Load(), written: linux.Written(r.open()) - before}
+	var busy int64
+	for _, d := range r.disks {
+		busy += d.busy.Load()
+		f.expected = max(f.expected, time.Duration(d.busy.Load()/int64(len(d.readers))))
+	}
+	f.sending = p.sending.Load() > busy/10
+	return f, err
+}
+
+// run reads chunk after chunk until the disk is at its end.
+func (r *reader) run(ctx context.Context, p *pass) error {
+	d := r.disk
+	for {
+		off := d.next.Add(chunk) - chunk
+		if off >= d.Size {
+			return nil
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		began := time.Now()
+		data := r.buf[:min(chunk, d.Size-off)]
+		if _, err := d.ReadAt(data, off); err != nil {
+			return err
+		}
+		inSending, err := r.compare(p, off, data)
+		if err != nil {
+			return err
+		}
+		d.busy.Add(int64(time.Since(began) - inSending))
+		p.sending.Add(int64(inSending))
+		p.done.Add(int64(len(data)))
+		if err := p.tick(); err != nil {
+			return err
+		}
+	}
+}
+
+// compare passes on the blocks of a chunk that differ from what is known, and says how long it waited for the line.
+func (r *reader) compare(p *pass, off int64, data []byte) (waited time.Duration, err error) {
+	d, size := r.disk, r.disk.sums.BlockSize
+	var zeros wire.Zeros // a run of blocks that have become zeros
+	flush := func() error {
+		if zeros.Count == 0 {
+			return nil
+		}
+		defer func() { zeros.Count = 0 }()
+		if p.into != nil && p.into.zeros(zeros) {
+			return nil
+		}
+		return p.w.Zeros(zeros)
+	}
+	for at := 0; at < len(data); at += size {
+		block := data[at:min(at+size, len(data))]
+		number := (off + int64(at)) / int64(size)
+		sum := d.sums.Seed.Sum(number, block)
+		if sum == d.sums.At(number) {
+			continue
+		}
+		p.differed.Add(int64(len(block)))
+		d.sums.Set(number, sum)
+		if sum == (wire.Sum{}) {
+			if zeros.Count > 0 && zeros.First+zeros.Count != number {
+				if err := flush(); err != nil {
+					return waited, err
+				}
+			}
+			if zeros.Count == 0 {
+				zeros = wire.Zeros{Disk: d.number, First: number}
+			}
+			zeros.Count++
+			continue
+		}
+		if p.into != nil && p.into.put(d.number, number, sum, block) {
+			continue
+		}
+		began := time.Now()
+		if err := r.send(p.w, number, sum, block); err != nil {
+			return waited, err
+		}
+		waited += time.Since(began)
+	}
+	return waited, flush()
+}
+
+// send sends a block, compressed where that makes it at least a sixteenth smaller.
+func (r *reader) send(w *wire.Writer, number int64, sum wire.Sum, block []byte) error {
+	b := wire.Block{Disk: r.disk.number, Number: number, Sum: sum, Data: block}
+	r.packed = r.zip.EncodeAll(block, r.packed[:0])
+	if len(r.packed) < len(block)-len(block)/16 {
+		b.Zstd, b.Data = true, r.packed
+	}
+	return w.Block(b)
+}
+
+// tick says now and then how far the pass is. A frozen pass says nothing: nobody waits for the line then.
+func (p *pass) tick() error {
+	last, now := p.ticked.Load(), int64(time.Since(p.start))
+	if p.into != nil || now-last < int64(tickEvery) || !p.ticked.CompareAndSwap(last, now) {
+		return nil
+	}
+	return p.w.Message(wire.KindTick, wire.Tick{Done: p.done.Load(), Total: p.total})
+}

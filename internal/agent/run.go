@@ -1,0 +1,185 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"runtime/debug"
+	"time"
+
+	"github.com/musterdr/muster/internal/capture/linux"
+	"github.com/musterdr/muster/internal/capture/wire"
+	"github.com/musterdr/muster/internal/dr"
+)
+
+// Limits of one capture.
+const (
+	maxLive     = 5   // passes while the server lives
+	maxFrozen   = 2   // passes under freeze: one, and one more if the first did not hold
+	worthwhile  = 0.7 // another live pass must be expected to find less than this part of the last one
+	frozenShare = 0.8 // of the freeze limit that the expected frozen pass may take
+)
+
+// run is one capture.
+type run struct {
+	w        *wire.Writer
+	plan     wire.Plan
+	watchdog []string
+	disks    []*disk
+	hold     *hold
+	read     int64
+	passes   int
+}
+
+// found is what a pass came to.
+type found struct {
+	differed int64         // bytes in blocks that differed from what was known
+	expected time.Duration // that another pass would take if nothing had to be sent
+	written  int64         // bytes that the server wrote to the disks meanwhile
+	sending  bool          // much of the time went into sending, so expected is a guess
+}
+
+func newRun(w *wire.Writer, plan wire.Plan, watchdog []string, disks []*linux.Disk, sums []*wire.Sums) *run {
+	r := &run{w: w, plan: plan, watchdog: watchdog}
+	for i, d := range disks {
+		r.disks = append(r.disks, newDisk(i, d, sums[i], len(disks)))
+	}
+	return r
+}
+
+// all makes the passes and says what they came to.
+func (r *run) all(ctx context.Context) error {
+	var last found
+	live, err := linux.Writable(r.open())
+	if err == nil && live {
+		last, err = r.live(ctx)
+	}
+	if err != nil {
+		return err
+	}
+	for attempt := 1; ; attempt++ {
+		held, err := r.frozen(ctx, last.expected)
+		if err == nil {
+			return r.done(held)
+		}
+		if !errors.Is(err, linux.ErrVoid) {
+			return err
+		}
+		if attempt == maxFrozen {
+			return fmt.Errorf("read the disks at one instant, %d attempts: %w", attempt, err)
+		}
+	}
+}
+
+// live reads the disks while the server goes on, again and again until what is left for the frozen pass is small enough
+// and the time it will take is known.
+func (r *run) live(ctx context.Context) (found, error) {
+	room := holdSize()
+	var last found
+	for n := 1; n <= maxLive; n++ {
+		now, err := r.pass(ctx, false, nil)
+		if err != nil {
+			return found{}, err
+		}
+		stuck := n > 1 && float64(now.written) > worthwhile*float64(last.written)
+		last = now
+		if now.written > room && !stuck {
+			continue // too much was written meanwhile to be held in memory; a shorter pass leaves less
+		}
+		if now.sending && r.tooLong(now.expected) {
+			continue // measure again without sending before giving up
+		}
+		break
+	}
+	return last, nil
+}
+
+func (r *run) tooLong(expected time.Duration) bool {
+	return float64(expected) > frozenShare*float64(r.plan.FreezeLimit)
+}
+
+// frozen reads the disks while their file systems stand still. ErrVoid if they did not until the end; what was sent is of
+// use all the same, because the next pass replaces what is wrong.
+func (r *run) frozen(ctx context.Context, expected time.Duration) (linux.Held, error) {
+	f, err := linux.Prepare(r.open(), r.plan.FreezeLimit, r.watchdog)
+	if err != nil {
+		return linux.Held{}, err
+	}
+	defer f.Close()
+	if f.Needed() {
+		if r.tooLong(expected) {
+			return linux.Held{}, fmt.Errorf("read the disks at one instant: it would take about %s at the speed measured just now, too close to the %s for which file systems may stand still: raise the freeze limit of this server, or choose a quieter time or fewer disks; nothing was frozen",
+				expected.Round(100*time.Millisecond), r.plan.FreezeLimit)
+		}
+		if err := r.prepare(); err != nil {
+			return linux.Held{}, err
+		}
+	}
+	if err := f.Sync(ctx); err != nil {
+		return linux.Held{}, err
+	}
+	// From Hold to Release the program touches no file system and takes no memory that it does not have yet.
+	runtime.GC()
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	if err := f.Hold(); err != nil {
+		return linux.Held{}, err
+	}
+	passErr := r.readStill(ctx, f.Needed())
+	held, err := f.Release()
+	if ctx.Err() != nil {
+		return linux.Held{}, context.Cause(ctx)
+	}
+	if sendErr := r.hold.send(r.w, r.disks); sendErr != nil {
+		return linux.Held{}, sendErr
+	}
+	return held, errors.Join(err, passErr)
+}
+
+// readStill makes the pass that counts; under freeze within the limit, and into the hold.
+func (r *run) readStill(ctx context.Context, frozen bool) error {
+	if !frozen {
+		_, err := r.pass(ctx, true, nil)
+		return err
+	}
+	bounded, cancel := context.WithTimeout(ctx, r.plan.FreezeLimit)
+	defer cancel()
+	_, err := r.pass(bounded, true, r.hold)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = fmt.Errorf("not everything was read within %s: %w", r.plan.FreezeLimit, linux.ErrVoid)
+	}
+	return err
+}
+
+// prepare takes the memory that a pass under freeze needs, and keeps it.
+func (r *run) prepare() error {
+	if r.hold == nil {
+		r.hold = newHold(holdSize(), r.disks)
+	}
+	for _, d := range r.disks {
+		d.prepare()
+	}
+	return linux.Lock()
+}
+
+func (r *run) open() []*linux.Disk {
+	var out []*linux.Disk
+	for _, d := range r.disks {
+		out = append(out, d.Disk)
+	}
+	return out
+}
+
+// done says what the capture came to.
+func (r *run) done(held linux.Held) error {
+	d := wire.Done{
+		Age: time.Since(held.Since), Consistency: held.Consistency, Frozen: held.Frozen, Read: r.read, Passes: r.passes, Notes: held.Notes,
+	}
+	if d.Consistency == "" {
+		d.Consistency = dr.CrashConsistent
+	}
+	for _, disk := range r.disks {
+		d.Digests = append(d.Digests, disk.sums.Digest())
+	}
+	return r.w.Message(wire.KindDone, d)
+}
