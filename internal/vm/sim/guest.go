@@ -21,8 +21,9 @@ const (
 	maxInput  = 64 << 10 // bytes sent to a port that the guest has not read
 )
 
-// Guest is what a machine does. Run is called at power-on and again after each reboot; returning ends that run. When
-// the plug is pulled ctx is done and Run must return at once; what it returns then does not matter.
+// Guest is what a machine does. Run is called at power-on and again after each reboot; returning ends that run, and
+// with it ctx and the ports. When the plug is pulled ctx is done and Run must return at once; what it returns then does
+// not matter.
 type Guest interface {
 	Run(ctx context.Context, c *Computer) End
 }
@@ -54,9 +55,11 @@ type Computer struct {
 // Serial is the first serial port: what is written appears in the serial log.
 func (c *Computer) Serial() io.Writer { return serial{c.m} }
 
-// Port is the guest's end of the agent's port. Read waits for the host and ends with io.EOF when the plug is pulled.
-// What is written while no host is connected is lost.
-func (c *Computer) Port(which dr.GuestPort) io.ReadWriter { return c.m.ports[which] }
+// Port is the guest's end of the agent's port. Read waits for the host and ends with io.EOF when this run of the guest
+// has ended. What is written while no host is connected is lost.
+func (c *Computer) Port(which dr.GuestPort) io.ReadWriter {
+	return &end{port: c.m.ports[which], run: c.Runs}
+}
 
 // Button is closed when the power button is pressed.
 func (c *Computer) Button() <-chan struct{} { return c.m.button }
@@ -164,7 +167,14 @@ type port struct {
 	cond  *sync.Cond
 	line  io.ReadWriteCloser // nil: nobody is connected
 	input []byte             // sent by the host, not yet read by the guest
+	run   int                // which run of the guest has the port
 	off   bool
+}
+
+// end is the guest's end of a port during one of its runs.
+type end struct {
+	*port
+	run int
 }
 
 func newPort() *port {
@@ -173,14 +183,13 @@ func newPort() *port {
 	return p
 }
 
-// Read is the guest's.
-func (p *port) Read(b []byte) (int, error) {
+func (p *end) Read(b []byte) (int, error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for len(p.input) == 0 && !p.off {
+	for len(p.input) == 0 && !p.over() {
 		p.cond.Wait()
 	}
-	if p.off {
+	if p.over() {
 		return 0, io.EOF
 	}
 	n := copy(b, p.input)
@@ -189,12 +198,15 @@ func (p *port) Read(b []byte) (int, error) {
 	return n, nil
 }
 
-// Write is the guest's. It waits while a connected host does not read.
-func (p *port) Write(b []byte) (int, error) {
+// over says whether this run no longer has the port. The caller holds the lock.
+func (p *end) over() bool { return p.off || p.port.run != p.run }
+
+// Write waits while a connected host does not read.
+func (p *end) Write(b []byte) (int, error) {
 	p.mu.Lock()
-	line, off := p.line, p.off
+	line, over := p.line, p.over()
 	p.mu.Unlock()
-	if off {
+	if over {
 		return 0, io.ErrClosedPipe
 	}
 	if line != nil {
@@ -235,6 +247,14 @@ func (p *port) carry(line io.ReadWriteCloser) {
 			return
 		}
 	}
+}
+
+// reset takes the port from the run that has ended and gives it to the next.
+func (p *port) reset(run int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.run, p.input = run, nil
+	p.cond.Broadcast()
 }
 
 // unplug ends the port for both sides.

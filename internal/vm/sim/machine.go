@@ -72,7 +72,12 @@ func (m *machine) run(ctx context.Context, guest Guest) {
 	defer m.pull()
 	end := PowerOff
 	for runs := 0; ; runs++ {
-		end = guest.Run(ctx, &Computer{Spec: m.spec, Runs: runs, m: m})
+		runCtx, over := context.WithCancel(ctx)
+		end = guest.Run(runCtx, &Computer{Spec: m.spec, Runs: runs, m: m})
+		over()
+		for _, p := range m.ports {
+			p.reset(runs + 1)
+		}
 		if end != Reboot || m.spec.NoReboot || ctx.Err() != nil || m.is(vm.Crashed) {
 			break
 		}
