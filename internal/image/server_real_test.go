@@ -1,14 +1,18 @@
 package image
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
+	"io"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 )
 
@@ -198,3 +202,178 @@ func same(t *testing.T, path string, want []byte) {
 }
 
 func zeros(b []byte) bool { return len(bytes.TrimLeft(b, "\x00")) == 0 }
+
+func TestFioVerifiesWhatItWroteAndSeesOneWrongByte(t *testing.T) {
+	needTools(t)
+	path := filepath.Join(t.TempDir(), "disk.raw")
+	tool(t, "fio", "--name=fill", "--filename="+path, "--rw=write", "--bs=16k", "--size=64m",
+		"--verify=crc32c", "--do_verify=0")
+	uri := offer(t, quiet(), "snap-20260102t030405-abc/0", openFile(t, path))
+	verify := func(args ...string) *exec.Cmd {
+		return exec.CommandContext(t.Context(), "fio", append([]string{"--name=check", "--ioengine=nbd", "--uri=" + uri,
+			"--readonly", "--size=64m", "--verify=crc32c", "--verify_fatal=1", "--iodepth=16"}, args...)...)
+	}
+	for _, args := range [][]string{
+		{"--rw=read", "--bs=16k"}, {"--rw=randread", "--bs=16k"}, {"--rw=randread", "--bs=256k", "--verify_interval=16k"},
+	} {
+		if out, err := verify(args...).CombinedOutput(); err != nil {
+			t.Errorf("fio %v: %v\n%s", args, err, out)
+		}
+	}
+
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte{0xa5, 0x5a}, 33<<20+777); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := verify("--rw=randread", "--bs=16k").CombinedOutput(); err == nil {
+		t.Errorf("fio found nothing wrong:\n%s", out)
+	}
+}
+
+func TestQEMUSeesADamagedImageAsAnIOErrorAndTheOwnerLearns(t *testing.T) {
+	needTools(t)
+	m := randomMemory(50, 8<<20)
+	m.extents = []Extent{{0, 8 << 20, false}}
+	m.badFrom, m.badTo = 4<<20, 4<<20+512
+	s := quiet()
+	var told atomic.Int64
+	s.OnError = func(string, error) { told.Add(1) }
+	uri := offer(t, s, "damaged/0", m)
+	tool(t, "qemu-io", "-r", "-f", "raw", "-c", "read 0 2M", uri)
+	out, err := exec.CommandContext(t.Context(), "qemu-io", "-r", "-f", "raw", "-c", "read 3M 2M", uri).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "Input/output error") {
+		t.Errorf("qemu-io: %v\n%s", err, out)
+	}
+	if told.Load() == 0 {
+		t.Error("the owner was not told")
+	}
+}
+
+func TestARunningQEMUIsSeenOnItsDisk(t *testing.T) {
+	needTools(t)
+	_, path := sparseFile(t, 51, 4<<20)
+	for _, mode := range []struct {
+		readOnly bool
+		want     error
+	}{{true, nil}, {false, ErrInUse}} {
+		drive := "file=" + path + ",format=raw,if=none,id=d"
+		if mode.readOnly {
+			drive += ",readonly=on"
+		}
+		cmd := exec.CommandContext(t.Context(), "qemu-system-x86_64", "-accel", "tcg", "-S", "-display", "none", "-nodefaults",
+			"-m", "16", "-drive", drive, "-device", "virtio-blk-pci,drive=d", "-monitor", "stdio")
+		stdin, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		stdout, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		// It answers once its devices are complete.
+		if _, err := io.WriteString(stdin, "info status\n"); err != nil {
+			t.Error(err)
+		}
+		lines := bufio.NewScanner(stdout)
+		for lines.Scan() && !strings.HasPrefix(lines.Text(), "VM status") {
+		}
+		f, err := OpenFile(path)
+		if err == nil {
+			_ = f.Close()
+		}
+		if !errors.Is(err, mode.want) {
+			t.Errorf("read-only %v: %v", mode.readOnly, err)
+		}
+		_ = stdin.Close()
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	}
+	openFile(t, path)
+}
+
+// loop makes a block device of a file.
+func loop(t *testing.T, path string) string {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("block devices need root")
+	}
+	device := strings.TrimSpace(tool(t, "losetup", "--find", "--show", path))
+	t.Cleanup(func() { _ = exec.Command("losetup", "--detach", device).Run() })
+	return device
+}
+
+func TestABlockDeviceIsReadAsItIs(t *testing.T) {
+	needTools(t)
+	m, path := sparseFile(t, 52, 6<<20+512)
+	f := openFile(t, loop(t, path))
+	if !f.Device() || f.Size() != m.Size() {
+		t.Errorf("device %v of %d bytes", f.Device(), f.Size())
+	}
+	if !f.Direct() {
+		t.Error("a loop device can be read past the page cache")
+	}
+	got := make([]byte, m.Size()-3)
+	if _, err := f.ReadAt(got, 3); err != nil || !bytes.Equal(got, m.data[3:]) {
+		t.Errorf("the content differs, %v", err)
+	}
+	uri := offer(t, quiet(), "device/0", f)
+	tool(t, "qemu-img", "compare", "-f", "raw", "-F", "raw", path, uri)
+}
+
+func TestAMountedDeviceIsInUseAndDirectReadsSeeWhatIsWritten(t *testing.T) {
+	needTools(t)
+	path := filepath.Join(t.TempDir(), "fs.raw")
+	tool(t, "truncate", "-s", "64M", path)
+	device := loop(t, path)
+	tool(t, "mkfs.xfs", "-q", "-f", "-l", "size=10m", "--unsupported", device)
+	at := t.TempDir()
+	tool(t, "mount", device, at)
+	t.Cleanup(func() { _ = exec.Command("umount", at).Run() })
+	if _, err := OpenFile(device); !errors.Is(err, ErrInUse) || !strings.Contains(err.Error(), at) {
+		t.Errorf("mounted: %v", err)
+	}
+	f, err := OpenFileInUse(device)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	buffered, err := OpenFileInUse(device)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer buffered.Close()
+	if !f.Direct() {
+		t.Fatal("a loop device can be read past the page cache")
+	}
+	whole := make([]byte, f.Size())
+	for _, f := range []*File{f, buffered} { // the page cache now holds what was there
+		if _, err := f.ReadAt(whole, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	order := []byte("order 4711: one red bicycle, delivered to nobody in particular")
+	if err := os.WriteFile(filepath.Join(at, "orders"), bytes.Repeat(order, 1000), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	tool(t, "sync", "-f", at)
+	if _, err := f.ReadAt(whole, 0); err != nil || !bytes.Contains(whole, order) {
+		t.Errorf("a direct read does not see what was written, %v", err)
+	}
+	if _, err := buffered.ReadAt(whole, 0); err == nil && bytes.Contains(whole, order) {
+		t.Log("here an ordinary read sees it too")
+	}
+	tool(t, "mount", "-o", "remount,ro", at)
+	g, err := OpenFile(device)
+	if err != nil {
+		t.Errorf("mounted read-only: %v", err)
+	} else {
+		_ = g.Close()
+	}
+}
