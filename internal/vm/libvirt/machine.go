@@ -124,32 +124,19 @@ func (c *channel) Close() error {
 	return c.Conn.Close()
 }
 
+// Screenshot goes through virsh: the screen travels as a stream beside the call's answer, and go-libvirt takes whichever
+// comes first for the answer.
 func (m *machine) Screenshot(ctx context.Context) ([]byte, error) {
-	type shot struct {
-		mime string
-		data picture
-	}
-	answer := make(chan *shot, 2)
-	err := m.h.conn.ask(ctx, func(l *libvirt.Libvirt) error {
-		s := &shot{}
-		mime, err := l.DomainScreenshot(m.dom, &s.data, 0, 0)
-		if err == nil && len(mime) > 0 {
-			s.mime = mime[0]
-		}
-		if err == nil {
-			answer <- s
-		}
-		return err
-	})
+	ctx, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	screen, err := m.h.photograph(ctx, uuidText(m.dom.UUID))
 	if err != nil {
+		if state, _, lost := m.State(ctx); lost == nil && (state == vm.Off || m.h.conn.died(m.dom.UUID)) {
+			err = vm.ErrGone
+		}
 		return nil, fmt.Errorf("photograph %s: %w", m.dom.Name, err)
 	}
-	s := <-answer
-	out, err := encodePicture(s.mime, &s.data)
-	if err != nil {
-		return nil, fmt.Errorf("photograph %s: %w", m.dom.Name, err)
-	}
-	return out, nil
+	return screen, nil
 }
 
 func (m *machine) Usage(ctx context.Context) (vm.Usage, error) {

@@ -3,52 +3,73 @@ package libvirt
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"image"
 	"image/png"
 	"io"
+	"net/url"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
 )
 
 const (
 	maxSide    = 8192     // pixels of a screen's width and height
-	maxPicture = 64 << 20 // bytes of what libvirt sends; the guest chooses how large its screen is
+	maxPicture = 64 << 20 // bytes of a screen; the guest chooses how large it is
 )
 
-// picture takes in what libvirt sends. It swallows what is too much: a stream whose writer fails locks up the client.
-type picture struct {
-	bytes.Buffer
-	lost bool
+// photograph has virsh write a machine's screen into a pipe and returns it as PNG.
+func (h *Hypervisor) photograph(ctx context.Context, domain string) ([]byte, error) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	uri := "qemu+unix:///system?socket=" + url.QueryEscape(h.config.Socket)
+	cmd := exec.CommandContext(ctx, "virsh", "-q", "-c", uri, "screenshot", domain, "/dev/fd/3")
+	cmd.ExtraFiles = []*os.File{w} // its number 3
+	cmd.WaitDelay = time.Second
+	var complaint bytes.Buffer
+	cmd.Stderr = &complaint
+	if err := cmd.Start(); err != nil {
+		_ = w.Close()
+		if errors.Is(err, exec.ErrNotFound) {
+			err = fmt.Errorf("virsh is not installed (apt install libvirt-clients): %w", err)
+		}
+		return nil, err
+	}
+	_ = w.Close()
+	data, err := io.ReadAll(io.LimitReader(r, maxPicture+1))
+	if len(data) > maxPicture {
+		err = fmt.Errorf("the screen is larger than %d bytes", maxPicture)
+	}
+	_ = r.Close() // should virsh have more to write, it ends here
+	if ended := cmd.Wait(); err == nil && ended != nil {
+		err = errors.New(strings.Join(strings.Fields(complaint.String()), " "))
+	}
+	if err != nil {
+		return nil, err
+	}
+	return encodePicture(data)
 }
 
-func (p *picture) Write(b []byte) (int, error) {
-	if p.lost || p.Len()+len(b) > maxPicture {
-		p.lost = true
-		return len(b), nil
-	}
-	return p.Buffer.Write(b)
-}
-
-// encodePicture turns what libvirt sent, a portable pixmap or a PNG, into PNG.
-func encodePicture(mime string, p *picture) ([]byte, error) {
-	if p.lost {
-		return nil, fmt.Errorf("the screen is larger than %d bytes", maxPicture)
-	}
+// encodePicture turns what libvirt gives, a portable pixmap or with newer QEMU a PNG, into PNG.
+func encodePicture(data []byte) ([]byte, error) {
 	var screen image.Image
 	var err error
-	switch mime {
-	case "image/x-portable-pixmap":
-		screen, err = decodePixmap(&p.Buffer)
-	case "image/png":
+	if bytes.HasPrefix(data, []byte("\x89PNG")) {
 		var config image.Config
-		if config, err = png.DecodeConfig(bytes.NewReader(p.Bytes())); err == nil && max(config.Width, config.Height) > maxSide {
+		if config, err = png.DecodeConfig(bytes.NewReader(data)); err == nil && max(config.Width, config.Height) > maxSide {
 			err = fmt.Errorf("a screen of %d×%d", config.Width, config.Height)
 		}
 		if err == nil {
-			screen, err = png.Decode(&p.Buffer)
+			screen, err = png.Decode(bytes.NewReader(data))
 		}
-	default:
-		err = fmt.Errorf("a picture of unknown kind %q", mime)
+	} else {
+		screen, err = decodePixmap(bytes.NewReader(data))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("read picture: %w", err)
