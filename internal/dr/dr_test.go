@@ -1,6 +1,7 @@
 package dr
 
 import (
+	"reflect"
 	"slices"
 	"testing"
 	"time"
@@ -158,7 +159,7 @@ func TestNamesAndAddressesAreChecked(t *testing.T) {
 		"root@[fe80::1]":      {User: "root", Host: "fe80::1", Port: 22},
 		"root@fe80::1":        {User: "root", Host: "fe80::1", Port: 22},
 	} {
-		if got, err := ParseSSH(text); err != nil || got != want {
+		if got, err := ParseSSH(text); err != nil || !reflect.DeepEqual(got, want) {
 			t.Errorf("%q: %+v, %v", text, got, err)
 		}
 	}

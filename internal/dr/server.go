@@ -39,6 +39,7 @@ type SSHSource struct {
 	Port        int           `json:"port"`
 	KeyFile     string        `json:"key_file"`               // private key on the appliance
 	HostKey     string        `json:"host_key"`               // authorized_keys form: "ssh-ed25519 AAAA…"; checked on every connection
+	Disks       []string      `json:"disks,omitempty"`        // kernel names or absolute paths; none: every disk in use
 	FreezeLimit time.Duration `json:"freeze_limit,omitempty"` // the longest a file system may stay frozen; 0: DefaultFreezeLimit
 }
 
@@ -167,6 +168,9 @@ func (s Server) Validate() error {
 		}
 		if ssh.HostKey == "" {
 			add("server %s has no host key: connect once and confirm it, or give --host-key", s.Name)
+		}
+		if len(ssh.Disks) > MaxDisks {
+			add("server %s has %d disks: the most is %d", s.Name, len(ssh.Disks), MaxDisks)
 		}
 		if ssh.FreezeLimit < 0 || ssh.FreezeLimit > 10*time.Minute {
 			add("freeze limit %s: use up to 10 minutes", ssh.FreezeLimit)
