@@ -14,7 +14,7 @@ const (
 	SumSize   = 16
 	SeedSize  = 16
 	sumsHead  = 8 + 4 + 4 + 8 + 8 + SeedSize
-	MaxSums   = 1 << 30 // of one disk: 8 TiB in blocks of 128 KiB
+	MaxSums   = 256<<20 - 64<<10 // of one disk: a little under 2 TiB in blocks of 128 KiB
 	algorithm = 1       // XXH3-128, seeded by Seed and the block's number
 )
 
@@ -117,14 +117,13 @@ func (s *Sums) Digest() []byte {
 	return b[:]
 }
 
-// Changed is the size in bytes of the blocks that differ from before, a disk of the same form and seed.
-func (s *Sums) Changed(before *Sums) (n int64) {
-	for i := range s.Len() {
-		if s.At(i) != before.At(i) {
-			n += int64(s.Length(i))
-		}
+// BlockSizeFor gives the block size for a disk: the usual one, or for a very large disk the smallest that keeps its
+// fingerprints within MaxSums.
+func BlockSizeFor(size int64, usual int) int {
+	for usual < MaxBlock && size/int64(usual) >= MaxSums/SumSize {
+		usual *= 2
 	}
-	return n
+	return usual
 }
 
 // MarshalBinary gives the form in which fingerprints are kept with a snapshot; see docs/formats/capture.md.

@@ -1,0 +1,164 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/capture/wire"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/image"
+	"github.com/musterdr/muster/internal/store"
+)
+
+// sumsName is the name under which the fingerprints of a disk are attached to a snapshot.
+func sumsName(disk int) string { return fmt.Sprintf("sums-%d", disk) }
+
+// Take captures a server into the store as the snapshot that the task asks for. The snapshot is complete, or there is none.
+func Take(ctx context.Context, src Source, st *store.Store, task api.SnapshotTask, report dr.Progress) (dr.Snapshot, error) {
+	began := time.Now()
+	k := &keeper{store: st, id: task.ID, parent: task.Parent}
+	defer k.abort(ctx)
+	out, err := src.Capture(ctx, k, report)
+	if err != nil {
+		return dr.Snapshot{}, fmt.Errorf("capture %s: %w", task.Server.Name, err)
+	}
+	if k.writer == nil {
+		return dr.Snapshot{}, fmt.Errorf("capture %s: the source gave nothing", task.Server.Name)
+	}
+	for i, s := range k.sums {
+		b, err := s.MarshalBinary()
+		if err != nil {
+			return dr.Snapshot{}, err
+		}
+		k.writer.Attach(sumsName(i), b)
+	}
+	for _, note := range out.Notes {
+		slog.Info("capture note", "server", task.Server.Name, "snapshot", task.ID, "note", note)
+	}
+	kept, err := k.writer.Commit(ctx, dr.Snapshot{
+		ID: task.ID, ServerID: task.Server.ID, Server: task.Server.Name, Parent: k.parent, Taken: out.Taken.UTC(),
+		Consistency: out.Consistency, Pass: k.pass, Inventory: out.Inventory,
+		Stats: dr.CaptureStats{Read: out.Read, Sent: out.Sent, Frozen: out.Frozen, Duration: time.Since(began)},
+	})
+	if err != nil {
+		return dr.Snapshot{}, fmt.Errorf("keep snapshot of %s: %w", task.Server.Name, err)
+	}
+	return kept, nil
+}
+
+// keeper is the sink that writes a snapshot.
+type keeper struct {
+	store  *store.Store
+	id     string
+	parent string // the snapshot that this is an increment of; "" for a full one
+	pass   dr.CapturePass
+	writer *store.Writer
+	disks  []*store.DiskWriter
+	sums   []*wire.Sums
+}
+
+// Begin implements Sink.
+func (k *keeper) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error) {
+	if k.writer != nil {
+		return nil, errors.New("begin a snapshot: it has begun")
+	}
+	known, why := k.known(ctx, layout)
+	k.pass = dr.CapturePass{Kind: dr.PassCompare, Reason: "changes to this source are not tracked"}
+	if why != "" {
+		k.parent, k.pass = "", dr.CapturePass{Kind: dr.PassFull, Reason: why}
+	}
+	var err error
+	if k.writer, err = k.store.Begin(ctx, k.id, k.parent); err != nil {
+		return nil, err
+	}
+	seed := wire.NewSeed()
+	for i, disk := range layout.Disks {
+		size := 0 // the parent's
+		if k.parent == "" {
+			size = wire.BlockSizeFor(disk.Size, store.DefaultBlockSize)
+		}
+		w, err := k.writer.Disk(ctx, disk.Name, disk.Size, size)
+		if err != nil {
+			return nil, err
+		}
+		k.disks = append(k.disks, w)
+		if !layout.Compares {
+			continue
+		}
+		if known != nil && known[i].BlockSize == w.BlockSize() {
+			k.sums = append(k.sums, known[i])
+			continue
+		}
+		s, err := wire.NewSums(seed, w.BlockSize(), disk.Size)
+		if err != nil {
+			return nil, err
+		}
+		k.sums = append(k.sums, s)
+	}
+	return k.sums, nil
+}
+
+// known gives the parent's fingerprints, or why the parent cannot be built on.
+func (k *keeper) known(ctx context.Context, layout Layout) (sums []*wire.Sums, why string) {
+	if k.parent == "" {
+		return nil, "there is no earlier snapshot"
+	}
+	parent, err := k.store.Snapshot(ctx, k.parent)
+	if err != nil {
+		return nil, fmt.Sprintf("the earlier snapshot %s cannot be read: %v", k.parent, err)
+	}
+	if len(parent.Disks) != len(layout.Disks) {
+		return nil, fmt.Sprintf("the server has %d disks now and had %d", len(layout.Disks), len(parent.Disks))
+	}
+	for i, before := range parent.Disks {
+		now := layout.Disks[i]
+		if before.Name != now.Name {
+			return nil, fmt.Sprintf("disk %d is %s now and was %s", i, now.Name, before.Name)
+		}
+		if before.Size != now.Size {
+			return nil, fmt.Sprintf("disk %s has %d bytes now and had %d", now.Name, now.Size, before.Size)
+		}
+		if !layout.Compares {
+			continue
+		}
+		b, err := k.store.Attachment(ctx, k.parent, sumsName(i))
+		if err != nil {
+			return nil, fmt.Sprintf("no fingerprints of disk %s were kept: %v", now.Name, err)
+		}
+		s, err := wire.UnmarshalSums(b)
+		if err != nil || s.Size != before.Size || s.BlockSize != before.BlockSize {
+			return nil, fmt.Sprintf("the fingerprints of disk %s do not fit it: %v", now.Name, err)
+		}
+		sums = append(sums, s)
+	}
+	return sums, ""
+}
+
+// Write implements Sink.
+func (k *keeper) Write(ctx context.Context, disk int, block int64, data []byte) error {
+	return k.disks[disk].Write(ctx, block, data)
+}
+
+// Zero implements Sink.
+func (k *keeper) Zero(ctx context.Context, disk int, first, count int64) error {
+	return k.disks[disk].Zero(ctx, first, count)
+}
+
+// Image implements Sink.
+func (k *keeper) Image(ctx context.Context, disk int, img image.Image, report dr.Progress) error {
+	return k.disks[disk].Ingest(ctx, img, nil, report)
+}
+
+// abort gives up what was not committed.
+func (k *keeper) abort(ctx context.Context) {
+	if k.writer == nil {
+		return
+	}
+	if err := k.writer.Abort(context.WithoutCancel(ctx)); err != nil {
+		slog.Warn("snapshot not given up cleanly", "snapshot", k.id, "error", err)
+	}
+}
