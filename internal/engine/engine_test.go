@@ -7,6 +7,16 @@ import (
 	"github.com/musterdr/muster/internal/engine/enginetest"
 )
 
+func TestMain(m *testing.M) { enginetest.Main(m) }
+
 func sqliteFile(t *testing.T) string { return filepath.Join(t.TempDir(), "runs.db") }
 
-func TestSQLite(t *testing.T) { enginetest.Run(t, sqliteFile) }
+func TestSQLite(t *testing.T) {
+	t.Parallel()
+	enginetest.Run(t, sqliteFile)
+}
+
+func TestARunKilledAtEveryPointIsUndoneAndNothingIsRepeated(t *testing.T) {
+	t.Parallel()
+	enginetest.Crash(t, sqliteFile(t), "fail")
+}

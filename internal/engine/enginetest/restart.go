@@ -320,28 +320,3 @@ func locked(t *testing.T, dsn string) {
 	w.close()
 	open(t, dsn, "1", func(*engine.Engine) {})
 }
-
-func givesUp(t *testing.T, dsn string) {
-	if testing.Short() {
-		t.Skip("opens the engine many times")
-	}
-	var d diary
-	began := make(chan struct{}, 1)
-	register := func(e *engine.Engine) {
-		engine.Register(e, "k", func(r *engine.Run, _ nothing) error {
-			r.OnUndo("u", func(context.Context) error { d.add("undone"); return nil })
-			return do(r, "a", hang(began))
-		})
-	}
-	w := open(t, dsn, "1", register)
-	w.start("k", "run")
-	for range engine.MaxStarts {
-		await(t, "the step", began)
-		w.close()
-		w = open(t, dsn, "1", register)
-	}
-	if s := w.wait("run", engine.Failed); !strings.Contains(s.Error, "given up") {
-		t.Errorf("error %q", s.Error)
-	}
-	d.expect(t, "undone")
-}
