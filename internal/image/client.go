@@ -44,6 +44,9 @@ func newClient(s *Server, conn net.Conn) *client {
 		slots:  make(chan struct{}, maxPieces),
 		own:    make(chan struct{}, 1),
 	}
+	if wide, ok := conn.(interface{ SetWriteBuffer(int) error }); ok {
+		_ = wide.SetWriteBuffer(pieceRoom) // so that a piece is handed over at once; less works as well
+	}
 	c.own <- struct{}{}
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	return c

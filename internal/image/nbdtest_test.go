@@ -34,12 +34,8 @@ func quiet() *Server {
 // served serves on a unix socket until the test ends, and gives a way to connect.
 func served(t testing.TB, s *Server) (dial func() net.Conn) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "nbd")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	l, err := Listen(filepath.Join(dir, "s"), 0o600, -1)
+	socket := filepath.Join(shortDir(t), "s")
+	l, err := Listen(socket, 0o600, -1)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -329,3 +325,14 @@ func be(v any) []byte {
 }
 
 func text(s string) []byte { return append(be(uint32(len(s))), s...) }
+
+// shortDir is a folder whose name may stand in a URI and leaves room for a socket's.
+func shortDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "nbd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}

@@ -19,7 +19,7 @@ const (
 	MaxExportName = 255      // bytes
 	MaxRequest    = 32 << 20 // bytes of one read; what QEMU and libnbd ask at most
 
-	maxPieces = 32 // of one client, being read or waiting to be sent; QEMU has 16 requests under way
+	maxPieces = 16 // of one client, being read or waiting to be sent; QEMU has 16 requests under way
 )
 
 // Server offers images over NBD, read-only, to clients of any number. It adds no cache: it reads an image exactly when

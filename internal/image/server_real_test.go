@@ -40,12 +40,7 @@ func offer(t testing.TB, s *Server, name string, img Image) string {
 	if err := s.Add(name, img); err != nil {
 		t.Fatal(err)
 	}
-	dir, err := os.MkdirTemp("", "nbd") // not of the test's name, which may not stand in a URI
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
+	socket := filepath.Join(shortDir(t), "s")
 	l, err := Listen(socket, 0o600, -1)
 	if err != nil {
 		t.Fatal(err)
