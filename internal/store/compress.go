@@ -11,7 +11,8 @@ import (
 
 // Kopia compresses every block through a stream, with goroutines and a window of its own for each; blocks as small as
 // ours spend more time in that than in compressing. zstdBlock writes the same format, a header and a zstd frame that
-// any kopia reads, in one call. Decompression stays Kopia's.
+// any kopia reads, in one call. It leaves out the frame's checksum: the seal around it is one already. Decompression
+// stays Kopia's.
 type zstdBlock struct {
 	compression.Compressor
 	encoder *zstd.Encoder
@@ -24,7 +25,7 @@ func init() {
 		compressorSmall: zstd.SpeedDefault,
 	} {
 		c := compression.ByName[name]
-		e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(level), zstd.WithWindowSize(MaxBlockSize))
+		e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(level), zstd.WithWindowSize(MaxBlockSize), zstd.WithEncoderCRC(false))
 		if err != nil {
 			panic("store: zstd: " + err.Error())
 		}

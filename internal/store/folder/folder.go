@@ -5,9 +5,9 @@
 //
 // opens it.
 //
-// Kopia's driver is used for the layout and for writing. Ours adds what it lacks: names are synced as well as
-// contents, reading does not try for seconds before it reports a bad sector, caches can be dropped, and locks work
-// between processes.
+// Kopia's driver is used for the layout, for listing and for deleting. Ours writes and reads: names are synced as well as
+// contents, large blobs go past the page cache, a bad sector is reported at once and not after ten attempts, caches can
+// be dropped, and locks work between processes.
 //
 // Knows: files, folders, syncing, locks.
 // Must not know: what is in a blob.
@@ -17,7 +17,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -113,109 +112,6 @@ type place struct {
 	buffers sync.Pool
 }
 
-func (p *place) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts blob.PutOptions) error {
-	if err := p.Storage.PutBlob(ctx, id, data, opts); err != nil {
-		return err
-	}
-	dir, _, err := p.paths.GetShardedPathAndFilePath(ctx, id)
-	if err != nil {
-		return err
-	}
-	return p.syncNames(dir)
-}
-
-// syncNames puts the names in a folder on the medium, and the folder's own name if that has not been done yet.
-func (p *place) syncNames(dir string) error {
-	if err := syncDir(dir); err != nil {
-		return err
-	}
-	for dir != p.root && strings.HasPrefix(dir, p.root) {
-		p.mu.Lock()
-		done := p.synced[dir]
-		p.mu.Unlock()
-		if done {
-			return nil
-		}
-		if err := syncDir(filepath.Dir(dir)); err != nil {
-			return err
-		}
-		p.mu.Lock()
-		p.synced[dir] = true
-		p.mu.Unlock()
-		dir = filepath.Dir(dir)
-	}
-	return nil
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
-}
-
-// GetBlob reads once. Kopia's own tries ten times over seconds when a sector is bad.
-func (p *place) GetBlob(ctx context.Context, id blob.ID, offset, length int64, output blob.OutputBuffer) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
-	output.Reset()
-	_, path, err := p.paths.GetShardedPathAndFilePath(ctx, id)
-	if err != nil {
-		return err
-	}
-	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return blob.ErrBlobNotFound
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close() //nolint:errcheck // only read
-	if length < 0 {
-		return p.copyAll(f, output)
-	}
-	if offset < 0 {
-		return fmt.Errorf("%w: offset %d", blob.ErrInvalidRange, offset)
-	}
-	b := p.buffer(length)
-	defer p.buffers.Put(&b)
-	if n, err := f.ReadAt(b, offset); err != nil && (err != io.EOF || int64(n) < length) {
-		return fmt.Errorf("%w: %d bytes at %d: %w", blob.ErrInvalidRange, length, offset, err)
-	}
-	_, err = output.Write(b)
-	return err
-}
-
-const copySize = 1 << 20
-
-func (p *place) copyAll(f *os.File, output io.Writer) error {
-	b := p.buffer(copySize)
-	defer p.buffers.Put(&b)
-	for {
-		n, err := f.Read(b)
-		if n > 0 {
-			if _, err := output.Write(b[:n]); err != nil {
-				return err
-			}
-		}
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
-}
-
-func (p *place) buffer(n int64) []byte {
-	if b, ok := p.buffers.Get().(*[]byte); ok && int64(cap(*b)) >= n {
-		return (*b)[:n]
-	}
-	return make([]byte, n)
-}
-
 // Sync syncs the whole file system the folder is on.
 func (p *place) Sync(context.Context) error {
 	f, err := os.Open(p.root)
@@ -254,7 +150,7 @@ func (p *place) Sweep(ctx context.Context, age time.Duration) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if e.IsDir() || !strings.Contains(e.Name(), ".f.tmp.") {
+		if e.IsDir() || !strings.Contains(e.Name(), ".f"+tempMark) {
 			return nil
 		}
 		info, err := e.Info()
