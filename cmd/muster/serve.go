@@ -168,11 +168,18 @@ func (p *platform) openSilo(ctx context.Context, i install, set settings, st *st
 	}
 	p.onClose("hypervisor", hv.Close)
 	_, gid := hv.User()
+	host, err := hv.Host(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(i.path("silo/work"), 0o711); err != nil {
+		return nil, fmt.Errorf("make work folder: %w", err)
+	}
 	guest, err := besides("muster-guest")
 	if err != nil {
 		return nil, err
 	}
-	s, err := silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: guestfs.Opener{Cache: i.path("silo/guestfs")}, Networks: hostNetworks{},
+	s, err := silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: host.Accelerator == "kvm"}, Networks: hostNetworks{},
 		Exporter: exporter{install: i, group: gid}, GuestAgent: guest, Dir: i.path("silo"), Run: i.Run, SocketGID: gid,
 		MaxMemory: set.MaxMemory, MaxCPUs: set.MaxCPUs, Diagnose: func(ctx context.Context) []api.Finding { return diagnose(ctx, i, hv) }})
 	if err != nil {

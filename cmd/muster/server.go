@@ -48,7 +48,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 func serverAddCommand() *cobra.Command {
 	var f serverFlags
 	var ssh, hostKey string
-	var disks []string
+	var disks, only []string
 	var accept bool
 	cmd := &cobra.Command{
 		Use:   "add NAME (--ssh USER@HOST[:PORT] --key FILE | --disk PATH…)",
@@ -86,7 +86,7 @@ The server's host key is shown on first contact and must be confirmed; afterward
 				if err != nil {
 					return withCode(exitUsage, err)
 				}
-				source.HostKey, source.FreezeLimit = hostKey, f.freeze
+				source.HostKey, source.FreezeLimit, source.Disks = hostKey, f.freeze, only
 				if source.KeyFile, err = absolute(f.key); err != nil {
 					return err
 				}
@@ -98,6 +98,7 @@ The server's host key is shown on first contact and must be confirmed; afterward
 	f.register(cmd)
 	cmd.Flags().StringVar(&ssh, "ssh", "", "live Linux server: USER@HOST[:PORT]")
 	cmd.Flags().StringArrayVar(&disks, "disk", nil, "raw disk image or block device (may be repeated, in the server's own order)")
+	cmd.Flags().StringArrayVar(&only, "only-disk", nil, "with --ssh: only this disk of the server, as sda (may be repeated); without it every disk in use")
 	cmd.Flags().StringVar(&hostKey, "host-key", "", "host key to expect, as in known_hosts: 'ssh-ed25519 AAAA…'")
 	cmd.Flags().BoolVar(&accept, "accept-host-key", false, "accept the host key shown on first contact without asking")
 	cmd.MarkFlagsMutuallyExclusive("ssh", "disk")

@@ -96,8 +96,7 @@ func prerecoverCommand() *cobra.Command {
 		if rec.PreRecovery == nil {
 			return fmt.Errorf("explain %s: it has no rescue image", rec.Snapshot.ID)
 		}
-		prerecover.Explain(cmd.OutOrStdout(), *rec.PreRecovery, *explain)
-		return nil
+		return prerecover.Explain(cmd.OutOrStdout(), *rec.PreRecovery, *explain)
 	}
 	return cmd
 }

@@ -5,9 +5,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -40,8 +42,9 @@ func (s *Silo) liveSocket(invocation string) string {
 	return filepath.Join(s.Run, strings.TrimPrefix(invocation, "inv-")+".sock")
 }
 
+// machineDir is the folder of an invoked machine's own: its sockets and serial log.
 func (s *Silo) machineDir(invocation string) string {
-	return filepath.Join(s.Run, machineName(invocation))
+	return filepath.Join(s.liveDir(invocation), "machine")
 }
 
 // Invoke implements api.Silo. Asked again for an invocation whose machine runs, it answers with that machine.
@@ -81,7 +84,7 @@ func (s *Silo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progre
 	}
 	report.Report("start", 0, 0, "")
 	_, err = s.Hypervisor.Start(ctx, vm.Spec{
-		Name: out.Machine, Owner: vm.Owner{Kind: "invocation", ID: task.ID, Term: task.Term},
+		Name: out.Machine, Owner: vm.Owner{Kind: ownerInvocation, ID: task.ID, Term: task.Term},
 		Hardware: task.PreRecovery.Hardware, Disks: disks, Networks: networks, Dir: dir,
 	})
 	if err != nil && !errors.Is(err, vm.ErrExists) {
@@ -107,17 +110,17 @@ func (s *Silo) liveLayers(ctx context.Context, task api.InvokeTask) ([]vm.Disk, 
 	if err := placeFile(filepath.Join(dir, "task.json"), raw); err != nil {
 		return nil, err
 	}
-	base := Layers(s.liveSocket(task.ID), task.Snapshot.ID, len(task.Snapshot.Disks))
+	base := layers(s.liveSocket(task.ID), task.Snapshot.ID, len(task.Snapshot.Disks))
 	disks := make([]vm.Disk, len(deltas))
-	for n, below := range under(deltas, base) {
+	for n, d := range under(deltas, base) {
 		path := filepath.Join(dir, fmt.Sprintf("live-%d.qcow2", n))
 		live := vm.Layer{Path: path, Format: "qcow2"}
 		if _, err := os.Stat(path); err != nil {
-			if live, err = vm.NewLayer(ctx, path, below[0]); err != nil {
+			if live, err = s.NewLayer(ctx, path, d.Layers[0]); err != nil {
 				return nil, fmt.Errorf("make live layer: %w", err)
 			}
 		}
-		disks[n] = vm.Disk{Layers: append([]vm.Layer{live}, below...)}
+		disks[n] = vm.Disk{Layers: append([]vm.Layer{live}, d.Layers...)}
 	}
 	return disks, nil
 }
@@ -149,10 +152,17 @@ func (s *Silo) CheckInvoked(ctx context.Context, task api.InvokeTask, report dr.
 	if err != nil {
 		return nil, fmt.Errorf("find machine of %s: %w", task.ID, err)
 	}
-	a, err := boottest.Attend(ctx, m, boottest.Expectation{
-		Hardware: task.PreRecovery.Hardware, PreRecovery: task.PreRecovery,
-		Baseline: task.Snapshot.Inventory.Baseline(), Checks: task.Server.Checks,
-		Cabled: task.Network.Kind != dr.NetworkNone,
+	plan, err := invoke.Attach(task.Network, task.PreRecovery.Hardware, task.Snapshot.Inventory)
+	if err != nil {
+		return nil, err
+	}
+	var networks []vm.Network
+	for _, seg := range plan.Segments {
+		networks = append(networks, vm.Network{Bridge: segmentBridge(task.ID, seg)})
+	}
+	a, err := boottest.Attend(ctx, m, boottest.Questions{
+		Hardware: task.PreRecovery.Hardware, Networks: networks, PreRecovery: task.PreRecovery,
+		Baseline: task.Snapshot.Inventory.Baseline(), SourceBoot: task.Snapshot.Inventory.BootID, Checks: task.Server.Checks,
 	}, report)
 	return a.Results, err
 }
@@ -241,13 +251,13 @@ func (s *Silo) clearInvocation(ctx context.Context, id string) error {
 			errs = append(errs, s.Networks.Remove(ctx, name))
 		}
 	}
-	errs = append(errs, s.Exporter.Stop(ctx, s.liveSocket(id)), os.RemoveAll(s.machineDir(id)), os.RemoveAll(s.liveDir(id)))
+	errs = append(errs, s.Exporter.Stop(ctx, s.liveSocket(id)), os.RemoveAll(s.liveDir(id)))
 	s.done(id)
 	return errors.Join(errs...)
 }
 
-// Reap implements api.Silo. It is called when no boot test is under way in this process: machines of boot tests that
-// are not named alive belong to a process that died.
+// Reap implements api.Silo. It is called when no work is under way in this process: what boot tests and pre-recoveries
+// left that are not named alive belongs to a process that died.
 func (s *Silo) Reap(ctx context.Context, alive []string) ([]string, error) {
 	keep := map[string]bool{}
 	for _, id := range alive {
@@ -255,10 +265,46 @@ func (s *Silo) Reap(ctx context.Context, alive []string) ([]string, error) {
 	}
 	var removed []string
 	var errs []error
-	machines, err := s.Hypervisor.List(ctx)
+	tests, err := boottest.Reap(ctx, s.Hypervisor, s.scratch(), keep)
 	errs = append(errs, err)
+	for _, id := range tests {
+		removed = append(removed, "boot test "+id)
+	}
+	ended, err := s.endedInvocations(ctx, keep)
+	errs = append(errs, err)
+	for _, id := range ended {
+		if err := s.clearInvocation(ctx, id); err != nil {
+			errs = append(errs, fmt.Errorf("remove invocation %s: %w", id, err))
+			continue
+		}
+		removed = append(removed, "invocation "+id)
+	}
+	for _, snap := range entries(filepath.Join(s.Dir, "images")) {
+		for _, pre := range entries(filepath.Join(s.Dir, "images", snap)) {
+			if _, err := readRecord(s.imageDir(snap, pre)); err != nil && !keep[pre] {
+				errs = append(errs, os.RemoveAll(s.imageDir(snap, pre)))
+				removed = append(removed, "unfinished pre-recovery "+pre)
+			}
+		}
+	}
+	return removed, errors.Join(errs...)
+}
+
+// endedInvocations finds invocations of which something is left on this host though they are over: a machine, which is
+// stopped here, or a folder.
+func (s *Silo) endedInvocations(ctx context.Context, keep map[string]bool) ([]string, error) {
+	over := map[string]bool{}
+	for _, id := range entries(s.liveDir("")) {
+		if !keep[id] {
+			over[id] = true
+		}
+	}
+	machines, err := s.Hypervisor.List(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list machines: %w", err)
+	}
 	for _, m := range machines {
-		if keep[m.Owner.ID] {
+		if m.Owner.Kind != ownerInvocation || keep[m.Owner.ID] {
 			continue
 		}
 		machine, err := s.Hypervisor.Find(ctx, m.Name)
@@ -266,51 +312,15 @@ func (s *Silo) Reap(ctx context.Context, alive []string) ([]string, error) {
 			err = machine.Destroy(ctx)
 		}
 		if err != nil && !errors.Is(err, vm.ErrGone) {
-			errs = append(errs, fmt.Errorf("remove machine %s: %w", m.Name, err))
-			continue
+			return nil, fmt.Errorf("remove machine %s: %w", m.Name, err)
 		}
-		removed = append(removed, "machine "+m.Name)
+		over[m.Owner.ID] = true
 	}
-	more, err := s.reapFiles(ctx, keep)
-	removed = append(removed, more...)
-	return removed, errors.Join(append(errs, err)...)
+	return slices.Sorted(maps.Keys(over)), nil
 }
 
-func (s *Silo) reapFiles(ctx context.Context, keep map[string]bool) ([]string, error) {
-	var removed []string
-	var errs []error
-	gone := func(what, path string) {
-		if err := os.RemoveAll(path); err != nil {
-			errs = append(errs, err)
-			return
-		}
-		removed = append(removed, what+" "+filepath.Base(path))
-	}
-	for _, e := range entries(s.scratch()) {
-		if !keep[e] {
-			gone("scratch layer", filepath.Join(s.scratch(), e))
-		}
-	}
-	for _, e := range entries(filepath.Join(s.Dir, "live")) {
-		if !keep[e] {
-			errs = append(errs, s.clearInvocation(ctx, e))
-			removed = append(removed, "live layer "+e)
-		}
-	}
-	for _, e := range entries(s.Run) {
-		if id, ok := strings.CutPrefix(e, boottest.MachinePrefix); ok && !keep["verdict-"+id] {
-			gone("machine folder", filepath.Join(s.Run, e))
-		}
-	}
-	for _, snap := range entries(filepath.Join(s.Dir, "images")) {
-		for _, pre := range entries(filepath.Join(s.Dir, "images", snap)) {
-			if _, err := readRecord(s.imageDir(snap, pre)); err != nil && !keep[pre] {
-				gone("unfinished delta", s.imageDir(snap, pre))
-			}
-		}
-	}
-	return removed, errors.Join(errs...)
-}
+// ownerInvocation marks a machine as an invocation's.
+const ownerInvocation = "invocation"
 
 func entries(dir string) (names []string) {
 	list, err := os.ReadDir(dir)

@@ -56,8 +56,8 @@ func (s *Silo) PreRecover(ctx context.Context, task api.PreRecoverTask, report d
 	defer release()
 	memory, cpus := s.limits(host)
 	pre, err := prerecover.Run(ctx, s.Opener, prerecover.Request{
-		ID: task.ID, Snapshot: task.Snapshot, Base: firsts(layers), Dir: dir, Overlays: own, Agent: agent,
-		MaxMemory: memory, MaxCPUs: cpus, Memory: task.Server.Memory, CPUs: task.Server.CPUs, UEFI: host.UEFI,
+		ID: task.ID, Snapshot: task.Snapshot, Base: layers, Dir: dir, Overlays: own, Agent: agent,
+		Limits: prerecover.Limits{MaxMemory: memory, MaxCPUs: cpus, Memory: task.Server.Memory, CPUs: task.Server.CPUs, UEFI: host.UEFI},
 	}, report)
 	if err != nil {
 		os.RemoveAll(dir)
@@ -101,13 +101,6 @@ func (s *Silo) limits(host vm.Host) (memory, cpus int) {
 		cpus = host.CPUs
 	}
 	return max(memory, 512), max(cpus, 1)
-}
-
-func firsts(layers [][]vm.Layer) (out []vm.Layer) {
-	for _, l := range layers {
-		out = append(out, l[0])
-	}
-	return out
 }
 
 func readRecord(dir string) (dr.PreRecovery, error) {
@@ -224,13 +217,10 @@ func keepFile(ctx context.Context, st *store.Store, snapshot, name, path string)
 	return st.Keep(ctx, snapshot, name, io.Reader(f))
 }
 
-// Test implements api.Silo.
+// Test implements api.Silo. Run clears what an earlier attempt under the same identifier left.
 func (s *Silo) Test(ctx context.Context, task api.TestTask, report dr.Progress) (dr.Verdict, error) {
 	if err := s.admit(task.ID, task.Term); err != nil {
 		return dr.Verdict{}, err
-	}
-	if err := boottest.Clear(ctx, s.Hypervisor, task.ID, s.scratch(), s.Run); err != nil {
-		return dr.Verdict{}, fmt.Errorf("clear what an earlier attempt left: %w", err)
 	}
 	paths, err := s.deltas(ctx, task.Snapshot, task.PreRecovery)
 	if err != nil {
@@ -241,29 +231,28 @@ func (s *Silo) Test(ctx context.Context, task api.TestTask, report dr.Progress) 
 		return dr.Verdict{}, err
 	}
 	defer release()
-	evidence := s.evidenceDir(task.Snapshot.ID, task.ID)
-	if err := os.MkdirAll(evidence, 0o750); err != nil {
-		return dr.Verdict{}, fmt.Errorf("make folder for evidence: %w", err)
-	}
 	v, err := boottest.Run(ctx, s.Hypervisor, boottest.Request{
 		VerdictID: task.ID, Term: task.Term, Snapshot: task.Snapshot, PreRecovery: task.PreRecovery,
-		Baseline: task.Snapshot.Inventory.Baseline(), Checks: task.Server.Checks, Objectives: task.Server.Objectives,
-		Layers: under(paths, layers), ScratchDir: s.scratch(), RunDir: s.Run, EvidenceDir: evidence,
-		Asked: task.Asked, DiskError: fault,
+		Checks: task.Server.Checks, Objectives: task.Server.Objectives, Disks: under(paths, layers),
+		ScratchDir: s.scratch(), EvidenceDir: s.evidenceDir(task.Snapshot.ID, task.ID),
+		Asked: task.Asked, DiskError: fault, NewLayer: s.NewLayer,
 	}, report)
-	if err == nil {
-		s.done(task.ID)
+	if err != nil {
+		return v, err
 	}
-	return v, err
+	// A machine that could not even be started because its image cannot be read is a fault of the image.
+	if bad := fault(); bad != nil && v.Outcome == dr.Inconclusive {
+		v.Outcome, v.Code, v.Summary = dr.Fail, dr.CodeDiskError, "the snapshot cannot be read from the store: "+bad.Error()
+	}
+	s.done(task.ID)
+	return v, nil
 }
 
-func (s *Silo) scratch() string { return filepath.Join(s.Dir, "scratch") }
-
 // under puts each delta on top of its disk.
-func under(deltas []string, base [][]vm.Layer) [][]vm.Layer {
-	out := make([][]vm.Layer, len(deltas))
+func under(deltas []string, base []vm.Layer) []vm.Disk {
+	out := make([]vm.Disk, len(deltas))
 	for n, path := range deltas {
-		out[n] = append([]vm.Layer{{Path: path, Format: "qcow2"}}, base[n]...)
+		out[n].Layers = []vm.Layer{{Path: path, Format: "qcow2"}, base[n]}
 	}
 	return out
 }

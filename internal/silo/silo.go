@@ -7,7 +7,7 @@
 //	DIR/evidence/SNAPSHOT/VERDICT/     screenshot, serial log, answers
 //	DIR/scratch/                       of boot tests; emptied at every start
 //	DIR/live/INVOCATION/               what an invoked machine writes; kept until the invocation ends
-//	RUN/                               sockets and machine folders: short paths, gone after a reboot
+//	RUN/                               sockets, and short names for scratch/ and live/; gone after a reboot
 //
 // A boot test reads the store through an export inside this process: if the process dies, so does the test. An invoked
 // machine reads through an exporter process of its own, so that it lives on when this process is restarted.
@@ -46,6 +46,7 @@ type Config struct {
 	MaxMemory  int    // MiB a rescue machine may have at most; 0: half the host's
 	MaxCPUs    int    // 0: the host's
 	Diagnose   func(ctx context.Context) []api.Finding
+	NewLayer   func(ctx context.Context, path string, below vm.Layer) (vm.Layer, error) // nil: vm.NewLayer
 }
 
 // Networks makes and removes the bridges of rescue machines.
@@ -84,6 +85,17 @@ func Open(ctx context.Context, config Config) (*Silo, error) {
 	}
 	if err := os.MkdirAll(config.Run, 0o711); err != nil {
 		return nil, fmt.Errorf("open silo: %w", err)
+	}
+	// Machines' folders hold sockets, whose paths are short, and layers, which are large: a short name for a large place.
+	for _, dir := range []string{"scratch", "live"} {
+		short := filepath.Join(config.Run, dir)
+		os.Remove(short)
+		if err := os.Symlink(filepath.Join(config.Dir, dir), short); err != nil {
+			return nil, fmt.Errorf("open silo: %w", err)
+		}
+	}
+	if config.NewLayer == nil {
+		config.NewLayer = vm.NewLayer
 	}
 	if config.Diagnose == nil {
 		config.Diagnose = func(context.Context) []api.Finding { return nil }
@@ -130,7 +142,8 @@ func (s *Silo) imageDir(snapshot, pre string) string {
 func (s *Silo) evidenceDir(snapshot, verdict string) string {
 	return filepath.Join(s.Dir, "evidence", snapshot, verdict)
 }
-func (s *Silo) liveDir(invocation string) string { return filepath.Join(s.Dir, "live", invocation) }
+func (s *Silo) liveDir(invocation string) string { return filepath.Join(s.Run, "live", invocation) }
+func (s *Silo) scratch() string                  { return filepath.Join(s.Run, "scratch") }
 
 // exports serves snapshots' disks to machines of this process, opened once however many read them.
 type exports struct {
@@ -176,17 +189,17 @@ func (e *exports) close() error {
 // ExportName is how disk n of a snapshot is called on an NBD server.
 func ExportName(snapshot string, n int) string { return fmt.Sprintf("%s/%d", snapshot, n) }
 
-// Layers names the disks of a snapshot on an NBD socket, each as the single layer under what is put above.
-func Layers(socket, snapshot string, disks int) [][]vm.Layer {
-	out := make([][]vm.Layer, disks)
+// layers names the disks of a snapshot on an NBD socket.
+func layers(socket, snapshot string, disks int) []vm.Layer {
+	out := make([]vm.Layer, disks)
 	for n := range out {
-		out[n] = []vm.Layer{{Socket: socket, Export: ExportName(snapshot, n), Format: "raw"}}
+		out[n] = vm.Layer{Socket: socket, Export: ExportName(snapshot, n), Format: "raw"}
 	}
 	return out
 }
 
 // acquire serves a snapshot's disks until release is called. fault gives the first read error of any of them.
-func (e *exports) acquire(ctx context.Context, snapshot string, disks int) (layers [][]vm.Layer, fault func() error, release func(), err error) {
+func (e *exports) acquire(ctx context.Context, snapshot string, disks int) (disksOf []vm.Layer, fault func() error, release func(), err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	x := e.open[snapshot]
@@ -226,7 +239,7 @@ func (e *exports) acquire(ctx context.Context, snapshot string, disks int) (laye
 		}
 		return nil
 	}
-	return Layers(e.socket, snapshot, disks), fault, release, nil
+	return layers(e.socket, snapshot, disks), fault, release, nil
 }
 
 func (e *exports) drop(snapshot string, x *export) {
