@@ -2,6 +2,7 @@
 //
 //	Image     a size and ReadAt; a file, a block device or a snapshot's disk in the store
 //	Extent    a byte range that holds data or is known to read as zeros
+//	File      a raw disk image file or a block device as an Image
 //	Server    an NBD export of images over a unix socket, for QEMU and for people
 //
 // An Image never changes while it is open. What changes it, a delta or a live layer, lies above it in qcow2.

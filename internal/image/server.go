@@ -23,7 +23,7 @@ const (
 )
 
 // Server offers images over NBD, read-only, to clients of any number. It adds no cache: it reads an image exactly when
-// and where a client asks. Its memory is bounded by MaxInFlight and about 100 KiB a client, whatever clients do, and what
+// and where a client asks. Its memory is bounded by MaxInFlight and about 200 KiB a client, whatever clients do, and what
 // one client does closes at most that client's connection.
 //
 // The fields may be set before the first Serve.

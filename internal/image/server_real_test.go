@@ -293,6 +293,23 @@ func TestARunningQEMUIsSeenOnItsDisk(t *testing.T) {
 	openFile(t, path)
 }
 
+func TestALayerOnAnExportHoldsWhatIsWrittenAndTheImageStaysAsItIs(t *testing.T) {
+	needTools(t)
+	m := randomMemory(53, 8<<20)
+	uri := offer(t, quiet(), "snap-20260102t030405-abc/0", m)
+	uri = strings.Replace(uri, "abc/0", "abc%2F0", 1)
+	layer := filepath.Join(t.TempDir(), "layer.qcow2")
+	tool(t, "qemu-img", "create", "-f", "qcow2", "-F", "raw", "-b", uri, layer)
+	want := bytes.Clone(m.data)
+	copy(want[3<<20+512:], bytes.Repeat([]byte{0xab}, 1024))
+	tool(t, "qemu-io", "-f", "qcow2", "-c", "write -P 0xab 3146240 1024", layer)
+	seen := filepath.Join(t.TempDir(), "seen.raw")
+	tool(t, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", layer, seen)
+	same(t, seen, want)
+	tool(t, "nbdcopy", uri, seen+"2")
+	same(t, seen+"2", m.data)
+}
+
 // loop makes a block device of a file.
 func loop(t *testing.T, path string) string {
 	t.Helper()

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -492,7 +493,7 @@ func TestEndingTheContextEndsServe(t *testing.T) {
 	if err := s.Add(name, randomMemory(14, 1<<20)); err != nil {
 		t.Fatal(err)
 	}
-	l, err := Listen(t.TempDir()+"/s", 0o600, -1)
+	l, err := Listen(filepath.Join(shortDir(t), "s"), 0o600, -1)
 	if err != nil {
 		t.Fatal(err)
 	}
