@@ -1,7 +1,7 @@
 // Package capture turns a server into a snapshot: every disk at one instant, with the inventory of the machine.
 //
 //	Source   one way to read a server (capture/ssh, capture/disk; capturetest proves them right)
-//	Sink     where a source puts what it reads; Take's sink is a snapshot being written to the store
+//	Sink     the snapshot being written, into which a source puts what it reads
 //	Session  the appliance's side of the conversation with an agent, over whatever carries it
 //	Take     a source, a store, a task: a kept snapshot or an error, nothing between
 //
@@ -19,7 +19,6 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
-	"github.com/musterdr/muster/internal/image"
 )
 
 // Source is one way to read one server. It is used by one goroutine.
@@ -28,30 +27,21 @@ type Source interface {
 	Contact(ctx context.Context) (api.Contact, error)
 	// Capture reads every disk at one instant into the sink. On an error what the sink got is worth nothing. An image read
 	// while it changed is an error.
-	Capture(ctx context.Context, sink Sink, report dr.Progress) (Outcome, error)
+	Capture(ctx context.Context, sink *Sink, report dr.Progress) (Outcome, error)
 	// Forget removes what captures left on the server. Nothing to remove is no error.
 	Forget(ctx context.Context) error
 	// Close lets go of the server. Nothing of a capture runs on it afterwards.
 	Close() error
 }
 
+// Disk is one disk that a source reads.
+type Disk = wire.Disk
+
 // Layout is what a source is about to read.
 type Layout struct {
 	Inventory dr.Inventory
-	Disks     []wire.Disk // same order as Inventory.Disks
-	Compares  bool        // the source works by fingerprints
-}
-
-// Sink takes what a source reads. Write and Zero may be called from many goroutines, for one block by one at a time; the
-// last call for a block wins.
-type Sink interface {
-	// Begin is called once, first. For a source that compares it gives what is known of each disk, which the source keeps
-	// up to date; it stands for all zeros where nothing is known. Blocks that are never written stay as they are known.
-	Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error)
-	Write(ctx context.Context, disk int, block int64, data []byte) error
-	Zero(ctx context.Context, disk int, first, count int64) error
-	// Image takes a whole disk that does not change.
-	Image(ctx context.Context, disk int, img image.Image, report dr.Progress) error
+	Disks     []Disk // same order as Inventory.Disks
+	Compares  bool   // the source works by fingerprints
 }
 
 // Outcome is what a capture came to.

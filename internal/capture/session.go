@@ -125,7 +125,7 @@ func (s *Session) Inventory(disks []string) (dr.Inventory, error) {
 }
 
 // Capture reads the disks into the sink.
-func (s *Session) Capture(ctx context.Context, plan wire.Plan, sink Sink, report dr.Progress) (Outcome, error) {
+func (s *Session) Capture(ctx context.Context, plan wire.Plan, sink *Sink, report dr.Progress) (Outcome, error) {
 	if err := s.w.Message(wire.KindAskCapture, plan); err != nil {
 		return Outcome{}, fmt.Errorf("ask the agent: %w", err)
 	}
@@ -204,7 +204,7 @@ func outcome(inv dr.Inventory, done wire.Done, sent int64) (Outcome, error) {
 type receiver struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
-	sink   Sink
+	sink   *Sink
 	sums   []*wire.Sums
 	report dr.Progress
 
@@ -218,7 +218,7 @@ type receiver struct {
 	left    int64 // blocks that the agent may still send
 }
 
-func newReceiver(ctx context.Context, sink Sink, sums []*wire.Sums, report dr.Progress) *receiver {
+func newReceiver(ctx context.Context, sink *Sink, sums []*wire.Sums, report dr.Progress) *receiver {
 	r := &receiver{sink: sink, sums: sums, report: report, work: make(chan []byte, inFlight), free: make(chan []byte, inFlight)}
 	r.ctx, r.cancel = context.WithCancelCause(ctx)
 	// The options are constants that the library accepts.

@@ -20,7 +20,7 @@ func sumsName(disk int) string { return fmt.Sprintf("sums-%d", disk) }
 // Take captures a server into the store as the snapshot that the task asks for. The snapshot is complete, or there is none.
 func Take(ctx context.Context, src Source, st *store.Store, task api.SnapshotTask, report dr.Progress) (dr.Snapshot, error) {
 	began := time.Now()
-	k := &keeper{store: st, id: task.ID, parent: task.Parent}
+	k := &Sink{store: st, id: task.ID, parent: task.Parent}
 	defer k.abort(ctx)
 	out, err := src.Capture(ctx, k, report)
 	if err != nil {
@@ -50,8 +50,9 @@ func Take(ctx context.Context, src Source, st *store.Store, task api.SnapshotTas
 	return kept, nil
 }
 
-// keeper is the sink that writes a snapshot.
-type keeper struct {
+// Sink is a snapshot being written. Write and Zero may be called from many goroutines, for one block by one at a time; the
+// last call for a block wins.
+type Sink struct {
 	store  *store.Store
 	id     string
 	parent string // the snapshot that this is an increment of; "" for a full one
@@ -61,8 +62,9 @@ type keeper struct {
 	sums   []*wire.Sums
 }
 
-// Begin implements Sink.
-func (k *keeper) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error) {
+// Begin is called once, first. For a source that compares it gives what is known of each disk, which the source keeps up
+// to date; where nothing is known that is a disk of zeros. Blocks that are never written stay as they are known.
+func (k *Sink) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error) {
 	if k.writer != nil {
 		return nil, errors.New("begin a snapshot: it has begun")
 	}
@@ -103,7 +105,7 @@ func (k *keeper) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error)
 }
 
 // known gives the parent's fingerprints, or why the parent cannot be built on.
-func (k *keeper) known(ctx context.Context, layout Layout) (sums []*wire.Sums, why string) {
+func (k *Sink) known(ctx context.Context, layout Layout) (sums []*wire.Sums, why string) {
 	if k.parent == "" {
 		return nil, "there is no earlier snapshot"
 	}
@@ -138,23 +140,23 @@ func (k *keeper) known(ctx context.Context, layout Layout) (sums []*wire.Sums, w
 	return sums, ""
 }
 
-// Write implements Sink.
-func (k *keeper) Write(ctx context.Context, disk int, block int64, data []byte) error {
+// Write writes one block.
+func (k *Sink) Write(ctx context.Context, disk int, block int64, data []byte) error {
 	return k.disks[disk].Write(ctx, block, data)
 }
 
-// Zero implements Sink.
-func (k *keeper) Zero(ctx context.Context, disk int, first, count int64) error {
+// Zero makes blocks read as zeros.
+func (k *Sink) Zero(ctx context.Context, disk int, first, count int64) error {
 	return k.disks[disk].Zero(ctx, first, count)
 }
 
-// Image implements Sink.
-func (k *keeper) Image(ctx context.Context, disk int, img image.Image, report dr.Progress) error {
+// Image takes a whole disk that does not change.
+func (k *Sink) Image(ctx context.Context, disk int, img image.Image, report dr.Progress) error {
 	return k.disks[disk].Ingest(ctx, img, nil, report)
 }
 
 // abort gives up what was not committed.
-func (k *keeper) abort(ctx context.Context) {
+func (k *Sink) abort(ctx context.Context) {
 	if k.writer == nil {
 		return
 	}

@@ -15,7 +15,7 @@ const (
 	SeedSize  = 16
 	sumsHead  = 8 + 4 + 4 + 8 + 8 + SeedSize
 	MaxSums   = 256<<20 - 64<<10 // of one disk: a little under 2 TiB in blocks of 128 KiB
-	algorithm = 1       // XXH3-128, seeded by Seed and the block's number
+	algorithm = 1                // XXH3-128, seeded by Seed and the block's number
 )
 
 var magic = [8]byte{'M', 'U', 'S', 'T', 'S', 'U', 'M', '1'}
@@ -102,13 +102,6 @@ func (s *Sums) Fill(first int64, raw []byte) error {
 	}
 	copy(s.raw[first*SumSize:], raw)
 	return nil
-}
-
-// Clone gives a copy.
-func (s *Sums) Clone() *Sums {
-	c := *s
-	c.raw = bytes.Clone(s.raw)
-	return &c
 }
 
 // Digest is the fingerprint of all fingerprints: equal on both sides, both mean the same disk.

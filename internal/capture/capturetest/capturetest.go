@@ -1,0 +1,250 @@
+// Package capturetest proves that a capture.Source keeps its promises, whatever it reads and however it gets there. A
+// source's test makes a Bench and calls Run.
+package capturetest
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"math/rand/v2"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/capture"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/store"
+)
+
+// Bench is a source to be proven, and what the suite needs around it.
+type Bench struct {
+	Store *store.Store
+	// Open gives a source that reads Disks, files that exist.
+	Open  func(t *testing.T) capture.Source
+	Disks []string
+	// Sends says that bytes travel: an increment must send little more than what changed.
+	Sends bool
+}
+
+// DiskSize is the size of the disks that Fill makes: not a multiple of any block size.
+const DiskSize = 5<<20 + 1536
+
+// Fill writes a disk to a file: noise, text and holes.
+func Fill(t *testing.T, path string, seed uint64) {
+	t.Helper()
+	r := rand.New(rand.NewPCG(seed, 0))
+	data := make([]byte, DiskSize)
+	for off := 0; off < len(data); off += 96 << 10 {
+		piece := data[off:min(len(data), off+96<<10)]
+		switch r.IntN(3) {
+		case 0:
+			for i := range piece {
+				piece[i] = byte(r.Uint32())
+			}
+		case 1:
+			copy(piece, bytes.Repeat([]byte("a line of a log\n"), len(piece)/16))
+		}
+	}
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Run proves the promises, each as a test of its own.
+func Run(t *testing.T, start func(t *testing.T) *Bench) {
+	for _, promise := range []struct {
+		name string
+		test func(*testing.T, *Bench)
+	}{
+		{"AFullSnapshotIsTheDisks", full},
+		{"AnIncrementIsTheDisksAndHoldsOnlyWhatChanged", increment},
+		{"NothingChangedIsKeptForNothing", unchanged},
+		{"WhatBecameZerosReadsAsZeros", zeroed},
+		{"ADiskOfAnotherSizeIsCapturedInFull", grown},
+		{"ACancelledCaptureLeavesNoSnapshotAndTheNextOneWorks", cancelled},
+		{"ContactNamesTheDisksAndLeavesThemAlone", contact},
+		{"ASnapshotThatIsKeptIsNotTakenAgain", twice},
+		{"ForgetMayBeCalledAgain", forget},
+	} {
+		t.Run(promise.name, func(t *testing.T) {
+			t.Parallel()
+			promise.test(t, start(t))
+		})
+	}
+}
+
+// take captures, and fails the test if that fails.
+func (b *Bench) take(t *testing.T, parent string) dr.Snapshot {
+	t.Helper()
+	snap, err := b.try(t.Context(), t, dr.NewSnapshotID(time.Now()), parent, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b.same(t, snap)
+	return snap
+}
+
+func (b *Bench) try(ctx context.Context, t *testing.T, id, parent string, report dr.Progress) (dr.Snapshot, error) {
+	t.Helper()
+	src := b.Open(t)
+	defer func() {
+		if err := src.Close(); err != nil {
+			t.Errorf("close: %v", err)
+		}
+	}()
+	return capture.Take(ctx, src, b.Store, api.SnapshotTask{ID: id, Server: dr.Server{ID: "srv-1", Name: "web"}, Parent: parent}, report)
+}
+
+// same compares a snapshot with the disks as they are now.
+func (b *Bench) same(t *testing.T, snap dr.Snapshot) {
+	t.Helper()
+	if len(snap.Disks) != len(b.Disks) || len(snap.Inventory.Disks) != len(b.Disks) {
+		t.Fatalf("the snapshot has %d disks and %d in its inventory, want %d", len(snap.Disks), len(snap.Inventory.Disks), len(b.Disks))
+	}
+	for i, path := range b.Disks {
+		want, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		img, err := b.Store.Image(t.Context(), snap.ID, i)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, err := io.ReadAll(io.NewSectionReader(img, 0, img.Size()))
+		_ = img.Close()
+		if err != nil || !bytes.Equal(got, want) {
+			t.Fatalf("disk %d of %s is not what was on the server (%d bytes, want %d; %v)", i, snap.ID, len(got), len(want), err)
+		}
+	}
+}
+
+// change overwrites a part of a disk.
+func (b *Bench) change(t *testing.T, disk int, off int64, data []byte) {
+	t.Helper()
+	f, err := os.OpenFile(b.Disks[disk], os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt(data, off); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func full(t *testing.T, b *Bench) {
+	snap := b.take(t, "")
+	if snap.Pass.Kind != dr.PassFull || snap.Pass.Reason == "" || snap.Parent != "" {
+		t.Errorf("pass %+v, parent %q: want a full one with a reason", snap.Pass, snap.Parent)
+	}
+	if snap.Stats.Read < int64(len(b.Disks))*DiskSize || snap.Stats.Duration <= 0 || snap.Consistency == "" {
+		t.Errorf("figures: %+v, consistency %q", snap.Stats, snap.Consistency)
+	}
+	if since := time.Since(snap.Taken); since < 0 || since > time.Minute {
+		t.Errorf("taken %s ago", since)
+	}
+}
+
+func increment(t *testing.T, b *Bench) {
+	first := b.take(t, "")
+	b.change(t, 0, 1<<20+17, []byte("something new"))
+	b.change(t, len(b.Disks)-1, DiskSize-3, []byte("end"))
+	snap := b.take(t, first.ID)
+	if snap.Parent != first.ID || snap.Pass.Kind != dr.PassCompare {
+		t.Errorf("parent %q, pass %+v: want an increment of %s", snap.Parent, snap.Pass, first.ID)
+	}
+	if block := int64(snap.Disks[0].BlockSize); snap.Stats.Changed == 0 || snap.Stats.Changed > 2*block {
+		t.Errorf("changed %d bytes, want at most two blocks of %d", snap.Stats.Changed, block)
+	}
+	// Layout and inventory travel as well, and can be large on a machine with much to tell.
+	if b.Sends && (snap.Stats.Sent == 0 || snap.Stats.Sent > first.Stats.Sent/4) {
+		t.Errorf("sent %d bytes for two blocks; the full snapshot took %d", snap.Stats.Sent, first.Stats.Sent)
+	}
+	if !b.Sends && snap.Stats.Sent != 0 {
+		t.Errorf("a local disk sent %d bytes", snap.Stats.Sent)
+	}
+	b.change(t, 0, 0, []byte("and once more"))
+	b.take(t, snap.ID)
+}
+
+func unchanged(t *testing.T, b *Bench) {
+	first := b.take(t, "")
+	if snap := b.take(t, first.ID); snap.Stats.Changed != 0 || snap.Stats.New != 0 {
+		t.Errorf("nothing changed, and %d bytes changed, %d of them new", snap.Stats.Changed, snap.Stats.New)
+	}
+}
+
+func zeroed(t *testing.T, b *Bench) {
+	b.change(t, 0, 0, bytes.Repeat([]byte("x"), 3<<20))
+	first := b.take(t, "")
+	b.change(t, 0, 0, make([]byte, 3<<20-100))
+	snap := b.take(t, first.ID)
+	if snap.Stats.New > int64(snap.Disks[0].BlockSize) {
+		t.Errorf("zeros cost %d new bytes", snap.Stats.New)
+	}
+}
+
+func grown(t *testing.T, b *Bench) {
+	first := b.take(t, "")
+	f, err := os.OpenFile(b.Disks[0], os.O_WRONLY|os.O_APPEND, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Write(bytes.Repeat([]byte("more"), 100_000)); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	if snap := b.take(t, first.ID); snap.Pass.Kind != dr.PassFull || snap.Parent != "" || snap.Pass.Reason == "" {
+		t.Errorf("pass %+v, parent %q: want a full one that says why", snap.Pass, snap.Parent)
+	}
+}
+
+func cancelled(t *testing.T, b *Bench) {
+	ctx, cancel := context.WithCancel(t.Context())
+	id := dr.NewSnapshotID(time.Now())
+	// Cancelled with the first sign of progress, which comes after the disks were opened.
+	if _, err := b.try(ctx, t, id, "", func(string, int64, int64, string) { cancel() }); err == nil {
+		t.Fatal("a cancelled capture returned no error")
+	}
+	if _, err := b.Store.Snapshot(t.Context(), id); err == nil {
+		t.Fatal("a cancelled capture left a snapshot")
+	}
+	if snap, err := b.try(t.Context(), t, id, "", nil); err != nil {
+		t.Errorf("the next attempt: %v", err)
+	} else {
+		b.same(t, snap)
+	}
+}
+
+func contact(t *testing.T, b *Bench) {
+	before, _ := os.ReadFile(b.Disks[0])
+	src := b.Open(t)
+	defer src.Close()
+	about, err := src.Contact(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(about.Inventory.Disks) != len(b.Disks) || about.Inventory.Disks[0].Size != DiskSize {
+		t.Errorf("disks: %+v", about.Inventory.Disks)
+	}
+	if after, _ := os.ReadFile(b.Disks[0]); !bytes.Equal(before, after) {
+		t.Error("the disk changed")
+	}
+}
+
+func twice(t *testing.T, b *Bench) {
+	snap := b.take(t, "")
+	if _, err := b.try(t.Context(), t, snap.ID, "", nil); err == nil {
+		t.Error("a snapshot was taken over one that is kept")
+	}
+}
+
+func forget(t *testing.T, b *Bench) {
+	src := b.Open(t)
+	defer src.Close()
+	for range 2 {
+		if err := src.Forget(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+}

@@ -1,0 +1,103 @@
+package disk
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/capture"
+	"github.com/musterdr/muster/internal/capture/capturetest"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/store"
+	"github.com/musterdr/muster/internal/store/folder"
+)
+
+func newStore(t *testing.T) *store.Store {
+	t.Helper()
+	place := folder.Driver{Path: filepath.Join(t.TempDir(), "store")}
+	if err := store.Create(t.Context(), place, "password"); err != nil {
+		t.Fatal(err)
+	}
+	st, err := store.Open(t.Context(), place, "password")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = st.Close(context.Background()) })
+	return st
+}
+
+func bench(t *testing.T) *capturetest.Bench {
+	dir := t.TempDir()
+	b := &capturetest.Bench{Store: newStore(t)}
+	for i, name := range []string{"system.img", "data/system.img"} {
+		path := filepath.Join(dir, name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		capturetest.Fill(t, path, uint64(i))
+		b.Disks = append(b.Disks, path)
+	}
+	b.Open = func(t *testing.T) capture.Source {
+		src, err := Open(b.Disks)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return src
+	}
+	return b
+}
+
+func TestSource(t *testing.T) { capturetest.Run(t, bench) }
+
+func take(ctx context.Context, b *capturetest.Bench, report dr.Progress, paths ...string) (dr.Snapshot, error) {
+	src, err := Open(paths)
+	if err != nil {
+		return dr.Snapshot{}, err
+	}
+	return capture.Take(ctx, src, b.Store, api.SnapshotTask{ID: "snap-1", Server: dr.Server{ID: "srv-1", Name: "web"}}, report)
+}
+
+func TestADiskThatIsWrittenToWhileItIsReadIsNotKept(t *testing.T) {
+	b := bench(t)
+	wrote := false
+	_, err := take(t.Context(), b, func(string, int64, int64, string) {
+		if !wrote {
+			wrote = true
+			f, _ := os.OpenFile(b.Disks[0], os.O_WRONLY, 0)
+			_, _ = f.WriteAt([]byte("late"), 100)
+			f.Close()
+		}
+	}, b.Disks...)
+	if !wrote || !errors.Is(err, ErrChanged) {
+		t.Errorf("wrote %v: %v, want ErrChanged", wrote, err)
+	}
+	if _, err := b.Store.Snapshot(t.Context(), "snap-1"); err == nil {
+		t.Error("there is a snapshot")
+	}
+}
+
+func TestTwoFilesOfOneNameAreTwoDisks(t *testing.T) {
+	b := bench(t)
+	snap, err := take(t.Context(), b, nil, b.Disks...)
+	if err != nil || snap.Disks[0].Name != "system.img" || snap.Disks[1].Name != "system.img-2" {
+		t.Errorf("disks %+v, %v", snap.Disks, err)
+	}
+}
+
+func TestWhatIsNoDiskIsRefusedByName(t *testing.T) {
+	b := bench(t)
+	missing := filepath.Join(t.TempDir(), "missing.img")
+	if _, err := take(t.Context(), b, nil, missing); err == nil || !strings.Contains(err.Error(), missing) {
+		t.Errorf("a missing file: %v", err)
+	}
+	if _, err := take(t.Context(), b, nil, t.TempDir()); err == nil {
+		t.Error("a folder was captured")
+	}
+	if _, err := Open(nil); err == nil {
+		t.Error("a server without disks was opened")
+	}
+}
