@@ -1,5 +1,4 @@
--- The password is for checks that come in over TCP; the shop itself uses its own system user over the socket.
-CREATE ROLE shop LOGIN PASSWORD 'shop';
+CREATE ROLE shop LOGIN; -- the shop's own system user, over the local socket
 CREATE DATABASE shop OWNER shop;
 \connect shop
 SET ROLE shop;
