@@ -97,9 +97,6 @@ func deviceSize(file *os.File) (int64, error) {
 // Size is the length in bytes when the file was opened.
 func (f *File) Size() int64 { return f.size }
 
-// Path is the name it was opened by.
-func (f *File) Path() string { return f.path }
-
 // Device says whether it is a block device.
 func (f *File) Device() bool { return f.device }
 
