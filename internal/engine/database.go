@@ -14,17 +14,16 @@ import (
 
 	"github.com/dbos-inc/dbos-transact-golang/dbos"
 	_ "github.com/dbos-inc/dbos-transact-golang/dbos/driver/sqlite" // registers modernc.org/sqlite with the library
-	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/jackc/pgx/v5/stdlib"
+	_ "github.com/jackc/pgx/v5/stdlib"                              // the driver "pgx"
 	"golang.org/x/sys/unix"
 )
 
 // database is the only place that knows which database holds the runs.
 type database struct {
 	sql   *sql.DB
-	pool  *pgxpool.Pool // PostgreSQL only
-	lock  *os.File      // SQLite only: held while the engine is open
-	guard *sql.Conn     // PostgreSQL only: the session that holds the advisory lock
+	lock  *os.File  // SQLite only: held while the engine is open
+	url   string    // PostgreSQL only: the library has connections of its own
+	guard *sql.Conn // PostgreSQL only: the session that holds the advisory lock
 }
 
 // advisoryLock is the key of the PostgreSQL lock that one process holds on a database of runs.
@@ -84,20 +83,12 @@ func openSQLite(path string) (*database, error) {
 	return &database{sql: handle, lock: lock}, nil
 }
 
-// minConnections leaves room beside the two that are held for good: the guard's, and the library's listener.
-const minConnections = 16
-
 func openPostgres(ctx context.Context, dsn string) (*database, error) {
-	config, err := pgxpool.ParseConfig(dsn)
+	handle, err := sql.Open("pgx", dsn)
 	if err != nil {
 		return nil, err
 	}
-	config.MaxConns = max(config.MaxConns, minConnections)
-	pool, err := pgxpool.NewWithConfig(ctx, config)
-	if err != nil {
-		return nil, err
-	}
-	db := &database{pool: pool, sql: stdlib.OpenDBFromPool(pool)}
+	db := &database{sql: handle, url: dsn}
 	if db.guard, err = db.sql.Conn(ctx); err != nil {
 		return nil, errors.Join(err, db.close())
 	}
@@ -113,8 +104,8 @@ func openPostgres(ctx context.Context, dsn string) (*database, error) {
 
 // configure tells the workflow library where its rows are.
 func (db *database) configure(c *dbos.Config) {
-	if db.pool != nil {
-		c.SystemDBPool = db.pool
+	if db.url != "" {
+		c.DatabaseURL = db.url
 		return
 	}
 	c.SQLiteSystemDB = db.sql
@@ -135,9 +126,6 @@ func (db *database) close() error {
 		errs = append(errs, db.guard.Close())
 	}
 	errs = append(errs, db.sql.Close())
-	if db.pool != nil {
-		db.pool.Close()
-	}
 	if db.lock != nil {
 		errs = append(errs, db.lock.Close()) // gives the flock back
 	}
@@ -165,7 +153,7 @@ var placeholder = regexp.MustCompile(`\$\d+`)
 
 // q makes a statement with $1, $2 in order one for the database at hand.
 func (db *database) q(statement string) string {
-	if db.pool != nil {
+	if db.url != "" {
 		return statement
 	}
 	return placeholder.ReplaceAllString(statement, "?")
