@@ -218,7 +218,7 @@ func markDone(b []byte, at int) []byte {
 // broke reports a read of the image that did not work.
 func (c *client) broke(err error) {
 	c.export.errors.Add(1)
-	if report := c.server.OnError; report != nil {
+	if report := c.server.OnError; report != nil && c.ctx.Err() == nil {
 		report(c.export.name, err)
 	}
 }

@@ -29,7 +29,8 @@ const (
 // The fields may be set before the first Serve.
 type Server struct {
 	// OnError is told of every read of an image that broke, before the client learns of it: an image is damaged or its
-	// store out of reach. It is called from many goroutines and should return soon.
+	// store out of reach. It is called from many goroutines, should return soon, and must not wait for Remove or Close,
+	// which wait for it. Clients that were cut off are not reported any more.
 	OnError func(export string, err error)
 	// Log gets what clients did wrong; nil is slog.Default.
 	Log *slog.Logger
@@ -85,10 +86,11 @@ func NewServer() *Server {
 }
 
 // Add offers an image under a name of at most MaxExportName bytes. The image stays the caller's, who closes it after
-// Remove or Close. While a server has one export only, clients may also ask for it by the empty name.
+// Remove or Close. The empty name is the default, which clients get that name none; while a server has one export only,
+// that is the default.
 func (s *Server) Add(name string, img Image) error {
-	if name == "" || len(name) > MaxExportName || !utf8.ValidString(name) {
-		return fmt.Errorf("add export %q: a name is 1 to %d bytes of UTF-8", name, MaxExportName)
+	if len(name) > MaxExportName || !utf8.ValidString(name) {
+		return fmt.Errorf("add export %q: a name is up to %d bytes of UTF-8", name, MaxExportName)
 	}
 	for _, r := range name {
 		if unicode.IsControl(r) {

@@ -556,7 +556,7 @@ func TestServeRefusesLimitsThatCannotBeKept(t *testing.T) {
 func TestAddRefusesWhatCannotBeOffered(t *testing.T) {
 	s := quiet()
 	m := randomMemory(16, 4096)
-	for _, bad := range []string{"", strings.Repeat("x", MaxExportName+1), "a\x00b", "a\nb", "\xff"} {
+	for _, bad := range []string{strings.Repeat("x", MaxExportName+1), "a\x00b", "a\nb", "\xff"} {
 		if err := s.Add(bad, m); err == nil {
 			t.Errorf("added %q", bad)
 		}
@@ -566,5 +566,26 @@ func TestAddRefusesWhatCannotBeOffered(t *testing.T) {
 	}
 	if err := s.Add(name, m); err == nil {
 		t.Error("added a name twice")
+	}
+}
+
+func TestTheEmptyNameIsTheDefaultExport(t *testing.T) {
+	s := quiet()
+	m, other := randomMemory(18, 4096), randomMemory(19, 8192)
+	dial := offered(t, s, m)
+	if got := connect(t, dial(), "").size; got != m.Size() {
+		t.Errorf("the only export is not the default: %d bytes", got)
+	}
+	if err := s.Add("other", other); err != nil {
+		t.Fatal(err)
+	}
+	if got := greet(t, dial()).option(optGo, text(""), be(uint16(0))); got[0].kind != repErrUnknown {
+		t.Errorf("one of two exports is the default: %#x", got[0].kind)
+	}
+	if err := s.Add("", other); err != nil {
+		t.Fatal(err)
+	}
+	if got := connect(t, dial(), "").size; got != other.Size() {
+		t.Errorf("the default has %d bytes", got)
 	}
 }

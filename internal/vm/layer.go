@@ -142,16 +142,16 @@ func sumData(r io.Reader, sum *int64) error {
 	return nil
 }
 
-// Flatten writes what a machine would see through top to a file of its own that needs nothing below it: qcow2 if dst
-// ends in .qcow2, else raw; holes stay holes. No machine may be writing to top. dst is complete, on stable storage, or
+// Flatten writes what a machine would see through top to a file of its own that needs nothing below it: raw if dst ends
+// in .raw or .img, else qcow2; holes stay holes. No machine may be writing to top. dst is complete, on stable storage, or
 // absent; a file that is already there is never overwritten (fs.ErrExist). Progress is in bytes of the disk.
 func Flatten(ctx context.Context, top Layer, dst string, report dr.Progress) error {
 	if top.Socket != "" && top.Format == "" {
 		top.Format = "raw"
 	}
-	flat := Layer{Path: dst, Format: "raw"}
-	if strings.HasSuffix(dst, ".qcow2") {
-		flat.Format = "qcow2"
+	flat := Layer{Path: dst, Format: "qcow2"}
+	if ext := filepath.Ext(dst); ext == ".raw" || ext == ".img" {
+		flat.Format = "raw"
 	}
 	if err := errors.Join(top.check(), flat.check()); err != nil {
 		return fmt.Errorf("flatten: %w", err)

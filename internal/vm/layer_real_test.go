@@ -116,7 +116,11 @@ func TestALayerShowsWhatIsBelowAndKeepsWhatIsWritten(t *testing.T) {
 			copy(want[2<<20:], bytes.Repeat([]byte{0xab}, 128<<10))
 			var mu sync.Mutex
 			var last int64
-			for _, dst := range []string{"flat.raw", "flat.qcow2"} {
+			for _, dst := range []string{"flat.raw", "flat.qcow2", "flat"} {
+				format := "qcow2"
+				if dst == "flat.raw" {
+					format = "raw"
+				}
 				dst = filepath.Join(dir, dst)
 				err := Flatten(t.Context(), top, dst, func(_ string, done, total int64, _ string) {
 					mu.Lock()
@@ -132,7 +136,7 @@ func TestALayerShowsWhatIsBelowAndKeepsWhatIsWritten(t *testing.T) {
 					t.Errorf("progress ended at %d", last)
 				}
 				raw := filepath.Join(dir, "again.raw")
-				runTool(t, "qemu-img", "convert", "-O", "raw", dst, raw)
+				runTool(t, "qemu-img", "convert", "-f", format, "-O", "raw", dst, raw)
 				if got, err := os.ReadFile(raw); err != nil || !bytes.Equal(got, want) {
 					t.Errorf("%s differs, %v", dst, err)
 				}
