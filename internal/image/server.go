@@ -86,7 +86,7 @@ func NewServer() *Server {
 }
 
 // Add offers an image under a name of at most MaxExportName bytes. The image stays the caller's, who closes it after
-// Remove or Close. The empty name is the default, which clients get that name none; while a server has one export only,
+// Remove or Close. The empty name is the default, which clients get that ask for no name; while a server has one export only,
 // that is the default.
 func (s *Server) Add(name string, img Image) error {
 	if len(name) > MaxExportName || !utf8.ValidString(name) {
