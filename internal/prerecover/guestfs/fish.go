@@ -206,10 +206,10 @@ func quote(s string) (string, error) {
 		switch {
 		case c == 0:
 			return "", errors.New("a name holds a zero byte")
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', strings.IndexByte("/._-+:=,@ ", c) >= 0:
-			b.WriteByte(c)
-		default:
+		case c < ' ', c > '~', c == '"', c == '\\':
 			fmt.Fprintf(&b, `\x%02x`, c)
+		default:
+			b.WriteByte(c)
 		}
 	}
 	b.WriteByte('"')

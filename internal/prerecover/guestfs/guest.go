@@ -284,11 +284,49 @@ func (g *guest) Read(ctx context.Context, path string, limit int64) ([]byte, err
 	if s.Size > limit {
 		return nil, fmt.Errorf("%w: %d bytes of at most %d", prerecover.ErrTooLarge, s.Size, limit)
 	}
+	if s.Size <= shortRead {
+		return g.readShort(ctx, path, s.Size)
+	}
 	host := filepath.Join(g.work, "read")
 	if _, err := g.doPath(ctx, "download", path, host); err != nil {
 		return nil, err
 	}
 	return readHost(host, limit)
+}
+
+// Contents up to these lengths, in bytes, travel in the conversation.
+const (
+	shortRead  = 1 << 20
+	shortWrite = 32 << 10
+	writePiece = 1400 // of one command; each byte may become four
+	shortPath  = 400
+)
+
+func (g *guest) readShort(ctx context.Context, path string, size int64) ([]byte, error) {
+	if size == 0 {
+		return []byte{}, nil
+	}
+	content, err := g.doPath(ctx, "pread", path, strconv.FormatInt(size, 10), "0")
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(content)) != size {
+		return nil, fmt.Errorf("read: %d bytes of %d", len(content), size)
+	}
+	return content, nil
+}
+
+// writeShort writes a content that holds no zero byte, which guestfish cannot be told.
+func (g *guest) writeShort(ctx context.Context, path string, content []byte) error {
+	command := "write"
+	for first := true; first || len(content) > 0; first = false {
+		n := min(len(content), writePiece)
+		if _, err := g.doPath(ctx, command, path, string(content[:n])); err != nil {
+			return err
+		}
+		command, content = "write-append", content[n:]
+	}
+	return nil
 }
 
 // readHost reads and removes a file guestfish has written for us.
@@ -344,21 +382,28 @@ func (g *guest) Write(ctx context.Context, path string, content []byte) error {
 	case err == nil && !s.Mode.IsRegular():
 		return prerecover.ErrNotRegular
 	}
-	host := filepath.Join(g.work, "write")
-	if err := os.WriteFile(host, content, 0o600); err != nil {
-		return fmt.Errorf("write: %w", err)
+	if len(content) <= shortWrite && len(path) <= shortPath && bytes.IndexByte(content, 0) < 0 {
+		err = g.writeShort(ctx, path, content)
+	} else {
+		err = g.upload(ctx, path, content)
 	}
-	defer os.Remove(host)
-	if err := checkPath(path); err != nil {
-		return fmt.Errorf("write: %w", err)
-	}
-	if _, err := g.do(ctx, "upload", host, path); err != nil {
+	if err != nil {
 		return err
 	}
 	if isNew {
 		return g.Chmod(ctx, path, 0o644)
 	}
 	return nil
+}
+
+func (g *guest) upload(ctx context.Context, path string, content []byte) error {
+	host := filepath.Join(g.work, "write")
+	if err := os.WriteFile(host, content, 0o600); err != nil {
+		return fmt.Errorf("write: %w", err)
+	}
+	defer os.Remove(host)
+	_, err := g.do(ctx, "upload", host, path)
+	return err
 }
 
 func (g *guest) Mkdir(ctx context.Context, path string) error {
