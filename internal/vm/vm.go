@@ -128,6 +128,9 @@ type Machine interface {
 	SerialLog() string
 	// Screenshot is what the screen shows, as PNG.
 	Screenshot(ctx context.Context) ([]byte, error)
+	// Resume lets a paused machine run on: one that was started Paused, or one stopped by an I/O error whose cause is
+	// mended; the guest's request is tried again and the guest has noticed nothing. One that runs is no error.
+	Resume(ctx context.Context) error
 	// Usage is what it has used so far.
 	Usage(ctx context.Context) (Usage, error)
 	// Shutdown presses the power button and waits until the machine is off, at most limit; then it pulls the plug.

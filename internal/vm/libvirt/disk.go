@@ -15,7 +15,8 @@ import (
 
 const (
 	// reconnect is how long QEMU waits for the server of an export that has gone, in seconds, before the guest's
-	// request fails: long enough to restart our process below a running machine.
+	// request fails: long enough to restart a server below a running machine. libvirt 9 does not hand it on to QEMU;
+	// there the machine pauses at once and Resume lets it try again.
 	reconnect = 300
 	maxLayers = 16
 )
@@ -34,7 +35,7 @@ type bus struct {
 var buses = map[dr.DiskBus]bus{
 	dr.BusVirtio:     {bus: "virtio", prefix: "vd", max: 20, serial: 20},
 	dr.BusVirtioSCSI: {bus: "scsi", prefix: "sd", controller: "virtio-scsi", max: 24, serial: 36, wwn: true},
-	dr.BusSATA:       {bus: "sata", prefix: "sd", max: 18, serial: 20, wwn: true},
+	dr.BusSATA:       {bus: "sata", prefix: "sd", max: 18, serial: 20},
 	dr.BusIDE:        {bus: "ide", prefix: "hd", max: 4, serial: 20, wwn: true},
 	dr.BusLSI:        {bus: "scsi", prefix: "sd", controller: "lsilogic", max: 7, serial: 36, wwn: true},
 	dr.BusMegaSAS:    {bus: "scsi", prefix: "sd", controller: "lsisas1078", max: 24, serial: 36, wwn: true},
@@ -43,8 +44,11 @@ var buses = map[dr.DiskBus]bus{
 }
 
 const (
-	maxNVMe    = 16
+	maxNVMe    = 8
 	nvmeSerial = 20
+	// nvmeSlot is the first NVMe disk's slot on the root bus, the others go down from there: libvirt does not know of
+	// them and fills the bus from below.
+	nvmeSlot = 0x1e
 )
 
 func hasNVMe(spec vm.Spec) bool { return spec.Hardware.DiskBus == dr.BusNVMe && len(spec.Disks) > 0 }
@@ -167,47 +171,50 @@ func source(l vm.Layer) *libvirtxml.DomainDiskSource {
 
 // nvme is an NVMe disk as arguments to QEMU, equal to what disk gives for the others, but that its device knows no
 // error policy: the guest sees errors.
-func nvme(i int, d vm.Disk, hw dr.Hardware) []string {
-	node, err := json.Marshal(node(d, 0, fmt.Sprintf("muster-%d", i)))
-	if err != nil {
-		panic("libvirt: a layer does not turn into JSON: " + err.Error()) // it is made of strings and numbers
+func nvme(i int, d vm.Disk, hw dr.Hardware) (args []string) {
+	name := fmt.Sprintf("muster-%d", i)
+	for n := len(d.Layers) - 1; n >= 0; n-- { // a node names those below it, so they come first
+		for _, node := range nodes(d, n, name) {
+			text, err := json.Marshal(node)
+			if err != nil {
+				panic("libvirt: a layer does not turn into JSON: " + err.Error()) // it is made of strings and numbers
+			}
+			args = append(args, "-blockdev", string(text))
+		}
 	}
 	number := serial(hw.Disks[i].Serial, nvmeSerial)
 	if number == "" {
-		number = fmt.Sprintf("muster-%d", i) // the device must have one
+		number = name // the device must have one
 	}
-	return []string{
-		"-blockdev", string(node),
-		"-device", fmt.Sprintf("nvme,id=muster-nvme%d,drive=muster-%d,serial=%s,bootindex=%d", i, i, number, bootOrder(i, hw)),
+	root := "pci.0"
+	if hw.Machine == "q35" {
+		root = "pcie.0"
 	}
+	return append(args, "-device", fmt.Sprintf("nvme,id=muster-nvme%d,drive=%s-0,serial=%s,bootindex=%d,bus=%s,addr=%#x",
+		i, name, number, bootOrder(i, hw), root, nvmeSlot-i))
 }
 
-// node is layer n of a disk and all below it as a QEMU block node.
-func node(d vm.Disk, n int, name string) map[string]any {
+// nodes are layer n of a disk as QEMU block nodes: where it is, and what it is.
+func nodes(d vm.Disk, n int, name string) []map[string]any {
 	layer := d.Layers[n]
-	file := map[string]any{"driver": "file", "filename": layer.Path}
+	own, place := fmt.Sprintf("%s-%d", name, n), fmt.Sprintf("%s-%d-place", name, n)
+	cache := map[string]any{"direct": false, "no-flush": d.Scratch}
+	where := map[string]any{"driver": "file", "filename": layer.Path, "node-name": place, "cache": cache, "read-only": n > 0}
 	if layer.Socket != "" {
-		file = map[string]any{
-			"driver": "nbd", "server": map[string]any{"type": "unix", "path": layer.Socket},
-			"export": layer.Export, "reconnect-delay": reconnect,
+		where = map[string]any{
+			"driver": "nbd", "server": map[string]any{"type": "unix", "path": layer.Socket}, "export": layer.Export,
+			"reconnect-delay": reconnect, "node-name": place, "cache": cache, "read-only": true,
 		}
 	}
-	out := map[string]any{
-		"driver": format(layer), "node-name": name, "file": file, "read-only": n > 0,
-		"cache": map[string]any{"direct": false, "no-flush": d.Scratch},
-	}
+	what := map[string]any{"driver": format(layer), "file": place, "node-name": own, "cache": cache, "read-only": n > 0}
 	if n == 0 {
-		file["discard"], out["discard"] = "unmap", "unmap"
-		file["cache"] = out["cache"]
-	}
-	if n > 0 {
-		file["read-only"] = true
+		where["discard"], what["discard"] = "unmap", "unmap"
 	}
 	if layer.Format == "qcow2" {
-		out["backing"] = nil
+		what["backing"] = nil
 		if n+1 < len(d.Layers) {
-			out["backing"] = node(d, n+1, fmt.Sprintf("%s-%d", name, n+1))
+			what["backing"] = fmt.Sprintf("%s-%d", name, n+1)
 		}
 	}
-	return out
+	return []map[string]any{where, what}
 }

@@ -187,6 +187,24 @@ func (m *machine) askQEMU(ctx context.Context) (ops, read, written int64, err er
 	return ops, read, written, nil
 }
 
+func (m *machine) Resume(ctx context.Context) error {
+	state, _, err := m.State(ctx)
+	switch {
+	case err == nil && state == vm.Running:
+		return nil
+	case err == nil && state == vm.Paused:
+		err = m.h.conn.ask(ctx, func(l *libvirt.Libvirt) error { return l.DomainResume(m.dom) })
+	case err == nil && state == vm.Off:
+		err = vm.ErrGone
+	case err == nil:
+		err = fmt.Errorf("it is %s", state)
+	}
+	if err != nil {
+		return fmt.Errorf("resume %s: %w", m.dom.Name, err)
+	}
+	return nil
+}
+
 // Shutdown presses the power button, again from time to time, and pulls the plug when the limit or the context ends.
 func (m *machine) Shutdown(ctx context.Context, limit time.Duration) (bool, error) {
 	end := time.NewTimer(limit)

@@ -71,10 +71,15 @@ func (c *Computer) Show(picture image.Image) {
 	c.m.screen = picture
 }
 
-// Pause stops the machine as an I/O error would, with that reason in its State, and waits until the plug is pulled.
+// Pause stops the machine as an I/O error would, with that reason in its State, until it is resumed or the plug is
+// pulled.
 func (c *Computer) Pause(ctx context.Context, reason string) {
 	c.m.set(vm.Paused, reason)
-	<-ctx.Done()
+	select {
+	case <-c.m.resume:
+		c.m.set(vm.Running, "")
+	case <-ctx.Done():
+	}
 }
 
 // Die ends the machine as if the emulator had crashed: it is gone from the host and its handles say Crashed. Run must

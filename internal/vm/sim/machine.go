@@ -31,6 +31,7 @@ type machine struct {
 	pull   context.CancelFunc
 	ended  chan struct{} // closed when the guest has returned for good
 	button chan struct{}
+	resume chan struct{} // a token ends a pause
 	press  sync.Once
 	ports  map[dr.GuestPort]*port
 	began  time.Time
@@ -54,16 +55,26 @@ func power(h *Host, spec vm.Spec, guest Guest) (*machine, error) {
 	}
 	ctx, pull := context.WithCancel(context.Background())
 	m := &machine{
-		host: h, spec: spec, pull: pull, ended: make(chan struct{}), button: make(chan struct{}), began: time.Now(),
+		host: h, spec: spec, pull: pull, ended: make(chan struct{}), button: make(chan struct{}), resume: make(chan struct{}, 1), began: time.Now(),
 		ports: map[dr.GuestPort]*port{dr.PortVirtio: newPort(), dr.PortISA: newPort()},
 		state: vm.Running, screen: blank(), log: log,
 	}
 	if spec.Paused {
 		m.state, m.reason = vm.Paused, "paused by an operator"
-		guest = GuestFunc(func(ctx context.Context, _ *Computer) End { <-ctx.Done(); return PowerOff })
+		guest = late{guest}
 	}
 	go m.run(ctx, guest)
 	return m, nil
+}
+
+// late is a guest whose processors wait for the first Resume.
+type late struct{ Guest }
+
+func (l late) Run(ctx context.Context, c *Computer) End {
+	if c.Runs == 0 {
+		c.Pause(ctx, "paused by an operator")
+	}
+	return l.Guest.Run(ctx, c)
 }
 
 // run runs the guest until the machine is off.
@@ -181,6 +192,26 @@ func (m *machine) Screenshot(ctx context.Context) ([]byte, error) {
 		return nil, fmt.Errorf("photograph %s: %w", m.spec.Name, err)
 	}
 	return out.Bytes(), nil
+}
+
+func (m *machine) Resume(ctx context.Context) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("resume %s: %w", m.spec.Name, ctx.Err())
+	case m.state == vm.Off:
+		return fmt.Errorf("resume %s: %w", m.spec.Name, vm.ErrGone)
+	case m.state == vm.Crashed:
+		return fmt.Errorf("resume %s: it is %s", m.spec.Name, m.state)
+	case m.state == vm.Paused:
+		m.state, m.reason = vm.Running, ""
+		select {
+		case m.resume <- struct{}{}:
+		default: // it is about to run already
+		}
+	}
+	return nil
 }
 
 func (m *machine) Usage(ctx context.Context) (vm.Usage, error) {

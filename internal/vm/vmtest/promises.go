@@ -275,6 +275,33 @@ func mustNotReboot(t *testing.T, s *stage) {
 	}
 }
 
+func resumes(t *testing.T, s *stage) {
+	spec := s.Spec(t)
+	spec.Paused = true
+	m := s.start(t, spec)
+	if state, reason, err := m.State(s.ctx); err != nil || state != vm.Paused || reason == "" {
+		t.Fatalf("state %s (%s), %v; want paused with a reason", state, reason, err)
+	}
+	if log, _ := os.ReadFile(m.SerialLog()); bytes.Contains(log, []byte("tiny")) {
+		t.Fatalf("its processors ran: %s", log)
+	}
+	for range 2 { // one that runs is no error
+		if err := m.Resume(s.ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.says(t, m, "tiny: wrote", 1)
+	if state := s.state(t, m); state != vm.Running {
+		t.Fatalf("state %s, want running", state)
+	}
+	if err := m.Destroy(s.ctx); err != nil {
+		t.Fatal(err)
+	}
+	if err := m.Resume(s.ctx); !errors.Is(err, vm.ErrGone) {
+		t.Fatalf("resume of a machine that is gone: %v, want ErrGone", err)
+	}
+}
+
 func tooLarge(t *testing.T, s *stage) {
 	host, err := s.v.Host(s.ctx)
 	if err != nil {

@@ -70,6 +70,7 @@ func Run(t *testing.T, rig Rig) {
 		{"a guest that panics stays to be looked at", panics},
 		{"a guest that reboots starts again", reboots},
 		{"a guest that must not reboot is off", mustNotReboot},
+		{"a machine that was started paused runs when it is resumed", resumes},
 		{"a machine larger than the host is refused", tooLarge},
 		{"what a machine has used grows", usage},
 		{"a machine that is gone says so", gone},
