@@ -70,7 +70,6 @@ type line struct {
 	garbage    atomic.Int64
 	up         atomic.Bool
 	lost       atomic.Pointer[error] // why it was lost, or could not be opened, last
-	given      atomic.Bool           // given up
 }
 
 // Dial begins a conversation with a fresh challenge over the ports of one machine. It returns at once; the ports are
@@ -226,7 +225,8 @@ func (c *Conversation) keep(ctx context.Context, l *line) {
 		}
 		l.lost.Store(&err)
 		if errors.Is(err, ErrGarbage) {
-			c.giveUp(l)
+			// Also where another port might still answer: no honest guest sends as much.
+			c.fail(ErrGarbage)
 			return
 		}
 		if time.Since(began) > redialMost {
@@ -237,22 +237,6 @@ func (c *Conversation) keep(ctx context.Context, l *line) {
 		case <-time.After(wait):
 		}
 		wait = min(2*wait, redialMost)
-	}
-}
-
-// giveUp ends the conversation if the port was the last hope.
-func (c *Conversation) giveUp(l *line) {
-	l.given.Store(true)
-	c.mu.Lock()
-	hope := c.chosen != nil && c.chosen != l
-	if c.chosen == nil {
-		for _, other := range c.lines {
-			hope = hope || !other.given.Load()
-		}
-	}
-	c.mu.Unlock()
-	if !hope {
-		c.fail(ErrGarbage)
 	}
 }
 

@@ -29,7 +29,7 @@ import (
 
 // Limits of the agent.
 const (
-	maxAtOnce   = 16               // questions answered at the same time
+	maxAtOnce   = 32               // questions answered at the same time
 	unasked     = 3 * time.Second  // without a question before the agent announces itself
 	statusLimit = 90 * time.Second // to gather a status; what is not there by then is left out
 	sayLimit    = 10 * time.Second // for one answer to leave; a host that went away does not read
