@@ -162,7 +162,7 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 }
 
 func (p *platform) openSilo(ctx context.Context, i install, set settings, st *store.Store) (*silo.Silo, error) {
-	hv, err := libvirt.Open(ctx, libvirt.Config{Socket: set.Libvirt, ProbeFile: i.path("kvm-probe.json")})
+	hv, err := libvirt.Open(ctx, libvirt.Config{Socket: set.Libvirt, ProbeFile: probeFile(i)})
 	if err != nil {
 		return nil, withCode(exitUnavailable, fmt.Errorf("reach libvirt: %w; 'muster doctor' says what is missing", err))
 	}
@@ -181,7 +181,7 @@ func (p *platform) openSilo(ctx context.Context, i install, set settings, st *st
 	}
 	s, err := silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: host.Accelerator == "kvm"}, Networks: hostNetworks{},
 		Exporter: exporter{install: i, group: gid}, GuestAgent: guest, Dir: i.path("silo"), Run: i.Run, SocketGID: gid,
-		MaxMemory: set.MaxMemory, MaxCPUs: set.MaxCPUs, Diagnose: func(ctx context.Context) []api.Finding { return diagnose(ctx, i, hv) }})
+		MaxMemory: set.MaxMemory, MaxCPUs: set.MaxCPUs, Diagnose: func(ctx context.Context) []api.Finding { return diagnose(ctx, i, set, hv, nil) }})
 	if err != nil {
 		return nil, err
 	}

@@ -228,13 +228,7 @@ func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error
 		if _, err := os.Stat(live); err != nil {
 			return "", fmt.Errorf("keep disk %d: %w", n, err)
 		}
-		if err := vm.Flatten(ctx, vm.Layer{Path: live, Format: "qcow2"}, dst+".new", nil); err != nil {
-			return "", fmt.Errorf("keep disk %d: %w", n, err)
-		}
-		if err := syncPath(dst + ".new"); err != nil {
-			return "", err
-		}
-		if err := os.Rename(dst+".new", dst); err != nil {
+		if err := vm.Flatten(ctx, vm.Layer{Path: live, Format: "qcow2"}, dst, nil); err != nil {
 			return "", fmt.Errorf("keep disk %d: %w", n, err)
 		}
 	}

@@ -153,9 +153,11 @@ type exports struct {
 	cancel context.CancelFunc
 	served chan error
 
-	mu   sync.Mutex
+	mu   sync.Mutex // not held by the server's callbacks, because Remove waits for them
 	open map[string]*export
-	bad  map[string]error // export → first read error, until it is released
+
+	faults sync.Mutex
+	bad    map[string]error // export → first read error, until it is released
 }
 
 type export struct {
@@ -168,8 +170,8 @@ func serveExports(st *store.Store, socket string, l net.Listener) *exports {
 	e := &exports{store: st, socket: socket, server: image.NewServer(), cancel: cancel, served: make(chan error, 1),
 		open: map[string]*export{}, bad: map[string]error{}}
 	e.server.OnError = func(name string, err error) {
-		e.mu.Lock()
-		defer e.mu.Unlock()
+		e.faults.Lock()
+		defer e.faults.Unlock()
 		if e.bad[name] == nil {
 			e.bad[name] = err
 		}
@@ -230,8 +232,8 @@ func (e *exports) acquire(ctx context.Context, snapshot string, disks int) (disk
 		})
 	}
 	fault = func() error {
-		e.mu.Lock()
-		defer e.mu.Unlock()
+		e.faults.Lock()
+		defer e.faults.Unlock()
 		for n := range disks {
 			if err := e.bad[ExportName(snapshot, n)]; err != nil {
 				return err
@@ -246,8 +248,10 @@ func (e *exports) drop(snapshot string, x *export) {
 	for n, img := range x.images {
 		name := ExportName(snapshot, n)
 		e.server.Remove(name)
-		delete(e.bad, name)
 		img.Close()
+		e.faults.Lock()
+		delete(e.bad, name)
+		e.faults.Unlock()
 	}
 	delete(e.open, snapshot)
 }

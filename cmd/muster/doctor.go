@@ -1,0 +1,73 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/doctor"
+	"github.com/musterdr/muster/internal/vm/libvirt"
+)
+
+func doctorCommand() *cobra.Command {
+	return &cobra.Command{Use: "doctor", Short: "Say what this host can do, what it lacks, and how to get it", Args: cobra.NoArgs,
+		Long: "Look at this host: hypervisor (KVM is tried by running a guest), firmware, libguestfs, space, clock. It needs no master. Exit code 5 if something needed is missing.",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			i := installation(cmd)
+			set, err := i.settings()
+			if err != nil {
+				set = settings{Store: i.path("store")}
+			}
+			hv, err := libvirt.Open(cmd.Context(), libvirt.Config{Socket: set.Libvirt, ProbeFile: probeFile(i)})
+			if err == nil {
+				defer hv.Close()
+			}
+			findings := diagnose(cmd.Context(), i, set, hv, err)
+			if wantJSON(cmd) {
+				if err := printJSON(cmd, findings); err != nil {
+					return err
+				}
+			} else {
+				printFindings(cmd, findings)
+			}
+			for _, f := range findings {
+				if f.State == "fail" {
+					return withCode(exitUnavailable, errors.New("something that is needed is missing: see above"))
+				}
+			}
+			return nil
+		}}
+}
+
+// probeFile is where the answer to whether KVM works is kept, if there is an installation to keep it in.
+func probeFile(i install) string {
+	if _, err := os.Stat(i.Dir); err != nil {
+		return ""
+	}
+	return i.path("kvm-probe.json")
+}
+
+func diagnose(ctx context.Context, i install, set settings, hv *libvirt.Hypervisor, unreached error) []api.Finding {
+	p := doctor.Patient{Data: i.Dir, Store: set.Store, Hypervisor: unreached, AppArmor: libvirt.AppArmorRules(i.Dir)}
+	if hv != nil && unreached == nil {
+		if host, err := hv.Host(ctx); err == nil {
+			p.Machines = &host
+		} else {
+			p.Hypervisor = err
+		}
+	}
+	return doctor.Examine(ctx, p)
+}
+
+func printFindings(cmd *cobra.Command, findings []api.Finding) {
+	for _, f := range findings {
+		fmt.Fprintf(cmd.OutOrStdout(), "%-5s %-14s %s\n", f.State, f.Name, f.Detail)
+		if f.Fix != "" {
+			fmt.Fprintf(cmd.OutOrStdout(), "%-20s → %s\n", "", f.Fix)
+		}
+	}
+}
