@@ -105,7 +105,7 @@ func (s *sight) mountESP() error {
 			continue
 		}
 		delete(s.view.entries, at)
-		if err := s.g.Mount(s.ctx, esp, at, ""); err != nil {
+		if err := s.mount(s.view.Devices[i], at, ""); err != nil {
 			s.note("mount", at, "the EFI system partition could not be mounted: %v", err)
 			return s.ctx.Err()
 		}

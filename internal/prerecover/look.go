@@ -144,12 +144,12 @@ func (s *sight) tryRoot(d Device) (candidate, error) {
 	if d.Type == "btrfs" {
 		c.options = s.inventorySubvolume(d)
 	}
-	if err := s.g.Mount(s.ctx, d.Name, "/", c.options); err != nil {
+	if err := s.mount(d, "/", c.options); err != nil {
 		if c.options == "" {
 			return c, err
 		}
 		c.options = ""
-		if err := s.g.Mount(s.ctx, d.Name, "/", ""); err != nil {
+		if err := s.mount(d, "/", ""); err != nil {
 			return c, err
 		}
 	}
@@ -175,6 +175,15 @@ func (s *sight) tryRoot(d Device) (candidate, error) {
 		}
 	}
 	return c, nil
+}
+
+// mount mounts a device without starting what would write to it by itself: a young ext4 goes on making its inode tables,
+// and that would end in the delta.
+func (s *sight) mount(d Device, at, options string) error {
+	if d.Type == "ext3" || d.Type == "ext4" {
+		options = strings.TrimPrefix(options+",noinit_itable", ",")
+	}
+	return s.g.Mount(s.ctx, d.Name, at, options)
 }
 
 // inventorySubvolume is the subvolume the server itself had mounted as its root.
@@ -264,7 +273,7 @@ func (s *sight) mountRoot(c candidate) error {
 	if err := s.g.Unmount(s.ctx); err != nil {
 		return err
 	}
-	if err := s.g.Mount(s.ctx, c.device.Name, "/", c.options); err != nil {
+	if err := s.mount(c.device, "/", c.options); err != nil {
 		return err
 	}
 	s.view.Mounts["/"] = c.device.Name
@@ -313,7 +322,7 @@ func (s *sight) mountRest(paths []string) error {
 		if d.Type == "btrfs" {
 			options = subvolume(e.options)
 		}
-		if err := s.g.Mount(s.ctx, d.Name, e.mount, options); err != nil {
+		if err := s.mount(d, e.mount, options); err != nil {
 			if s.ctx.Err() != nil {
 				return err
 			}

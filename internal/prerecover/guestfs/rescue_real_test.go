@@ -1,0 +1,274 @@
+package guestfs_test
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/prerecover"
+	"github.com/musterdr/muster/internal/prerecover/guestfs"
+	"github.com/musterdr/muster/internal/vm"
+)
+
+const (
+	rootUUID = "0b5c1f5e-0000-4000-8000-000000000001"
+	mib      = 1 << 20
+)
+
+func needReal(t *testing.T) {
+	t.Helper()
+	if os.Getenv("MUSTER_REAL") == "" {
+		t.Skip("set MUSTER_REAL=1 to run libguestfs")
+	}
+}
+
+// system writes a folder that looks like an installed Debian, with this host's own kernel and initramfs.
+func system(t *testing.T) string {
+	t.Helper()
+	root := filepath.Join(t.TempDir(), "root")
+	put := func(name, content string, mode os.FileMode) {
+		t.Helper()
+		p := filepath.Join(root, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(p), 0o755), os.WriteFile(p, []byte(content), mode)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	kernels, _ := filepath.Glob("/boot/vmlinuz-*")
+	if len(kernels) == 0 {
+		t.Fatal("this test needs a kernel in /boot")
+	}
+	version := strings.TrimPrefix(kernels[len(kernels)-1], "/boot/vmlinuz-")
+	for _, f := range []string{"/boot/initrd.img-" + version, "/lib/modules/" + version + "/modules.dep", "/lib/modules/" + version + "/modules.builtin", "/bin/true", "/etc/os-release"} {
+		content, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		put(f, string(content), 0o755)
+	}
+	put("boot/vmlinuz-"+version, "kernel", 0o644)
+	put("boot/grub/grub.cfg", "menuentry 'x' {\n\tlinux /boot/vmlinuz-"+version+" root=/dev/sda2 ro quiet\n}\n", 0o444)
+	put("boot/grub/i386-pc/core.img", "x", 0o644)
+	put("etc/fstab", "/dev/sda2 / ext4 errors=remount-ro 0 1\nUUID=gone /gone xfs defaults 0 2\n", 0o644)
+	put("etc/passwd", "root:x:0:0::/root:/bin/sh\n", 0o644)
+	put("etc/hostname", "shop\n", 0o644)
+	put("etc/systemd/system/keep.service", "[Unit]\n", 0o644)
+	put("usr/lib/systemd/system/open-vm-tools.service", "[Unit]\n", 0o644)
+	put("usr/lib/systemd/systemd", "\x7fELF", 0o755)
+	put("boot/vmlinuz-$(touch /x)\n\"'", "hostile", 0o644)
+	if err := errors.Join(os.MkdirAll(root+"/sbin", 0o755), os.Symlink("/usr/lib/systemd/systemd", root+"/sbin/init")); err != nil {
+		t.Fatal(err)
+	}
+	return root
+}
+
+// disk makes a GPT disk of a size with a BIOS boot partition and the system on ext4.
+func disk(t *testing.T, root string, size int64) string {
+	t.Helper()
+	img := filepath.Join(t.TempDir(), "disk.img")
+	f, err := os.Create(img)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Truncate(size); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte("\xeb\x63\x90 boot code"), 0); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "sgdisk", "-n", "1:2048:+1M", "-t", "1:ef02", "-n", "2:4096:0", "-t", "2:8300", img)
+	blocks := (size - 2*mib - mib) / 4096 // what lies before the partition, and the second table after it
+	run(t, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", "-U", rootUUID, "-d", root, "-E", "root_owner=0:0,offset=2097152", img, fmt.Sprint(blocks))
+	return img
+}
+
+func hash(t *testing.T, path string) string {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		t.Fatal(err)
+	}
+	return hex.EncodeToString(h.Sum(nil))
+}
+
+// export serves an image read-only over NBD, as the store does.
+func export(t *testing.T, img string) vm.Layer {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "nbd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	socket := filepath.Join(dir, "s")
+	pidFile := filepath.Join(dir, "pid")
+	run(t, "qemu-nbd", "--fork", "--pid-file", pidFile, "-r", "-t", "-e", "8", "-f", "raw", "-k", socket, "-x", "disk0", img)
+	t.Cleanup(func() {
+		pid, err := os.ReadFile(pidFile)
+		if err == nil {
+			_ = exec.Command("kill", strings.TrimSpace(string(pid))).Run()
+		}
+		_ = os.RemoveAll(dir)
+	})
+	return vm.Layer{Socket: socket, Export: "disk0"}
+}
+
+// clock notes when each part of a run began.
+type clock struct {
+	t     *testing.T
+	name  string
+	part  string
+	began time.Time
+	total time.Duration
+}
+
+func (c *clock) report(part string, _, _ int64, _ string) {
+	if part != c.part {
+		c.stop()
+		c.part, c.began = part, time.Now()
+	}
+}
+
+func (c *clock) stop() {
+	if c.part != "" {
+		c.t.Logf("%s: %-5s %6.2f s", c.name, c.part, time.Since(c.began).Seconds())
+		c.total += time.Since(c.began)
+	}
+	c.part = ""
+}
+
+func rescue(t *testing.T, name string, base vm.Layer, inv dr.Inventory) (dr.PreRecovery, time.Duration) {
+	t.Helper()
+	c := &clock{t: t, name: name}
+	p, err := prerecover.Run(context.Background(), guestfs.Driver{Work: t.TempDir(), Cache: cache(t)}, prerecover.Request{
+		ID: "pre-1", Dir: t.TempDir(), Base: []vm.Layer{base}, Agent: []byte(strings.Repeat("\x7fELF agent\x00", 300_000)),
+		Snapshot: dr.Snapshot{ID: "snap-1", ServerID: "srv-1", Server: "shop", Disks: []dr.SnapshotDisk{{Name: "sda"}}, Inventory: inv},
+	}, c.report)
+	c.stop()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p, c.total
+}
+
+var serverNIC = dr.Inventory{Taken: time.Unix(1, 0), Disks: []dr.InventoryDisk{{Name: "sda", Boot: true}}, NICs: []dr.NIC{{Name: "ens3", MAC: "52:54:00:12:34:56"}}}
+
+func TestARealImageBecomesARescueImage(t *testing.T) {
+	needReal(t)
+	img := disk(t, system(t), 1<<30)
+	before := hash(t, img)
+	p, _ := rescue(t, "1 GB over NBD", export(t, img), serverNIC)
+	if hash(t, img) != before {
+		t.Error("the image was written to")
+	}
+	written, err := vm.LayerWritten(context.Background(), p.Deltas[0])
+	if err != nil || written > 24*mib {
+		t.Errorf("the delta holds %d bytes, %v", written, err)
+	}
+	t.Logf("the delta holds %.1f MiB, of which 3.3 are the agent; %d edits", float64(written)/mib, len(p.Edits))
+	f := p.Facts
+	if f.Firmware != dr.BIOS || f.PartTable != "gpt" || f.Distro.ID == "" || f.Init != "systemd" || f.Arch != "x86_64" || len(f.Kernels) != 1 ||
+		f.RootDevice != "/dev/sda2" || f.UUIDs["/dev/sda2"] != rootUUID || len(f.Kernels[0].Drivers) == 0 {
+		t.Errorf("facts = %+v", f)
+	}
+	t.Logf("drivers of %s: %v", f.Default, f.Kernels[0].Drivers)
+
+	// Everything is there when the rescue image is opened again, below one more layer.
+	ctx := context.Background()
+	g, err := guestfs.Driver{Work: t.TempDir(), Cache: cache(t)}.Open(ctx, t.TempDir(), []vm.Layer{{Path: p.Deltas[0], Format: "qcow2"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Abandon()
+	if err := g.Mount(ctx, "/dev/sda2", "/", ""); err != nil {
+		t.Fatal(err)
+	}
+	for name, want := range map[string]string{
+		"/etc/fstab":          "UUID=" + rootUUID + " / ext4 errors=remount-ro 0 1\nUUID=gone /gone xfs nofail,x-systemd.device-timeout=10s 0 2\n",
+		"/boot/grub/grub.cfg": "root=UUID=" + rootUUID + " ro quiet console=tty0 console=ttyS0,115200\n",
+		"/etc/systemd/network/10-muster-ens3.link":                      "Name=ens3\n",
+		"/etc/systemd/system/sysinit.target.wants/muster-guest.service": "ExecStart=/usr/lib/muster/muster-guest\n",
+	} {
+		if got, err := g.Read(ctx, name, mib); err != nil || !strings.Contains(string(got), want) {
+			t.Errorf("%s = %q, %v", name, got, err)
+		}
+	}
+	if s, err := g.Stat(ctx, "/usr/lib/muster/muster-guest"); err != nil || s.Mode != 0o755 || s.Size != 3_300_000 {
+		t.Errorf("agent: %+v, %v", s, err)
+	}
+	if s, err := g.Lstat(ctx, "/etc/systemd/system/open-vm-tools.service"); err != nil || s.Link != "/dev/null" {
+		t.Errorf("mask: %+v, %v", s, err)
+	}
+	for _, e := range p.Edits {
+		if e.After == "" || e.Action == "link" {
+			continue
+		}
+		got, err := g.Read(ctx, e.Path, 16*mib)
+		last := e.After
+		for _, other := range p.Edits { // a later edit of the same file has the last word
+			if other.Path == e.Path {
+				last = other.After
+			}
+		}
+		if sum := sha256.Sum256(got); err != nil || hex.EncodeToString(sum[:]) != last {
+			t.Errorf("%s is not what the edits say, %v", e.Path, err)
+		}
+	}
+}
+
+func TestTimeDoesNotGrowWithTheDisk(t *testing.T) {
+	needReal(t)
+	root := system(t)
+	small := vm.Layer{Path: disk(t, root, 4<<30), Format: "raw"}
+	large := vm.Layer{Path: disk(t, root, 200<<30), Format: "raw"}
+	best := map[string]time.Duration{}
+	const rounds = 2 // the better of each: the host has other work
+	for range rounds {
+		for name, layer := range map[string]vm.Layer{"4 GB": small, "200 GB": large} {
+			if _, took := rescue(t, name, layer, serverNIC); best[name] == 0 || took < best[name] {
+				best[name] = took
+			}
+		}
+	}
+	ratio := best["200 GB"].Seconds() / best["4 GB"].Seconds()
+	t.Logf("200 GB %.2f s, 4 GB %.2f s, ratio %.3f", best["200 GB"].Seconds(), best["4 GB"].Seconds(), ratio)
+	if ratio > 1.2 {
+		t.Errorf("a 200 GB disk takes %.2f times as long as one of 4 GB; the limit is 1.2", ratio)
+	}
+}
+
+func TestWhatIsNoSystemIsRefused(t *testing.T) {
+	needReal(t)
+	img := filepath.Join(t.TempDir(), "empty.img")
+	if err := os.WriteFile(img, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(img, 1<<30); err != nil {
+		t.Fatal(err)
+	}
+	dir, work := t.TempDir(), t.TempDir()
+	_, err := prerecover.Run(context.Background(), guestfs.Driver{Work: work, Cache: cache(t)}, prerecover.Request{
+		ID: "pre-1", Dir: dir, Base: []vm.Layer{{Path: img, Format: "raw"}}, Agent: []byte("x"),
+		Snapshot: dr.Snapshot{ID: "snap-1", Disks: []dr.SnapshotDisk{{}}}}, nil)
+	if !errors.Is(err, prerecover.ErrNotRescuable) || !strings.Contains(err.Error(), "empty") {
+		t.Errorf("error = %v", err)
+	}
+	for _, d := range []string{dir, work} {
+		if left, _ := filepath.Glob(d + "/*"); len(left) > 0 {
+			t.Errorf("left behind: %q", left)
+		}
+	}
+}
