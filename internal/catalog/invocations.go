@@ -9,9 +9,10 @@ import (
 	"github.com/musterdr/muster/internal/dr"
 )
 
-// invocationFollows says where an invocation's state may go; see dr.InvocationState.
+// invocationFollows says where an invocation's state may go; see dr.InvocationState. One that never came to run can
+// also be ended by hand: what started it may have died before it could say that it failed.
 var invocationFollows = map[dr.InvocationState][]dr.InvocationState{
-	dr.Invoking: {dr.Running, dr.Failed},
+	dr.Invoking: {dr.Running, dr.Failed, dr.Ended},
 	dr.Running:  {dr.Ended},
 }
 

@@ -92,14 +92,36 @@ func openPostgres(ctx context.Context, dsn string) (*database, error) {
 	if db.guard, err = db.sql.Conn(ctx); err != nil {
 		return nil, errors.Join(err, db.close())
 	}
-	var held bool
-	if err := db.guard.QueryRowContext(ctx, "SELECT pg_try_advisory_lock($1)", int64(advisoryLock)).Scan(&held); err != nil {
+	held, err := db.takeLock(ctx)
+	if err != nil {
 		return nil, errors.Join(err, db.close())
 	}
 	if !held {
 		return nil, errors.Join(ErrLocked, db.close())
 	}
 	return db, nil
+}
+
+// lockPatience is how long the server is given to notice that the last process is gone.
+const lockPatience = 3 * time.Second
+
+// takeLock takes the advisory lock, which the guard's session holds until it ends.
+func (db *database) takeLock(ctx context.Context) (held bool, err error) {
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for end := time.After(lockPatience); ; {
+		err := db.guard.QueryRowContext(ctx, "SELECT pg_try_advisory_lock($1)", int64(advisoryLock)).Scan(&held)
+		if err != nil || held {
+			return held, err
+		}
+		select {
+		case <-tick.C:
+		case <-end:
+			return false, nil
+		case <-ctx.Done():
+			return false, ctx.Err()
+		}
+	}
 }
 
 // configure tells the workflow library where its rows are.

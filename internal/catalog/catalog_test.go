@@ -1,0 +1,40 @@
+package catalog_test
+
+import (
+	"context"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/musterdr/muster/internal/catalog"
+	"github.com/musterdr/muster/internal/catalog/catalogtest"
+)
+
+func TestMain(m *testing.M) { catalogtest.Main(m) }
+
+func sqliteFile(t *testing.T) string { return filepath.Join(t.TempDir(), "catalog.db") }
+
+func TestSQLite(t *testing.T) {
+	t.Parallel()
+	catalogtest.Run(t, sqliteFile)
+}
+
+func TestACatalogKilledWhileItWritesIsWhole(t *testing.T) {
+	t.Parallel()
+	catalogtest.Crash(t, sqliteFile(t), 5)
+}
+
+func TestTheFileIsTheOwnersAlone(t *testing.T) {
+	t.Parallel()
+	path := sqliteFile(t)
+	c, err := catalog.Open(context.Background(), path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for _, name := range []string{path, path + "-wal"} { // checks may hold passwords
+		if info, err := os.Stat(name); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s: %v, %v", name, info.Mode(), err)
+		}
+	}
+}
