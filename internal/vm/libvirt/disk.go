@@ -15,8 +15,7 @@ import (
 
 const (
 	// reconnect is how long QEMU waits for the server of an export that has gone, in seconds, before the guest's
-	// request fails: long enough to restart a server below a running machine. libvirt 9 does not hand it on to QEMU;
-	// there the machine pauses at once and Resume lets it try again.
+	// request fails: long enough to restart a server below a running machine.
 	reconnect = 300
 	maxLayers = 16
 )

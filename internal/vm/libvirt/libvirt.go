@@ -193,7 +193,7 @@ func (h *Hypervisor) start(ctx context.Context, spec vm.Spec) (*machine, error) 
 // machine that starts after its caller has left would belong to nobody.
 func (h *Hypervisor) create(ctx context.Context, spec vm.Spec, id libvirt.UUID, text string) (libvirt.Domain, error) {
 	flags := libvirt.DomainNone
-	if spec.Paused {
+	if spec.Paused || hasExports(spec) {
 		flags |= libvirt.DomainStartPaused
 	}
 	patient, cancel := context.WithTimeout(context.WithoutCancel(ctx), startLimit)
@@ -205,6 +205,12 @@ func (h *Hypervisor) create(ctx context.Context, spec vm.Spec, id libvirt.UUID, 
 	})
 	if err == nil {
 		err = ctx.Err()
+	}
+	if err == nil && hasExports(spec) {
+		h.patientExports(ctx, dom, spec)
+		if !spec.Paused {
+			err = h.conn.ask(ctx, func(l *libvirt.Libvirt) error { return l.DomainResume(dom) })
+		}
 	}
 	if err == nil {
 		return dom, nil
