@@ -1,0 +1,78 @@
+# Works as root, or as a user who may sudo. "make help" lists what there is.
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := build
+
+VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unreleased)
+SUDO    := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+PREFIX  ?= /usr/local
+# Static, without paths of this machine: the same source gives the same program.
+GO      := CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)'
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+.PHONY: build
+build: ## the programs, into bin/
+	$(GO) -o bin/ ./cmd/muster ./cmd/muster-agent ./cmd/muster-guest
+	GOARCH=arm64 $(GO) -o bin/muster-agent-arm64 ./cmd/muster-agent
+
+.PHONY: install
+install: ## the programs, into $(PREFIX); as root, after make build
+	install -D -t $(DESTDIR)$(PREFIX)/bin bin/muster
+	install -D -t $(DESTDIR)$(PREFIX)/lib/muster bin/muster-agent bin/muster-agent-arm64 bin/muster-guest
+
+.PHONY: test
+test: ## everything that proves it: lint, fast tests, tests with real guests
+	scripts/deps run build test demo
+	scripts/deps tools
+	$(MAKE) --no-print-directory build
+	scripts/test lint
+	scripts/test fast
+	scripts/test real
+	@echo "make test: everything passed"
+
+.PHONY: test-fast
+test-fast: ## the tests that need nothing but Go
+	scripts/deps build test
+	scripts/deps tools
+	scripts/test fast
+
+.PHONY: test-real
+test-real: build ## the tests with real tools, machines and guests
+	scripts/deps run build test demo
+	scripts/deps tools
+	scripts/test real
+
+.PHONY: lint
+lint: ## go vet, golangci-lint, shellcheck
+	scripts/deps build test
+	scripts/deps tools
+	scripts/test lint
+
+.PHONY: bench
+bench: build ## the numbers that were promised (JSON=FILE writes them as rows)
+	scripts/deps run build demo bench
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o bin/ ./cmd/muster-bench
+	image=$$($(SUDO) demo/build-shop) && \
+	$(SUDO) scripts/sandbox run -- bin/muster-bench --image "$$image" --work /var/lib/muster-bench --bin bin $(if $(JSON),--json $(JSON))
+
+.PHONY: demo
+demo: ## a real server is protected, tested, burnt down and brought back (KEEP=1 leaves it running)
+	scripts/deps run build demo
+	$(MAKE) --no-print-directory build
+	$(SUDO) env KEEP=$(KEEP) demo/demo
+
+.PHONY: demo-stop
+demo-stop: ## end and remove what make demo KEEP=1 left running
+	$(SUDO) demo/demo stop
+
+.PHONY: generate
+generate: ## what go generate makes
+	scripts/deps build
+	go generate ./...
+
+.PHONY: clean
+clean: ## remove what was built; the packages of the shop's Debian and the Go tools stay in build/
+	$(SUDO) rm -rf bin build/test build/demo/shop-*.img
