@@ -215,7 +215,7 @@ type receiver struct {
 	unzip   *zstd.Decoder
 	part    string
 	passes  int
-	left    int64 // blocks that the agent may still send
+	seen    [][]uint64 // by disk, one bit a block: it came in this pass
 }
 
 func newReceiver(ctx context.Context, sink *Sink, sums []*wire.Sums, report dr.Progress) *receiver {
@@ -224,7 +224,7 @@ func newReceiver(ctx context.Context, sink *Sink, sums []*wire.Sums, report dr.P
 	// The options are constants that the library accepts.
 	r.unzip, _ = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderMaxMemory(wire.MaxBlock), zstd.WithDecoderLowmem(true))
 	for _, s := range sums {
-		r.left += maxPasses * s.Len()
+		r.seen = append(r.seen, make([]uint64, (s.Len()+63)/64))
 	}
 	for range min(writersMax, max(2, runtime.GOMAXPROCS(0))) {
 		r.workers.Go(r.write)
@@ -261,7 +261,11 @@ func (r *receiver) receive(from *wire.Reader) (wire.Done, error) {
 			return done, fmt.Errorf("hear from the agent: the connection ended in the middle of the capture: %w", cut(err))
 		}
 		if kind == wire.KindBlock {
-			if err := r.take(1); err != nil {
+			b, err := wire.ParseBlock(payload)
+			if err == nil {
+				err = r.take(b.Disk, b.Number, 1)
+			}
+			if err != nil {
 				return done, err
 			}
 			r.pending.Add(1)
@@ -303,6 +307,9 @@ func (r *receiver) control(kind wire.Kind, payload []byte) error {
 			r.part = "read at one instant"
 		}
 		r.report.Report(r.part, 0, max(0, p.Total), "bytes")
+		for _, s := range r.seen {
+			clear(s)
+		}
 		return r.settle() // what comes now replaces what came before
 	case wire.KindZeros:
 		return r.zeros(payload)
@@ -317,10 +324,18 @@ func (r *receiver) control(kind wire.Kind, payload []byte) error {
 	return fmt.Errorf("hear from the agent: %w: kind %q in the middle of a capture", wire.ErrGarbage, byte(kind))
 }
 
-// take counts blocks against what all passes can hold.
-func (r *receiver) take(blocks int64) error {
-	if r.left -= blocks; r.left < 0 {
-		return fmt.Errorf("hear from the agent: more blocks than the disks have: %w", wire.ErrGarbage)
+// take notes that blocks came in this pass, each of them for the first time: two that are written side by side are never
+// the same one, and no pass is longer than the disks.
+func (r *receiver) take(disk int, first, count int64) error {
+	if disk >= len(r.sums) || first+count > r.sums[disk].Len() {
+		return fmt.Errorf("receive %d blocks from %d of disk %d: there are none such: %w", count, first, disk, wire.ErrGarbage)
+	}
+	for b := first; b < first+count; b++ {
+		word, bit := &r.seen[disk][b/64], uint64(1)<<(b%64)
+		if *word&bit != 0 {
+			return fmt.Errorf("receive block %d of disk %d: it came twice in one pass: %w", b, disk, wire.ErrGarbage)
+		}
+		*word |= bit
 	}
 	return nil
 }
@@ -349,10 +364,7 @@ func (r *receiver) zeros(payload []byte) error {
 	if err != nil {
 		return err
 	}
-	if z.Disk >= len(r.sums) || z.First+z.Count > r.sums[z.Disk].Len() {
-		return fmt.Errorf("receive %d zero blocks from %d of disk %d: there are none such: %w", z.Count, z.First, z.Disk, wire.ErrGarbage)
-	}
-	if err := r.take(z.Count); err != nil {
+	if err := r.take(z.Disk, z.First, z.Count); err != nil {
 		return err
 	}
 	if err := r.sink.Zero(r.ctx, z.Disk, z.First, z.Count); err != nil {
@@ -383,9 +395,6 @@ func (r *receiver) block(payload, buf []byte) error {
 	b, err := wire.ParseBlock(payload)
 	if err != nil {
 		return err
-	}
-	if b.Disk >= len(r.sums) || b.Number >= r.sums[b.Disk].Len() {
-		return fmt.Errorf("receive block %d of disk %d: there is none such: %w", b.Number, b.Disk, wire.ErrGarbage)
 	}
 	s, data := r.sums[b.Disk], b.Data
 	if b.Zstd {

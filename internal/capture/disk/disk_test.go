@@ -16,23 +16,32 @@ import (
 	"github.com/musterdr/muster/internal/store/folder"
 )
 
-func newStore(t *testing.T) *store.Store {
-	t.Helper()
-	place := folder.Driver{Path: filepath.Join(t.TempDir(), "store")}
-	if err := store.Create(t.Context(), place, "password"); err != nil {
-		t.Fatal(err)
-	}
-	st, err := store.Open(t.Context(), place, "password")
+// shared is one store for all tests: making one costs more than a capture.
+var shared *store.Store
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
+
+func run(m *testing.M) int {
+	ctx := context.Background()
+	dir, err := os.MkdirTemp("", "muster")
 	if err != nil {
-		t.Fatal(err)
+		panic(err)
 	}
-	t.Cleanup(func() { _ = st.Close(context.Background()) })
-	return st
+	defer os.RemoveAll(dir)
+	place := folder.Driver{Path: filepath.Join(dir, "store")}
+	if err := store.Create(ctx, place, "password"); err != nil {
+		panic(err)
+	}
+	if shared, err = store.Open(ctx, place, "password"); err != nil {
+		panic(err)
+	}
+	defer shared.Close(ctx)
+	return m.Run()
 }
 
 func bench(t *testing.T) *capturetest.Bench {
 	dir := t.TempDir()
-	b := &capturetest.Bench{Store: newStore(t)}
+	b := &capturetest.Bench{Store: shared}
 	for i, name := range []string{"system.img", "data/system.img"} {
 		path := filepath.Join(dir, name)
 		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
@@ -53,18 +62,18 @@ func bench(t *testing.T) *capturetest.Bench {
 
 func TestSource(t *testing.T) { capturetest.Run(t, bench) }
 
-func take(ctx context.Context, b *capturetest.Bench, report dr.Progress, paths ...string) (dr.Snapshot, error) {
+func take(ctx context.Context, b *capturetest.Bench, id string, report dr.Progress, paths ...string) (dr.Snapshot, error) {
 	src, err := Open(paths)
 	if err != nil {
 		return dr.Snapshot{}, err
 	}
-	return capture.Take(ctx, src, b.Store, api.SnapshotTask{ID: "snap-1", Server: dr.Server{ID: "srv-1", Name: "web"}}, report)
+	return capture.Take(ctx, src, b.Store, api.SnapshotTask{ID: id, Server: dr.Server{ID: "srv-1", Name: "web"}}, report)
 }
 
 func TestADiskThatIsWrittenToWhileItIsReadIsNotKept(t *testing.T) {
 	b := bench(t)
 	wrote := false
-	_, err := take(t.Context(), b, func(string, int64, int64, string) {
+	_, err := take(t.Context(), b, "snap-1", func(string, int64, int64, string) {
 		if !wrote {
 			wrote = true
 			f, _ := os.OpenFile(b.Disks[0], os.O_WRONLY, 0)
@@ -82,7 +91,7 @@ func TestADiskThatIsWrittenToWhileItIsReadIsNotKept(t *testing.T) {
 
 func TestTwoFilesOfOneNameAreTwoDisks(t *testing.T) {
 	b := bench(t)
-	snap, err := take(t.Context(), b, nil, b.Disks...)
+	snap, err := take(t.Context(), b, dr.NewID("snap"), nil, b.Disks...)
 	if err != nil || snap.Disks[0].Name != "system.img" || snap.Disks[1].Name != "system.img-2" {
 		t.Errorf("disks %+v, %v", snap.Disks, err)
 	}
@@ -91,10 +100,10 @@ func TestTwoFilesOfOneNameAreTwoDisks(t *testing.T) {
 func TestWhatIsNoDiskIsRefusedByName(t *testing.T) {
 	b := bench(t)
 	missing := filepath.Join(t.TempDir(), "missing.img")
-	if _, err := take(t.Context(), b, nil, missing); err == nil || !strings.Contains(err.Error(), missing) {
+	if _, err := take(t.Context(), b, dr.NewID("snap"), nil, missing); err == nil || !strings.Contains(err.Error(), missing) {
 		t.Errorf("a missing file: %v", err)
 	}
-	if _, err := take(t.Context(), b, nil, t.TempDir()); err == nil {
+	if _, err := take(t.Context(), b, dr.NewID("snap"), nil, t.TempDir()); err == nil {
 		t.Error("a folder was captured")
 	}
 	if _, err := Open(nil); err == nil {
