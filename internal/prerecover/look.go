@@ -104,6 +104,7 @@ func (s *sight) findRoot() error {
 	})
 	var best candidate
 	var others []string
+	mounted := false // the best one still is
 	for _, d := range devices {
 		c, err := s.tryRoot(d)
 		if err != nil {
@@ -120,6 +121,7 @@ func (s *sight) findRoot() error {
 			best = c
 		}
 		if c.score >= scoreSystem && (d.UUID == known && known != "" || len(devices) == 1) {
+			mounted = !strings.HasPrefix(c.options, "subvol=") || c.options == s.inventorySubvolume(d)
 			break
 		}
 		if err := s.g.Unmount(s.ctx); err != nil {
@@ -132,7 +134,7 @@ func (s *sight) findRoot() error {
 	if len(others) > 1 {
 		s.note("root", best.device.Name, "of %s it looks most like an installed system", strings.Join(others, ", "))
 	}
-	return s.mountRoot(best)
+	return s.mountRoot(best, mounted)
 }
 
 // scoreSystem is the least that makes a file system a system.
@@ -269,12 +271,14 @@ func (s *sight) noRoot(tried []Device) error {
 	return fmt.Errorf("%w: no Linux system was found; looked at: %s", ErrNotRescuable, orNone(list))
 }
 
-func (s *sight) mountRoot(c candidate) error {
-	if err := s.g.Unmount(s.ctx); err != nil {
-		return err
-	}
-	if err := s.mount(c.device, "/", c.options); err != nil {
-		return err
+func (s *sight) mountRoot(c candidate, mounted bool) error {
+	if !mounted {
+		if err := s.g.Unmount(s.ctx); err != nil {
+			return err
+		}
+		if err := s.mount(c.device, "/", c.options); err != nil {
+			return err
+		}
 	}
 	s.view.Mounts["/"] = c.device.Name
 	s.facts.RootDevice, s.facts.RootFS = c.device.Name, c.device.Type

@@ -26,6 +26,7 @@ type guest struct {
 	deadline time.Time
 	limit    time.Duration
 	closed   bool
+	known    []string // whole disks, once listed
 }
 
 var errLimit = errors.New("the guest was open for longer than the limit")
@@ -91,13 +92,26 @@ func (g *guest) blkid(ctx context.Context, device string) (map[string]string, er
 	return answer, nil
 }
 
-func (g *guest) Disks(ctx context.Context) ([]prerecover.Disk, error) {
+// wholeDisks lists the disks, in the order in which they were added.
+func (g *guest) wholeDisks(ctx context.Context) ([]string, error) {
+	if g.known != nil {
+		return g.known, nil
+	}
 	names, err := g.deviceList(ctx, "list-devices")
 	if err != nil {
-		return nil, fmt.Errorf("list disks: %w", err)
+		return nil, err
 	}
 	if len(names) != g.disks {
-		return nil, fmt.Errorf("list disks: the appliance shows %d disks of %d", len(names), g.disks)
+		return nil, fmt.Errorf("the appliance shows %d disks of %d", len(names), g.disks)
+	}
+	g.known = names
+	return names, nil
+}
+
+func (g *guest) Disks(ctx context.Context) ([]prerecover.Disk, error) {
+	names, err := g.wholeDisks(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list disks: %w", err)
 	}
 	disks := make([]prerecover.Disk, 0, len(names))
 	for _, name := range names {
@@ -118,7 +132,7 @@ func (g *guest) Disks(ctx context.Context) ([]prerecover.Disk, error) {
 }
 
 func (g *guest) Devices(ctx context.Context) ([]prerecover.Device, error) {
-	disks, err := g.deviceList(ctx, "list-devices")
+	disks, err := g.wholeDisks(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list devices: %w", err)
 	}

@@ -272,3 +272,140 @@ func TestWhatIsNoSystemIsRefused(t *testing.T) {
 		}
 	}
 }
+
+func TestALimitEndsTheApplianceAndLeavesNothing(t *testing.T) {
+	needReal(t)
+	img := disk(t, system(t), 1<<30)
+	dir, work := t.TempDir(), t.TempDir()
+	_, err := guestfs.Driver{Work: work, Cache: cache(t), Limit: 4 * time.Second}.Open(context.Background(), dir, []vm.Layer{{Path: img, Format: "raw"}})
+	if err == nil || !strings.Contains(err.Error(), "longer than the limit") {
+		t.Errorf("error = %v", err)
+	}
+	for _, d := range []string{dir, work} {
+		if left, _ := filepath.Glob(d + "/*"); len(left) > 0 {
+			t.Errorf("left behind: %q", left)
+		}
+	}
+	// A killed process is gone from /proc as soon as it is reaped; the emulator's parent is then init.
+	for end := time.Now().Add(10 * time.Second); ; {
+		running := processesWith(t, dir)
+		if len(running) == 0 {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("still running: %q", running)
+		}
+	}
+}
+
+// processesWith lists the processes that were started with a path.
+func processesWith(t *testing.T, path string) (out []string) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		if line, err := os.ReadFile(f); err == nil && strings.Contains(string(line), path) {
+			out = append(out, strings.ReplaceAll(string(line), "\x00", " "))
+		}
+	}
+	return out
+}
+
+// TestAnEFISystemOnLVMBecomesARescueImage builds its image with guestfish itself: no other tool here can make a volume
+// group without the host's device-mapper.
+func TestAnEFISystemOnLVMBecomesARescueImage(t *testing.T) {
+	needReal(t)
+	root := system(t)
+	for name, text := range map[string]string{
+		"etc/fstab":                      "/dev/mapper/vg0-root / xfs defaults 0 0\n/dev/sda1 /boot/efi vfat umask=0077 0 2\n/dev/sda2 /boot ext4 defaults 0 2\nnas:/x /mnt nfs rw 0 0\n",
+		"etc/lvm/devices/system.devices": "IDTYPE=sys_wwid IDNAME=naa.1\n",
+		"etc/selinux/config":             "SELINUX=enforcing\n",
+	} {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(filepath.Join(root, name)), 0o755), os.WriteFile(filepath.Join(root, name), []byte(text), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	dir := t.TempDir()
+	img, tar := filepath.Join(dir, "disk.img"), filepath.Join(dir, "root.tar")
+	run(t, "tar", "-C", root, "--owner=0", "--group=0", "-cf", tar, ".")
+	script := `disk-create ` + img + ` raw 1500M
+add ` + img + ` format:raw
+set-smp 1
+set-append "quiet mitigations=off"
+run
+part-init /dev/sda gpt
+part-add /dev/sda p 2048 133119
+part-add /dev/sda p 133120 657407
+part-add /dev/sda p 657408 -2048
+part-set-gpt-type /dev/sda 1 C12A7328-F81F-11D2-BA4B-00A0C93EC93B
+mkfs vfat /dev/sda1
+mkfs ext4 /dev/sda2
+pvcreate /dev/sda3
+vgcreate vg0 /dev/sda3
+lvcreate root vg0 700
+mkfs xfs /dev/vg0/root
+mount /dev/vg0/root /
+mkdir /boot
+mount /dev/sda2 /boot
+mkdir /boot/efi
+mount /dev/sda1 /boot/efi
+tar-in ` + tar + ` /
+mkdir-p /boot/efi/EFI/Rocky
+write /boot/efi/EFI/Rocky/shimx64.efi shim
+write /boot/efi/EFI/Rocky/grubx64.efi grub
+lsetxattr security.selinux "system_u:object_r:systemd_unit_file_t:s0" 40 /etc/systemd/system
+`
+	cmd := exec.Command("guestfish")
+	cmd.Stdin = strings.NewReader(script)
+	cmd.Env = append(os.Environ(), "LIBGUESTFS_BACKEND=direct", "LIBGUESTFS_BACKEND_SETTINGS=force_tcg", "LIBGUESTFS_CACHEDIR="+cache(t))
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("build the image: %v\n%s", err, out)
+	}
+	p, err := func() (dr.PreRecovery, error) {
+		c := &clock{t: t, name: "UEFI, LVM, XFS"}
+		defer c.stop()
+		return prerecover.Run(context.Background(), guestfs.Driver{Work: t.TempDir(), Cache: cache(t)}, prerecover.Request{
+			ID: "pre-1", Dir: t.TempDir(), Base: []vm.Layer{{Path: img, Format: "raw"}}, Agent: []byte("agent\x00"), Limits: prerecover.Limits{UEFI: true},
+			Snapshot: dr.Snapshot{ID: "snap-1", ServerID: "srv-1", Disks: []dr.SnapshotDisk{{Name: "sda"}}},
+		}, c.report)
+	}()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p.Facts.Firmware != dr.UEFI || p.Facts.RootDevice != "/dev/vg0/root" || p.Facts.RootFS != "xfs" || p.Facts.SELinux != "enforcing" {
+		t.Errorf("facts = %+v", p.Facts)
+	}
+	ctx := context.Background()
+	g, err := guestfs.Driver{Work: t.TempDir(), Cache: cache(t)}.Open(ctx, t.TempDir(), []vm.Layer{{Path: p.Deltas[0], Format: "qcow2"}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer g.Abandon()
+	for _, m := range [][2]string{{"/dev/vg0/root", "/"}, {"/dev/sda2", "/boot"}, {"/dev/sda1", "/boot/efi"}} {
+		if err := g.Mount(ctx, m[0], m[1], ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fstab, err := g.Read(ctx, "/etc/fstab", mib)
+	for _, want := range []string{"/dev/mapper/vg0-root / xfs", "UUID=" + p.Facts.UUIDs["/dev/sda1"] + " /boot/efi", "UUID=" + p.Facts.UUIDs["/dev/sda2"] + " /boot ext4", "nfs rw,nofail,"} {
+		if err != nil || !strings.Contains(string(fstab), want) {
+			t.Errorf("fstab has no %q: %q, %v", want, fstab, err)
+		}
+	}
+	for name, want := range map[string]string{"/boot/efi/EFI/BOOT/BOOTX64.EFI": "shim", "/boot/efi/EFI/BOOT/grubx64.efi": "grub"} {
+		if got, err := g.Read(ctx, name, mib); err != nil || string(got) != want {
+			t.Errorf("%s = %q, %v", name, got, err)
+		}
+	}
+	if _, err := g.Lstat(ctx, "/etc/lvm/devices/system.devices"); err == nil {
+		t.Error("the list of LVM's devices is still there")
+	}
+	for name, want := range map[string]string{"/etc/systemd/system/muster-guest.service": "system_u:object_r:systemd_unit_file_t:s0",
+		"/usr/lib/muster/muster-guest": "system_u:object_r:bin_t:s0", "/boot/efi/EFI/BOOT/BOOTX64.EFI": ""} {
+		if got, err := g.Xattr(ctx, name, "security.selinux"); err != nil || got != want {
+			t.Errorf("label of %s = %q, %v", name, got, err)
+		}
+	}
+}
