@@ -176,6 +176,7 @@ func want(t *testing.T, v dr.Verdict, outcome dr.Outcome, code dr.Code, words st
 }
 
 func TestAHealthyCopyPasses(t *testing.T) {
+	t.Parallel()
 	page := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "<h1>Shop</h1>") }))
 	defer page.Close()
 	b := newBench(t, inside{serial: healthySerial})
@@ -225,6 +226,7 @@ func TestAHealthyCopyPasses(t *testing.T) {
 
 // Every text is from a real boot that went wrong so.
 func TestABootThatFailsIsNamed(t *testing.T) {
+	t.Parallel()
 	kernel := healthySerial
 	for name, c := range map[string]struct {
 		serial string
@@ -287,10 +289,11 @@ func TestABootThatFailsIsNamed(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				b := newBench(t, mute(c.serial))
+				b.request.Limits.Login, b.request.Limits.Stall = 5*time.Second, 30*time.Second
 				began := time.Now()
 				v := b.run(t)
 				want(t, v, dr.Fail, c.code, c.words)
-				if took := time.Since(began); took > 4*time.Minute {
+				if took := time.Since(began); took > 45*time.Second {
 					t.Errorf("it was known only after %s", took)
 				}
 				if v.BootID != "" || len(v.Evidence) < 2 {
@@ -304,6 +307,7 @@ func TestABootThatFailsIsNamed(t *testing.T) {
 
 // A boot that shows a symptom and gets over it is not ill.
 func TestASymptomThatPassesIsNone(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		b := newBench(t, sim.GuestFunc(func(ctx context.Context, c *sim.Computer) sim.End {
 			fmt.Fprint(c.Serial(), "UEFI Interactive Shell v2.2\r\nPress ESC in 5 seconds to skip startup.nsh\r\nShell> ")
@@ -317,6 +321,7 @@ func TestASymptomThatPassesIsNone(t *testing.T) {
 }
 
 func TestAMachineThatStopsIsNamed(t *testing.T) {
+	t.Parallel()
 	pause := func(reason string) func(ctx context.Context, c *sim.Computer) sim.End {
 		return func(ctx context.Context, c *sim.Computer) sim.End {
 			time.Sleep(100 * time.Millisecond)
@@ -357,6 +362,7 @@ func TestAMachineThatStopsIsNamed(t *testing.T) {
 }
 
 func TestAGuestThatRestartsOnceIsAskedAgain(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		// A relabelling: the first boot does its work and reboots.
 		b := newBench(t, sim.GuestFunc(func(ctx context.Context, c *sim.Computer) sim.End {
@@ -377,6 +383,7 @@ func TestAGuestThatRestartsOnceIsAskedAgain(t *testing.T) {
 }
 
 func TestAHostileGuestGainsNothing(t *testing.T) {
+	t.Parallel()
 	hostile := func(do func(ctx context.Context, port io.ReadWriter)) sim.Guest {
 		return sim.GuestFunc(func(ctx context.Context, c *sim.Computer) sim.End {
 			fmt.Fprint(c.Serial(), healthySerial)
@@ -454,6 +461,7 @@ func TestAHostileGuestGainsNothing(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				b := newBench(t, hostile(c.do))
+				b.request.Limits.Stall = 30 * time.Second
 				b.request.Checks = []dr.Check{{Name: "mine", Kind: dr.CheckTCP, Address: "127.0.0.1:1"}}
 				if name == "a check that is neither" {
 					b.request.Snapshot.Inventory.Machine = ""
@@ -469,6 +477,7 @@ func TestAHostileGuestGainsNothing(t *testing.T) {
 }
 
 func TestASlowAnswerIsWaitedFor(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, sim.GuestFunc(func(ctx context.Context, c *sim.Computer) sim.End {
 		fmt.Fprint(c.Serial(), healthySerial)
 		agent := guest.Agent{
@@ -499,6 +508,7 @@ func (d dribble) Write(p []byte) (int, error) {
 func (dribble) Close() error { return nil }
 
 func TestAServiceThatStartsLateIsWaitedForAndOneThatFailedIsNot(t *testing.T) {
+	t.Parallel()
 	late := func(n int) probe.Status {
 		s := shopStatus
 		switch {
@@ -546,6 +556,7 @@ func TestAServiceThatStartsLateIsWaitedForAndOneThatFailedIsNot(t *testing.T) {
 }
 
 func TestWhatIsOurFaultIsInconclusive(t *testing.T) {
+	t.Parallel()
 	t.Run("no room", func(t *testing.T) {
 		b := newBench(t, inside{serial: healthySerial})
 		b.host.Memory = 64 << 20
@@ -585,12 +596,14 @@ func (deafMachine) Channel(context.Context, dr.GuestPort) (vm.Channel, error) {
 }
 
 func TestAnImageThatCannotBeReadFailsAtOnce(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, inside{serial: healthySerial, status: func(int) probe.Status { return probe.Status{InitState: "starting", Jobs: 1} }})
 	b.request.DiskError = func() error { return errors.New("disk 0 at 4096: block is damaged") }
 	want(t, b.run(t), dr.Fail, dr.CodeDiskError, "at 4096")
 }
 
 func TestTheHostMayLoseItsChannel(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, inside{serial: healthySerial})
 	lossy := &lossyHost{Hypervisor: b.hv}
 	v, err := Run(t.Context(), lossy, b.request, nil)
@@ -645,6 +658,7 @@ func (c *lossyChannel) Read(p []byte) (int, error) {
 }
 
 func TestACancelledTestLeavesNothing(t *testing.T) {
+	t.Parallel()
 	for _, after := range []time.Duration{0, 30 * time.Millisecond, 400 * time.Millisecond} {
 		b := newBench(t, inside{serial: healthySerial, status: func(int) probe.Status { return probe.Status{InitState: "starting", Jobs: 1} }})
 		ctx, cancel := context.WithTimeout(t.Context(), after)
@@ -658,6 +672,7 @@ func TestACancelledTestLeavesNothing(t *testing.T) {
 }
 
 func TestACrashLeavesNothingThatReapDoesNotFind(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, inside{serial: healthySerial})
 	ctx := t.Context()
 	for _, id := range []string{verdictID, "verdict-bbbbbbbbbbbbbbbb"} {
@@ -692,6 +707,7 @@ func TestACrashLeavesNothingThatReapDoesNotFind(t *testing.T) {
 }
 
 func TestAttendLeavesTheMachineRunning(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, inside{serial: healthySerial, port: dr.PortISA})
 	m, err := b.request.start(t.Context(), b.hv)
 	if err != nil {
@@ -709,6 +725,7 @@ func TestAttendLeavesTheMachineRunning(t *testing.T) {
 }
 
 func TestAClockThatWasSetBackMakesNoDataYounger(t *testing.T) {
+	t.Parallel()
 	b := newBench(t, inside{serial: healthySerial})
 	b.request.Snapshot.Taken = time.Now().Add(time.Hour)
 	b.request.Objectives.RPO = time.Minute

@@ -12,6 +12,9 @@ import (
 // ErrGarbage says that too much arrived that was no message.
 var ErrGarbage = errors.New("the channel carries garbage: give it up")
 
+// ErrLong says that a message does not fit a line.
+var ErrLong = fmt.Errorf("the message is longer than the %d bytes of a line", MaxLine)
+
 // maxCommas bounds what a line can grow to when it is decoded: an element of a list costs at least a comma. The largest
 // honest answer has a tenth of it.
 const maxCommas = 1 << 17
@@ -33,7 +36,7 @@ func NewReader(in io.Reader, limit int64) *Reader {
 // Garbage is how many bytes were no message.
 func (r *Reader) Garbage() int64 { return r.garbage }
 
-// Answer gives the next answer, made harmless: see Answer.tame. The error is ErrGarbage or that of the channel.
+// Answer gives the next answer, made harmless: see Answer.Tame. The error is ErrGarbage or that of the channel.
 func (r *Reader) Answer() (Answer, error) {
 	for {
 		message, err := r.next()
@@ -42,7 +45,7 @@ func (r *Reader) Answer() (Answer, error) {
 		}
 		var a Answer
 		if err := json.Unmarshal(message, &a); err == nil && a.Answer != "" {
-			a.tame()
+			a.Tame(MaxItems, MaxText)
 			return a, nil
 		}
 		if err := r.Refuse(); err != nil {
@@ -141,7 +144,7 @@ func Write(w io.Writer, message any) error {
 		return fmt.Errorf("encode message: %w", err)
 	}
 	if len(text)+2 > MaxLine {
-		return fmt.Errorf("encode message: %d bytes are more than the %d a line may have", len(text), MaxLine)
+		return fmt.Errorf("encode message of %d bytes: %w", len(text), ErrLong)
 	}
 	line := make([]byte, 0, len(text)+2)
 	line = append(append(append(line, '\n'), text...), '\n')

@@ -11,18 +11,20 @@ import (
 // maxSpan bounds every duration a guest may claim.
 const maxSpan = 100 * 365 * 24 * time.Hour
 
-// tame makes an answer safe to keep and to print: every text is Clean and at most MaxText bytes, every list has at most
-// MaxItems entries, every number is one that a machine can have. It walks the whole value by reflection, so that a field
+// Tame makes an answer safe to keep and to print: every text is Clean and at most so many bytes, every list has at most
+// so many items, every number is one that a machine can have. It walks the whole value by reflection, so that a field
 // added later cannot be forgotten.
-func (a *Answer) tame() { tame(reflect.ValueOf(a).Elem()) }
+func (a *Answer) Tame(items, text int) { tamer{items, text}.tame(reflect.ValueOf(a).Elem()) }
+
+type tamer struct{ items, text int }
 
 var timeType = reflect.TypeFor[time.Time]()
 
-func tame(v reflect.Value) {
+func (t tamer) tame(v reflect.Value) {
 	switch v.Kind() {
 	case reflect.Pointer:
 		if !v.IsNil() {
-			tame(v.Elem())
+			t.tame(v.Elem())
 		}
 	case reflect.Struct:
 		if v.Type() == timeType {
@@ -30,21 +32,21 @@ func tame(v reflect.Value) {
 		}
 		for i := range v.NumField() {
 			if f := v.Field(i); f.CanSet() {
-				tame(f)
+				t.tame(f)
 			}
 		}
 	case reflect.Slice:
-		if v.Len() > MaxItems {
+		if v.Len() > t.items {
 			// A copy, so that the long list behind it can be collected.
-			short := reflect.MakeSlice(v.Type(), MaxItems, MaxItems)
+			short := reflect.MakeSlice(v.Type(), t.items, t.items)
 			reflect.Copy(short, v)
 			v.Set(short)
 		}
 		for i := range v.Len() {
-			tame(v.Index(i))
+			t.tame(v.Index(i))
 		}
 	case reflect.String:
-		v.SetString(Clean(v.String(), MaxText))
+		v.SetString(Clean(v.String(), t.text))
 	case reflect.Int, reflect.Int64:
 		v.SetInt(min(max(v.Int(), 0), int64(maxSpan)))
 	case reflect.Float64:

@@ -17,6 +17,7 @@ package guest
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io"
 	"sync"
@@ -30,7 +31,7 @@ import (
 // Limits of the agent.
 const (
 	maxAtOnce   = 32               // questions answered at the same time
-	unasked     = 3 * time.Second  // without a question before the agent announces itself
+	unasked     = time.Second      // without a question before the agent announces itself
 	statusLimit = 90 * time.Second // to gather a status; what is not there by then is left out
 	sayLimit    = 10 * time.Second // for one answer to leave; a host that went away does not read
 )
@@ -160,38 +161,15 @@ func (m *mouth) say(a probe.Answer) error {
 	if p, ok := m.port.(interface{ SetWriteDeadline(time.Time) error }); ok {
 		_ = p.SetWriteDeadline(time.Now().Add(sayLimit)) // a port without deadlines blocks; its answers wait
 	}
-	trim(&a)
-	return probe.Write(m.port, a)
-}
-
-// trim keeps an answer well inside probe's limits: long texts and lists are cut here already, and what is told first is
-// what the host decides by.
-func trim(a *probe.Answer) {
-	if s := a.Status; s != nil {
-		cut(&s.Mounts)
-		cut(&s.Fstab)
-		cut(&s.NICs)
-		cut(&s.Routes)
-		cut(&s.Listening)
-		cut(&s.Processes)
-		cut(&s.ActiveUnits)
-		cut(&s.FailedUnits)
-		cut(&s.Oops)
-		cut(&s.ReadOnly)
-		cut(&s.Unread)
-		cut(&s.Journal)
-	}
-	if r := a.Result; r != nil {
-		r.Got = probe.Clean(r.Got, maxGot)
+	// Well inside probe's limits: a serial port without a driver carries some 10 KB a second. A server with more than
+	// that to tell of tells less, but it does answer.
+	for items := maxList; ; items /= 2 {
+		a.Tame(items, maxGot)
+		if err := probe.Write(m.port, a); !errors.Is(err, probe.ErrLong) || items == 0 {
+			return err
+		}
 	}
 }
 
-// maxList is how many entries of one list are told. It is far below probe.MaxItems, so that all lists together fit a
-// line: a serial port without a driver carries some 10 KB a second.
+// maxList is how many entries of one list are told.
 const maxList = 512
-
-func cut[T any](list *[]T) {
-	if len(*list) > maxList {
-		*list = (*list)[:maxList]
-	}
-}
