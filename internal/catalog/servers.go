@@ -107,7 +107,7 @@ func (t *tx) server(id string) (serverRow, error) {
 	return row, err
 }
 
-// Server gives a protected server by its id or its name. An id is never another server's name.
+// Server gives a protected server by its id or its name. Where one is named like another's id, the id is meant.
 func (c *Catalog) Server(ctx context.Context, nameOrID string) (dr.Server, error) {
 	var rows []serverRow
 	err := c.db.NewSelect().Model(&rows).Where("removed = 0 AND (id = ? OR name = ?)", nameOrID, nameOrID).Scan(ctx)
