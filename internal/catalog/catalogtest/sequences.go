@@ -145,7 +145,7 @@ type machine struct {
 	srv, made int
 	taken     []int
 	last      dr.Verdict
-	events    int64 // number of the last one seen
+	events    int64               // number of the last one seen
 	before    map[string]dr.State // states at the last check
 }
 
