@@ -524,6 +524,7 @@ func TestAServiceThatStartsLateIsWaitedForAndOneThatFailedIsNot(t *testing.T) {
 		s.InitState, s.FailedUnits, s.Listening = "degraded", []string{"postgresql@15-main.service"}, s.Listening[:2]
 		return s
 	}
+	rescue := func(int) probe.Status { return probe.Status{InitState: "maintenance"} }
 	waiting := func(int) probe.Status {
 		s := shopStatus
 		s.InitState, s.Jobs = "starting", 1 // wait-online, without a network
@@ -539,6 +540,7 @@ func TestAServiceThatStartsLateIsWaitedForAndOneThatFailedIsNot(t *testing.T) {
 		"late":                {late, dr.Pass, "", 50 * time.Second, 80 * time.Second},
 		"failed":              {broken, dr.Fail, dr.CodeServiceFailed, 0, 30 * time.Second},
 		"init waits for ever": {waiting, dr.Pass, "", 0, 20 * time.Second},
+		"rescue mode":         {rescue, dr.Fail, dr.CodeEmergency, 0, 10 * time.Second},
 		"healthy":             {nil, dr.Pass, "", 0, time.Second},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,6 +1,10 @@
 package boottest
 
 import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -146,6 +150,66 @@ func TestAConsoleIsReadAsAPersonSeesIt(t *testing.T) {
 	}
 	if got := string(out); !strings.HasPrefix(got, "red text\n\nnext") || !strings.HasSuffix(got, "end") || strings.ContainsAny(got, "\x1b\x07\x00") {
 		t.Errorf("%q", got)
+	}
+}
+
+func TestASerialLogIsFollowedAcrossItsRotation(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "serial.log")
+	c := console{path: path}
+	defer c.close()
+	var got []string
+	read := func() string {
+		lines, prompt, err := c.next()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got = append(got, lines...)
+		return prompt
+	}
+	add := func(text string) {
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+		if err == nil {
+			_, err = f.WriteString(text)
+		}
+		if err := errors.Join(err, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read()
+	add("one\r\ntwo\r\nthr")
+	if p := read(); p != "thr" {
+		t.Errorf("prompt %q", p)
+	}
+	add("ee\n")
+	if err := os.Rename(path, path+".0"); err != nil {
+		t.Fatal(err)
+	}
+	add("four, which is longer than all before it\ngrub> ")
+	read()
+	if p := read(); p != "grub> " {
+		t.Errorf("prompt %q", p)
+	}
+	if fmt.Sprint(got) != "[one two three four, which is longer than all before it]" {
+		t.Errorf("%q", got)
+	}
+	kept, err := serialTail(path)
+	if err != nil || !strings.HasPrefix(string(kept), "one\ntwo\nthree\nfour") {
+		t.Errorf("%q, %v", kept, err)
+	}
+}
+
+func TestABootLoaderIsNotTakenForAKernel(t *testing.T) {
+	for line, m := range map[string]mark{
+		"Welcome to GRUB!":                           markNone,
+		"Loading Linux 6.1.0-25-amd64 ...":           markNone,
+		"[    0.000000] Linux version 6.1.0":         markStart,
+		"[    1.234567] virtio_blk virtio2":          markKernel,
+		"Welcome to Debian GNU/Linux 12 (bookworm)!": markInit,
+		"SeaBIOS (version 1.16.2)":                   markFirmware,
+	} {
+		if got := markOf(line); got != m {
+			t.Errorf("%q: %d", line, got)
+		}
 	}
 }
 

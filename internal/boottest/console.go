@@ -17,29 +17,52 @@ const (
 	maxSerialKept = 4 << 20   // bytes kept as evidence, the last ones
 )
 
-// console follows a serial log that grows.
+// console follows a serial log that grows, and that is put aside for a new one when it has grown too much.
 type console struct {
-	path string
-	off  int64  // how far it was read
-	line []byte // the line that has not ended yet, cleaned
-	esc  escape
+	path  string
+	file  *os.File // the present log; nil before there is one
+	off   int64    // how far it was read
+	total int64    // read of all logs
+	line  []byte   // the line that has not ended yet, cleaned
+	esc   escape
+}
+
+func (c *console) close() {
+	if c.file != nil {
+		_ = c.file.Close()
+		c.file = nil
+	}
 }
 
 // next gives the lines that were written since, cleaned, and the line that has not ended yet: a prompt has no end.
 func (c *console) next() (lines []string, prompt string, err error) {
-	f, err := os.Open(c.path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, "", nil
+	if c.file == nil {
+		c.file, err = os.Open(c.path)
+		if errors.Is(err, fs.ErrNotExist) {
+			c.file = nil
+			return nil, "", nil
+		}
+		if err != nil {
+			c.file = nil
+			return nil, "", err
+		}
 	}
+	// Whether there is a new log is asked before the old one is read to its end: nothing is written to it later.
+	now, gone := os.Stat(c.path)
+	mine, err := c.file.Stat()
 	if err != nil {
 		return nil, "", err
 	}
-	defer f.Close()
-	if info, err := f.Stat(); err == nil && info.Size() < c.off {
-		c.off = 0 // somebody began a new log
+	if mine.Size() < c.off {
+		c.off = 0 // emptied
 	}
-	raw, err := io.ReadAll(io.NewSectionReader(f, c.off, maxSerialRead))
+	raw, err := io.ReadAll(io.NewSectionReader(c.file, c.off, maxSerialRead))
 	c.off += int64(len(raw))
+	c.total += int64(len(raw))
+	if err == nil && len(raw) < maxSerialRead && gone == nil && !os.SameFile(now, mine) {
+		c.close()
+		c.off = 0
+	}
 	for _, b := range raw {
 		switch b, ok := c.esc.clean(b); {
 		case !ok:
@@ -120,25 +143,17 @@ func (e *escape) clean(b byte) (byte, bool) {
 	return b, true
 }
 
-// serialTail reads the end of a serial log, cleaned, for people.
+// serialTail reads the end of a serial log, and of those put aside before it, cleaned, for people.
 func serialTail(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+	var raw []byte
+	for _, aside := range []string{".1", ".0", ""} { // oldest first, as virtlogd names them
+		part, err := tail(path+aside, maxSerialKept)
+		if err != nil {
+			return nil, err
+		}
+		raw = append(raw, part...)
 	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	from := max(info.Size()-maxSerialKept, 0)
-	raw, err := io.ReadAll(io.NewSectionReader(f, from, maxSerialKept))
-	if err != nil {
-		return nil, err
-	}
+	raw = raw[max(len(raw)-maxSerialKept, 0):]
 	var esc escape
 	clean := raw[:0]
 	for _, b := range raw {
@@ -152,4 +167,21 @@ func serialTail(path string) ([]byte, error) {
 		}
 		return r
 	}, strings.ToValidUTF8(string(clean), "?"))), nil
+}
+
+// tail reads the last bytes of a file, none if there is no such file.
+func tail(path string, most int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	return io.ReadAll(io.NewSectionReader(f, max(info.Size()-most, 0), most))
 }

@@ -16,6 +16,7 @@ import (
 
 // How long nothing must have changed before it is taken that nothing will, although the machine is not as expected.
 const (
+	quietRescue = 5 * time.Second   // it is in rescue or emergency mode
 	quietJobs   = 15 * time.Second  // every port of the baseline listens, but init still waits for something
 	quietFailed = 20 * time.Second  // a port is missing, and a unit that failed explains it
 	quietStart  = time.Minute       // init still waits for something, and there is no baseline to go by
@@ -229,6 +230,10 @@ func (s *sampler) take(q Questions, now probe.Status, at time.Time) (alike int, 
 	starting := now.Jobs > 0 || now.InitState == "starting" || now.InitState == "initializing"
 	known := len(portSet(q.Baseline.Listening)) > 0
 	switch {
+	case now.InitState == "maintenance":
+		if quiet >= quietRescue {
+			return 0, "the system is in rescue or emergency mode"
+		}
 	case !starting && len(missing) == 0:
 		s.alike++
 		return s.alike, ""

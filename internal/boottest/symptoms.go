@@ -100,6 +100,9 @@ var markWords = []struct {
 
 // markOf says which point of a boot a line marks.
 func markOf(line string) mark {
+	if strings.Contains(line, "Welcome to GRUB") {
+		return markNone // to a boot loader everything that is said is a key
+	}
 	for _, m := range markWords {
 		for _, w := range m.words {
 			if strings.Contains(line, w) {

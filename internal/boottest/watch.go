@@ -73,6 +73,7 @@ func (w *watch) greet() {
 // run watches until ctx ends, which it itself does with the reason once there is one.
 func (w *watch) run(ctx context.Context, end context.CancelCauseFunc) {
 	w.suspect, w.moved, w.seen = -1, time.Now(), map[[sha256.Size]byte]bool{}
+	defer w.console.close()
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
 	var lastState, lastStall time.Time
@@ -106,21 +107,21 @@ func (w *watch) run(ctx context.Context, end context.CancelCauseFunc) {
 
 // read takes in what is new on the serial port.
 func (w *watch) read(now time.Time) error {
-	before := w.console.off
+	before := w.console.total
 	lines, prompt, err := w.console.next()
 	if err != nil {
 		return &Unheld{dr.CodeInfrastructure, "read the serial log: " + err.Error()}
 	}
-	if w.console.off != before {
+	if w.console.total != before {
 		w.moved = now
 	}
-	if w.console.off > maxSerial {
+	if w.console.total > maxSerial {
 		return failed(dr.CodeBadAnswer, "the guest wrote more than %d MiB to its serial port", maxSerial>>20)
 	}
 	for _, line := range lines {
 		w.take(line, now)
 	}
-	if prompt != "" && w.console.off != before {
+	if prompt != "" && w.console.total != before {
 		w.take(prompt, now)
 	}
 	return nil
@@ -149,15 +150,14 @@ func (w *watch) pass(m mark, now time.Time) {
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if begins && (w.greeted || !w.initAt.IsZero()) {
-		// It was up, or on its way, and starts again.
-		w.kernelAt, w.initAt, w.login = time.Time{}, time.Time{}, time.Time{}
-		if w.greeted && w.restart != nil {
+	if begins && (w.greeted || w.awake) {
+		// It was up, or on its way, and starts again: silence until its kernel runs.
+		w.kernelAt, w.initAt, w.login, w.awake = time.Time{}, time.Time{}, time.Time{}, false
+		if w.restart != nil {
 			w.restart(probe.ErrRestarted)
 		}
 	}
 	if m == markFirmware {
-		w.awake = false
 		return
 	}
 	if w.kernelAt.IsZero() {

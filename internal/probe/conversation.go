@@ -69,6 +69,7 @@ type line struct {
 	generation atomic.Int64 // counts connections
 	garbage    atomic.Int64
 	up         atomic.Bool
+	ready      atomic.Bool           // the agent has just said so: hello is due at once
 	lost       atomic.Pointer[error] // why it was lost, or could not be opened, last
 }
 
@@ -277,7 +278,7 @@ func (c *Conversation) talk(ctx context.Context, l *line, ch Channel, generation
 	defer tick.Stop()
 	var lastHello time.Time
 	for {
-		for _, ask := range c.due(l, generation, time.Since(lastHello) >= HelloEvery) {
+		for _, ask := range c.due(l, generation, l.ready.Swap(false) || time.Since(lastHello) >= HelloEvery) {
 			if ask.Ask == AskHello {
 				lastHello = time.Now()
 			}
@@ -353,16 +354,15 @@ func (c *Conversation) take(l *line, a Answer) bool {
 func (c *Conversation) takeReady(l *line, a Answer) bool {
 	c.mu.Lock()
 	first := !c.awake
+	greeted := c.chosen != nil
 	other := c.chosen == l && a.Hello != nil && a.Hello.Agent != c.hello.Agent
 	c.awake = true
 	c.mu.Unlock()
-	switch {
-	case other:
+	if other {
 		c.fail(ErrRestarted)
-	case first:
+	} else if !greeted {
+		l.ready.Store(true)
 		c.kickAll()
-	default:
-		return false // said once more than needed: counted, or else it could be said without end
 	}
-	return true
+	return first || other // said more often it is counted, or else it could be said without end
 }
