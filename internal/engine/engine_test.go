@@ -49,7 +49,7 @@ func TestSQLite(t *testing.T) {
 	enginetest.Run(t, sqliteFile)
 }
 
-func TestARunKilledAtEveryPointIsUndoneAndNothingIsRepeated(t *testing.T) {
+func TestACancelledRunKilledAtEveryPointIsUndoneAndNothingIsRepeated(t *testing.T) {
 	t.Parallel()
-	enginetest.Crash(t, sqliteFile(t), "fail")
+	enginetest.Crash(t, sqliteFile(t), "cancel")
 }
