@@ -435,3 +435,16 @@ lsetxattr security.selinux "system_u:object_r:systemd_unit_file_t:s0" 40 /etc/sy
 		}
 	}
 }
+
+// TestAnImageOfYourOwn explains what would be done to the raw image named in MUSTER_IMAGE.
+func TestAnImageOfYourOwn(t *testing.T) {
+	needReal(t)
+	img := os.Getenv("MUSTER_IMAGE")
+	if img == "" {
+		t.Skip("set MUSTER_IMAGE to a raw disk image")
+	}
+	p, _ := rescue(t, img, vm.Layer{Path: img, Format: "raw"}, dr.Inventory{})
+	if err := prerecover.Explain(os.Stdout, p, testing.Verbose()); err != nil {
+		t.Fatal(err)
+	}
+}
