@@ -125,6 +125,8 @@ type Machine interface {
 	// SerialLog is the path of the file to which the first serial port is written. It may not exist yet. The firmware
 	// writes there too what it and its boot loader show on the screen, so that "No bootable device." and a boot loader's
 	// prompt can be read: UEFI does so by itself, SeaBIOS where it is told (libvirt: <bios useserial='yes'/>).
+	// A log that grows beyond what the host allows (2 MiB by libvirt's default) is renamed to SerialLog + ".0" and a new
+	// one begun.
 	SerialLog() string
 	// Screenshot is what the screen shows, as PNG.
 	Screenshot(ctx context.Context) ([]byte, error)

@@ -165,7 +165,8 @@ func boot(spec vm.Spec) (*libvirtxml.DomainOS, error) {
 		SMBios: &libvirtxml.DomainSMBios{Mode: "sysinfo"},
 	}
 	if spec.Hardware.Firmware == dr.BIOS {
-		os.BIOS = &libvirtxml.DomainBIOS{UseSerial: "no", RebootTimeout: &never}
+		// What BIOS and boot loader show on the screen goes to the serial log too.
+		os.BIOS = &libvirtxml.DomainBIOS{UseSerial: "yes", RebootTimeout: &never}
 		return os, nil
 	}
 	f, ok := findFirmware()

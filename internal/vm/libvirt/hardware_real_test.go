@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"image/png"
 	"io"
 	"net"
 	"os"
@@ -184,6 +185,38 @@ func TestUEFIStartsWithVariablesOfItsOwn(t *testing.T) {
 		t.Fatal("variables do not outlive the machine", info, err)
 	}
 	start(t, h, spec) // and are used again
+}
+
+func TestTheSerialLogHoldsWhatTheBIOSShows(t *testing.T) {
+	real(t)
+	h := open(t)
+	spec := rig().Spec(t)
+	empty := filepath.Join(spec.Dir, "empty")
+	if err := os.WriteFile(empty, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	spec.Disks = []vm.Disk{{Layers: []vm.Layer{{Path: empty, Format: "raw"}}}}
+	m := start(t, h, spec)
+	says(t, m, "No bootable device")
+	shot, err := m.Screenshot(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	picture, err := png.Decode(bytes.NewReader(shot))
+	if err != nil {
+		t.Fatal(err)
+	}
+	lit := 0
+	for y := range picture.Bounds().Dy() {
+		for x := range picture.Bounds().Dx() {
+			if r, g, b, _ := picture.At(x, y).RGBA(); r+g+b > 0 {
+				lit++
+			}
+		}
+	}
+	if lit == 0 {
+		t.Error("the screen is black: the text must be on it too")
+	}
 }
 
 // disk is a disk image whose reads from sector 2048 on fail while broken.
