@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/master"
 	"github.com/musterdr/muster/internal/store"
 )
@@ -28,9 +29,14 @@ func printFound(cmd *cobra.Command, op api.Operation) {
 			fmt.Fprintf(out, "Freed %s; %d snapshots are kept in %s.\n", size(r.Freed()), r.Snapshots, size(r.After))
 		}
 	case "adopt":
-		var a master.Adopted
-		if json.Unmarshal(op.Result, &a) == nil {
-			fmt.Fprintf(out, "Adopted %d servers, %d snapshots, %d verdicts; %d servers have a last-known-good.\n", a.Servers, a.Snapshots, a.Verdicts, a.LKG)
+		var a catalog.Adopted
+		if json.Unmarshal(op.Result, &a) != nil {
+			return
+		}
+		fmt.Fprintf(out, "Adopted %d servers, %d snapshots, %d rescue images, %d verdicts; %d servers have a last-known-good that had none.\n",
+			a.Servers, a.Snapshots, a.PreRecoveries, a.Verdicts, a.LKG)
+		for _, left := range a.Left {
+			fmt.Fprintf(out, "  left out: %s\n", tame(left))
 		}
 	}
 }

@@ -53,7 +53,9 @@ type body[T any] struct {
 	Body T
 }
 
-type named struct {
+// Named is the part of a request that names what it is about. It is exported because huma fills in only exported fields,
+// embedded ones included.
+type Named struct {
 	Name string `path:"name" maxLength:"100" doc:"server's name or identifier"`
 }
 
@@ -94,36 +96,36 @@ func registerServers(a huma.API, op Operator) {
 	huma.Post(a, "/v1/servers", func(ctx context.Context, in *body[dr.Server]) (*body[dr.Server], error) {
 		return answer(op.AddServer(ctx, in.Body))
 	})
-	huma.Get(a, "/v1/servers/{name}", func(ctx context.Context, in *named) (*body[ServerStatus], error) {
+	huma.Get(a, "/v1/servers/{name}", func(ctx context.Context, in *Named) (*body[ServerStatus], error) {
 		return answer(op.Server(ctx, in.Name))
 	})
 	huma.Patch(a, "/v1/servers/{name}", func(ctx context.Context, in *struct {
-		named
+		Named
 		Body ServerChange
 	}) (*body[dr.Server], error) {
 		return answer(op.UpdateServer(ctx, in.Name, in.Body))
 	})
-	huma.Delete(a, "/v1/servers/{name}", func(ctx context.Context, in *named) (*nothing, error) {
+	huma.Delete(a, "/v1/servers/{name}", func(ctx context.Context, in *Named) (*nothing, error) {
 		_, err := answer(nothing{}, op.RemoveServer(ctx, in.Name))
 		return nil, err
 	})
-	huma.Get(a, "/v1/servers/{name}/snapshots", func(ctx context.Context, in *named) (*body[[]dr.Record], error) {
+	huma.Get(a, "/v1/servers/{name}/snapshots", func(ctx context.Context, in *Named) (*body[[]dr.Record], error) {
 		return list(op.Snapshots(ctx, in.Name))
 	})
-	huma.Get(a, "/v1/servers/{name}/promotions", func(ctx context.Context, in *named) (*body[[]dr.Promotion], error) {
+	huma.Get(a, "/v1/servers/{name}/promotions", func(ctx context.Context, in *Named) (*body[[]dr.Promotion], error) {
 		return list(op.Promotions(ctx, in.Name))
 	})
-	huma.Get(a, "/v1/snapshots/{name}", func(ctx context.Context, in *named) (*body[dr.Record], error) {
+	huma.Get(a, "/v1/snapshots/{name}", func(ctx context.Context, in *Named) (*body[dr.Record], error) {
 		return answer(op.Record(ctx, in.Name))
 	})
 }
 
 func registerWork(a huma.API, op Operator) {
 	type start struct {
-		named
+		Named
 		Body snapshotBody
 	}
-	huma.Post(a, "/v1/servers/{name}/snapshot", func(ctx context.Context, in *named) (*body[Operation], error) {
+	huma.Post(a, "/v1/servers/{name}/snapshot", func(ctx context.Context, in *Named) (*body[Operation], error) {
 		return answer(op.Snapshot(ctx, in.Name))
 	})
 	huma.Post(a, "/v1/servers/{name}/prerecover", func(ctx context.Context, in *start) (*body[Operation], error) {
@@ -134,13 +136,13 @@ func registerWork(a huma.API, op Operator) {
 	})
 	huma.Get(a, "/v1/operations", func(ctx context.Context, _ *nothing) (*body[[]Operation], error) { return list(op.Operations(ctx)) })
 	huma.Get(a, "/v1/operations/{name}", func(ctx context.Context, in *struct {
-		named
+		Named
 		Seen int64 `query:"seen" doc:"answer when the operation has changed since"`
 		Wait int   `query:"wait" minimum:"0" maximum:"30000" doc:"milliseconds to wait for that at most"`
 	}) (*body[Operation], error) {
 		return answer(op.Operation(ctx, in.Name, in.Seen, time.Duration(in.Wait)*time.Millisecond))
 	})
-	huma.Post(a, "/v1/operations/{name}/cancel", func(ctx context.Context, in *named) (*nothing, error) {
+	huma.Post(a, "/v1/operations/{name}/cancel", func(ctx context.Context, in *Named) (*nothing, error) {
 		_, err := answer(nothing{}, op.CancelOperation(ctx, in.Name))
 		return nil, err
 	})
@@ -152,11 +154,11 @@ func registerWork(a huma.API, op Operator) {
 	}) (*body[[]dr.Invocation], error) {
 		return list(op.Invocations(ctx, in.All))
 	})
-	huma.Get(a, "/v1/invocations/{name}", func(ctx context.Context, in *named) (*body[dr.Invocation], error) {
+	huma.Get(a, "/v1/invocations/{name}", func(ctx context.Context, in *Named) (*body[dr.Invocation], error) {
 		return answer(op.Invocation(ctx, in.Name))
 	})
 	huma.Post(a, "/v1/invocations/{name}/end", func(ctx context.Context, in *struct {
-		named
+		Named
 		Body struct {
 			Keep bool `json:"keep" doc:"keep what the machine wrote"`
 		}
@@ -182,7 +184,7 @@ func registerRecord(a huma.API, op Operator) {
 		return list(op.Tickets(ctx, in.All))
 	})
 	huma.Post(a, "/v1/tickets/{name}/close", func(ctx context.Context, in *struct {
-		named
+		Named
 		Body struct {
 			Reason string `json:"reason" minLength:"1" maxLength:"1000"`
 		}

@@ -259,11 +259,7 @@ func (c *Catalog) record(ctx context.Context, row snapshotRow, pre, verdict stri
 		return r, err
 	}
 	if pre != "" {
-		p, err := one[preRecoveryRow](ctx, c.db, "pre-recovery", pre)
-		if err != nil {
-			return r, err
-		}
-		made, err := parse[dr.PreRecovery](p.Data)
+		made, err := c.PreRecovery(ctx, pre)
 		if err != nil {
 			return r, err
 		}
@@ -277,6 +273,15 @@ func (c *Catalog) record(ctx context.Context, row snapshotRow, pre, verdict stri
 		r.Verdict = &v
 	}
 	return r, nil
+}
+
+// PreRecovery gives one pre-recovery in full.
+func (c *Catalog) PreRecovery(ctx context.Context, id string) (dr.PreRecovery, error) {
+	row, err := one[preRecoveryRow](ctx, c.db, "pre-recovery", id)
+	if err != nil {
+		return dr.PreRecovery{}, err
+	}
+	return parse[dr.PreRecovery](row.Data)
 }
 
 // LastSnapshot gives the snapshot of a server that was recorded last and has not expired, in full; false if there is

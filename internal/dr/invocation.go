@@ -4,32 +4,35 @@ import "time"
 
 // Invocation is a rescue image run for real.
 type Invocation struct {
-	ID         string          `json:"id"`
-	ServerID   string          `json:"server_id"`
-	Server     string          `json:"server"`
-	SnapshotID string          `json:"snapshot_id"`
-	By         string          `json:"by"`     // who asked
-	Reason     string          `json:"reason"` // why, in their words
-	State      InvocationState `json:"state"`
-	Network    NetworkChoice   `json:"network"`
-	Machine    string          `json:"machine,omitempty"` // hypervisor's name for it
-	Addresses  []string        `json:"addresses,omitempty"`
-	Steps      []StepRecord    `json:"steps,omitempty"`
-	Results    []CheckResult   `json:"results,omitempty"`
-	Requested  time.Time       `json:"requested"`
-	Served     *time.Time      `json:"served,omitempty"` // when the checks passed and it was handed over
-	Ended      *time.Time      `json:"ended,omitempty"`
-	RTA        time.Duration   `json:"rta,omitempty"` // measured RTO: requested → served
-	RPA        time.Duration   `json:"rpa,omitempty"` // measured RPO: requested − the snapshot's instant
-	Kept       bool            `json:"kept,omitempty"`
-	KeptAt     string          `json:"kept_at,omitempty"` // folder with what the machine wrote
-	Failure    string          `json:"failure,omitempty"`
+	ID         string `json:"id"`
+	ServerID   string `json:"server_id"`
+	Server     string `json:"server"`
+	SnapshotID string `json:"snapshot_id"`
+	// PreRecovery is the rescue image that passed: what was prepared anew since is not what is run.
+	PreRecovery string          `json:"pre_recovery"`
+	By          string          `json:"by"`     // who asked
+	Reason      string          `json:"reason"` // why, in their words
+	State       InvocationState `json:"state"`
+	Network     NetworkChoice   `json:"network"`
+	Machine     string          `json:"machine,omitempty"` // hypervisor's name for it
+	Addresses   []string        `json:"addresses,omitempty"`
+	Steps       []StepRecord    `json:"steps,omitempty"`
+	Results     []CheckResult   `json:"results,omitempty"`
+	Requested   time.Time       `json:"requested"`
+	Served      *time.Time      `json:"served,omitempty"` // when the checks passed and it was handed over
+	Ended       *time.Time      `json:"ended,omitempty"`
+	RTA         time.Duration   `json:"rta,omitempty"` // measured RTO: requested → served
+	RPA         time.Duration   `json:"rpa,omitempty"` // measured RPO: requested − the snapshot's instant
+	Kept        bool            `json:"kept,omitempty"`
+	KeptAt      string          `json:"kept_at,omitempty"` // folder with what the machine wrote
+	Failure     string          `json:"failure,omitempty"`
 }
 
 // InvocationState is where an invocation stands.
 type InvocationState string
 
-// The states: invoking → running → ended; invoking → failed.
+// The states: invoking → running → ended; invoking → failed. An invocation whose start could not be undone is ended by hand:
+// invoking → ended.
 const (
 	Invoking InvocationState = "invoking"
 	Running  InvocationState = "running"

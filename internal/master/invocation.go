@@ -48,8 +48,8 @@ func (m *Master) Invoke(ctx context.Context, request api.InvokeRequest) (api.Ope
 		request.Network.Kind = dr.NetworkHostOnly
 	}
 	now := m.Now().UTC()
-	inv := dr.Invocation{ID: dr.NewID("inv"), ServerID: s.ID, Server: s.Name, SnapshotID: lkg.Snapshot.ID, By: request.By,
-		Reason: request.Reason, State: dr.Invoking, Network: request.Network, Requested: now}
+	inv := dr.Invocation{ID: dr.NewID("inv"), ServerID: s.ID, Server: s.Name, SnapshotID: lkg.Snapshot.ID,
+		PreRecovery: lkg.PreRecovery.ID, By: request.By, Reason: request.Reason, State: dr.Invoking, Network: request.Network, Requested: now}
 	if err := m.Catalog.RecordInvocation(ctx, inv); err != nil {
 		return api.Operation{}, err
 	}
@@ -70,10 +70,11 @@ func (m *Master) invocationTask(ctx context.Context, id string, term int64) (dr.
 	if err != nil {
 		return inv, api.InvokeTask{}, err
 	}
-	if rec.PreRecovery == nil {
-		return inv, api.InvokeTask{}, engine.Permanent(fmt.Errorf("invoke snapshot %s: it has no rescue image; run 'muster test %s --snapshot %s'", inv.SnapshotID, s.Name, inv.SnapshotID))
+	pre, err := m.Catalog.PreRecovery(ctx, inv.PreRecovery)
+	if err != nil {
+		return inv, api.InvokeTask{}, err
 	}
-	return inv, api.InvokeTask{ID: id, Term: term, Server: s, Snapshot: rec.Snapshot, PreRecovery: *rec.PreRecovery, Network: inv.Network}, nil
+	return inv, api.InvokeTask{ID: id, Term: term, Server: s, Snapshot: rec.Snapshot, PreRecovery: pre, Network: inv.Network}, nil
 }
 
 // invoke runs an invocation. Until the machine runs, whatever goes wrong is undone. Once it runs it is never taken
@@ -165,22 +166,19 @@ func (m *Master) journal(ctx context.Context, id, name string, do func(inv *dr.I
 
 func (m *Master) undoBoot(ctx context.Context, in invocationWork, term int64) error {
 	inv, task, err := m.invocationTask(ctx, in.ID, term)
-	if err != nil {
-		return err
+	if err != nil || inv.State != dr.Invoking {
+		return err // a machine that was handed over is never taken away
 	}
 	if _, err := m.Silo.EndInvocation(ctx, task, false); err != nil {
 		return err
 	}
-	if inv.State == dr.Invoking {
-		inv.State = dr.Failed
-		ended := m.Now().UTC()
-		inv.Ended = &ended
-		if inv.Failure == "" {
-			inv.Failure = "cancelled before it ran"
-		}
-		return m.Catalog.RecordInvocation(ctx, inv)
+	inv.State = dr.Failed
+	ended := m.Now().UTC()
+	inv.Ended = &ended
+	if inv.Failure == "" {
+		inv.Failure = "cancelled before it ran"
 	}
-	return nil
+	return m.Catalog.RecordInvocation(ctx, inv)
 }
 
 // invocationFailed records why an invocation did not come to run; what it has started is undone when the run ends.

@@ -231,7 +231,7 @@ func (m *Master) boot(ctx context.Context, r *engine.Run, in work) (moved bool, 
 		return false, engine.Permanent(fmt.Errorf("test snapshot %s: it has no rescue image", in.SnapshotID))
 	}
 	v, err := m.Silo.Test(ctx, api.TestTask{ID: in.VerdictID, Term: r.Term(), Server: s, Snapshot: rec.Snapshot,
-		PreRecovery: *rec.PreRecovery, Asked: in.Asked}, r.Report)
+		PreRecovery: *rec.PreRecovery, Asked: m.Now()}, r.Report)
 	if err != nil {
 		return false, err
 	}
@@ -251,17 +251,18 @@ func (m *Master) settle(ctx context.Context, in work, moved bool) error {
 	if err != nil {
 		return err
 	}
-	if rec.Verdict != nil {
-		if err := m.Store.PutRecord(ctx, recordVerdict, rec.Verdict.ID, rec.Verdict); err != nil {
-			return fmt.Errorf("keep verdict in the store: %w", err)
-		}
+	if rec.Verdict == nil || rec.PreRecovery == nil {
+		return engine.Permanent(fmt.Errorf("settle snapshot %s: it was not tested", in.SnapshotID))
 	}
-	if moved && rec.PreRecovery != nil {
+	if err := m.Store.PutRecord(ctx, recordPreRecovery, rec.PreRecovery.ID, rec.PreRecovery); err != nil {
+		return fmt.Errorf("keep record of pre-recovery in the store: %w", err)
+	}
+	if err := m.Store.PutRecord(ctx, recordVerdict, rec.Verdict.ID, rec.Verdict); err != nil {
+		return fmt.Errorf("keep verdict in the store: %w", err)
+	}
+	if moved {
 		if err := m.Silo.KeepDeltas(ctx, rec.Snapshot, *rec.PreRecovery); err != nil {
 			return err
-		}
-		if err := m.Store.PutRecord(ctx, recordPreRecovery, rec.PreRecovery.ID, rec.PreRecovery); err != nil {
-			return fmt.Errorf("keep record of pre-recovery in the store: %w", err)
 		}
 		if err := m.Store.SetLKG(ctx, s.ID, rec.Snapshot.ID); err != nil {
 			return fmt.Errorf("mark last-known-good in the store: %w", err)

@@ -24,6 +24,9 @@ const (
 // collectEvery is how often the store is asked to free what expired.
 const collectEvery = 24 * time.Hour
 
+// keepOperations is how long a finished operation can be asked for. What came of it stays in the catalog.
+const keepOperations = 30 * 24 * time.Hour
+
 // Run schedules until ctx ends.
 func (m *Master) Run(ctx context.Context) {
 	ticker := time.NewTicker(m.Tick)
@@ -65,6 +68,9 @@ func (m *Master) Wake(ctx context.Context) {
 		m.collect = now
 		if _, err := m.CollectStore(ctx, false); err != nil {
 			m.Log.Error("collect store", "error", err)
+		}
+		if _, err := m.Engine.Prune(ctx, now.Add(-keepOperations)); err != nil {
+			m.Log.Error("forget old operations", "error", err)
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 
 	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/store"
@@ -143,50 +144,39 @@ func (m *Master) collectStore(r *engine.Run, in storeWork) error {
 	return err
 }
 
-// Adopted is what adopt found in the store and wrote into the catalog.
-type Adopted struct {
-	Servers   int `json:"servers"`
-	Snapshots int `json:"snapshots"`
-	Verdicts  int `json:"verdicts"`
-	LKG       int `json:"lkg"`
-}
-
 func (m *Master) adoptStore(r *engine.Run, in storeWork) error {
-	found, err := engine.Step(r, "adopt", engine.StepOptions{Limit: settleLimit}, func(ctx context.Context) (Adopted, error) {
+	found, err := engine.Step(r, "adopt", engine.StepOptions{Limit: settleLimit}, func(ctx context.Context) (catalog.Adopted, error) {
 		return m.adopt(ctx)
 	})
 	m.keepResult(in.ID, found)
 	return err
 }
 
-func (m *Master) adopt(ctx context.Context) (Adopted, error) {
+func (m *Master) adopt(ctx context.Context) (catalog.Adopted, error) {
 	if err := m.Store.Refresh(ctx); err != nil {
-		return Adopted{}, err
+		return catalog.Adopted{}, err
 	}
 	servers, err := records[dr.Server](ctx, m.Store, recordServer)
 	if err != nil {
-		return Adopted{}, err
+		return catalog.Adopted{}, err
 	}
 	pres, err := records[dr.PreRecovery](ctx, m.Store, recordPreRecovery)
 	if err != nil {
-		return Adopted{}, err
+		return catalog.Adopted{}, err
 	}
 	verdicts, err := records[dr.Verdict](ctx, m.Store, recordVerdict)
 	if err != nil {
-		return Adopted{}, err
+		return catalog.Adopted{}, err
 	}
 	snaps, err := m.Store.Snapshots(ctx)
 	if err != nil {
-		return Adopted{}, err
+		return catalog.Adopted{}, err
 	}
 	lkg, err := m.Store.LKG(ctx)
 	if err != nil {
-		return Adopted{}, err
+		return catalog.Adopted{}, err
 	}
-	if _, err := m.Catalog.Adopt(ctx, servers, snaps, pres, verdicts, lkg); err != nil {
-		return Adopted{}, err
-	}
-	return Adopted{Servers: len(servers), Snapshots: len(snaps), Verdicts: len(verdicts), LKG: len(lkg)}, nil
+	return m.Catalog.Adopt(ctx, servers, snaps, pres, verdicts, lkg)
 }
 
 func records[T any](ctx context.Context, st *store.Store, kind string) ([]T, error) {
