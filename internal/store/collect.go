@@ -122,21 +122,18 @@ func (s *Store) Collect(ctx context.Context, opts CollectOptions, progress dr.Pr
 
 func (s *Store) collect(ctx context.Context, opts CollectOptions, progress dr.Progress) (r CollectReport, err error) {
 	const steps = 4
-	unlock, taken, err := s.place.TryLock(lockIngest, true)
+	unlock, err := s.lockAlone(lockIngest)
 	if err != nil {
-		return r, err
-	}
-	if !taken {
-		return r, fmt.Errorf("%w: a snapshot is being written or another collection runs", ErrBusy)
+		return r, fmt.Errorf("%w: a snapshot is being written or another collection runs", err)
 	}
 	defer unlock()
 	safety := maintenance.SafetyFull
 	if opts.Immediate {
 		safety = maintenance.SafetyNone
 		safety.RewriteMinAge = rewriteAge
-		release, err := s.lock(ctx, lockPublish, true) // a record being put must not lose its blob
+		release, err := s.lockAlone(lockPublish) // a record being put must not lose its blob
 		if err != nil {
-			return r, err
+			return r, fmt.Errorf("%w: a record is being put", err)
 		}
 		defer release()
 		// Kopia counts in seconds and dates a deletion after what it deletes: what was written just now would stay.

@@ -119,6 +119,10 @@ func (d *DiskWriter) inherit(ctx context.Context, heir *Image) error {
 	if d.geo.size == d.parent.size {
 		return nil
 	}
+	var err error
+	if d.inherited, err = heir.sharedData(ctx, d.geo); err != nil {
+		return err
+	}
 	common := min(d.geo.size, d.parent.size)
 	edge := (common - 1) / SegmentSize
 	if d.geo.segmentLen(edge) != d.parent.segmentLen(edge) {
@@ -139,12 +143,7 @@ func (d *DiskWriter) inherit(ctx context.Context, heir *Image) error {
 			return err
 		}
 	}
-	if d.geo.size > d.parent.size {
-		return nil
-	}
-	data, err := heir.dataIn(ctx, d.geo)
-	d.inherited = data
-	return err
+	return nil
 }
 
 // Size is the length of the disk in bytes; BlockSize that of a block.
@@ -276,7 +275,7 @@ func (d *DiskWriter) openSegment(ctx context.Context, n int64) ([]content.ID, er
 	case s.touched && s.id == object.EmptyID:
 		s.blocks = make([]content.ID, d.geo.segmentBlocks(n))
 	case s.touched:
-		z, zerr := d.zerosNow(n)
+		_, _, z, zerr := d.zerosNow()
 		if zerr != nil {
 			return nil, zerr
 		}
@@ -316,14 +315,12 @@ func (d *DiskWriter) before(ctx context.Context, n int64) ([]content.ID, error) 
 	return out, nil
 }
 
-// zerosNow names the zero blocks that a segment written by us may hold.
-func (d *DiskWriter) zerosNow(n int64) (zeros, error) {
-	block, err := d.w.zeroBlock(d.geo.block)
-	if err != nil {
-		return zeros{}, err
+// zerosNow gives the zero blocks that a segment written by us may hold.
+func (d *DiskWriter) zerosNow() (block, tail object.ID, z zeros, err error) {
+	if block, err = d.w.zeroBlock(d.geo.block); err == nil {
+		tail, err = d.w.zeroBlock(d.geo.blockLen(d.geo.blocks() - 1))
 	}
-	tail, err := d.w.zeroBlock(d.geo.blockLen(d.geo.blocks() - 1))
-	return zeros{Block: block.String(), Tail: tail.String()}, err
+	return block, tail, zeros{Block: block.String(), Tail: tail.String()}, err
 }
 
 // sealSegment writes an open segment and takes it out of memory.
@@ -385,13 +382,14 @@ func (d *DiskWriter) putSegment(n int64, blocks []content.ID) (object.ID, error)
 
 // diskMap is the finished map of a disk.
 type diskMap struct {
-	geo           geometry
-	root          object.ID // the disk as one object
-	node          object.ID // the root node, as a file
-	nodeSize      int64
-	segments      []object.ID
-	zeros         zeros
-	data, changed int64
+	geo                 geometry
+	root                object.ID // the disk as one object
+	node                object.ID // the root node, as a file
+	nodeSize            int64
+	segments            []object.ID
+	zeroBlock, zeroTail object.ID
+	zeros               zeros
+	data, changed       int64
 }
 
 // seal finishes the disk.
@@ -403,11 +401,11 @@ func (d *DiskWriter) seal() (*diskMap, error) {
 			return nil, err
 		}
 	}
-	z, err := d.zerosNow(0)
+	block, tail, z, err := d.zerosNow()
 	if err != nil {
 		return nil, err
 	}
-	m := &diskMap{geo: d.geo, segments: make([]object.ID, len(d.segs)), zeros: z, data: d.inherited}
+	m := &diskMap{geo: d.geo, segments: make([]object.ID, len(d.segs)), zeros: z, zeroBlock: block, zeroTail: tail, data: d.inherited}
 	for i := range d.segs {
 		s := &d.segs[i]
 		m.data += s.data - s.base

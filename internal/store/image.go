@@ -496,10 +496,18 @@ func (m *Image) Extents(ctx context.Context, off, length int64, yield func(image
 	return nil
 }
 
-// dataIn counts the bytes of non-zero blocks that another geometry of the same blocks shares with this one.
-func (m *Image) dataIn(ctx context.Context, geo geometry) (int64, error) {
+// sharedData counts the bytes of non-zero blocks that are in another geometry as well, at the same length.
+func (m *Image) sharedData(ctx context.Context, geo geometry) (int64, error) {
+	if geo.size > m.geo.size { // all but the last, if that is short
+		last := m.geo.blocks() - 1
+		id, err := m.blockID(ctx, last)
+		if err != nil || id == content.EmptyID || geo.blockLen(last) == m.geo.blockLen(last) {
+			return m.data, err
+		}
+		return m.data - m.geo.blockLen(last), nil
+	}
 	var sum int64
-	for n := range min(m.geo.segments(), geo.segments()) {
+	for n := range geo.segments() {
 		blocks, err := m.segment(ctx, n)
 		if err != nil {
 			return 0, err

@@ -28,6 +28,8 @@ const (
 	manifestFile    = "snapshot.json"
 	mapFile         = "disk.map"
 	segmentsDir     = "disk.segs"
+	zeroBlockFile   = "zero.block"
+	zeroTailFile    = "zero.tail"
 	attachmentsDir  = "attachments"
 	kindSnapshot    = "snapshot"
 	kindKept        = "kept"

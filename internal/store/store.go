@@ -233,8 +233,11 @@ const (
 	lockPollMax   = 200 * time.Millisecond
 )
 
-// lock waits for a named lock of the place.
+// lock waits for a named lock of the place. Whoever waits stands in a queue that Collect respects: it holds its locks
+// for long, and called often enough it would let nobody else in.
 func (s *Store) lock(ctx context.Context, name string, exclusive bool) (unlock func(), err error) {
+	leave := func() {}
+	defer func() { leave() }()
 	for wait := lockPollFirst; ; wait = min(2*wait, lockPollMax) {
 		unlock, taken, err := s.place.TryLock(name, exclusive)
 		if err != nil {
@@ -242,6 +245,11 @@ func (s *Store) lock(ctx context.Context, name string, exclusive bool) (unlock f
 		}
 		if taken {
 			return unlock, nil
+		}
+		if wait == lockPollFirst {
+			if out, in, err := s.place.TryLock(lockQueue+name, false); err == nil && in {
+				leave = out
+			}
 		}
 		select {
 		case <-ctx.Done():
@@ -251,10 +259,31 @@ func (s *Store) lock(ctx context.Context, name string, exclusive bool) (unlock f
 	}
 }
 
+// lockAlone takes a lock exclusively if nobody has it and nobody waits for it; otherwise the store is busy.
+func (s *Store) lockAlone(name string) (unlock func(), err error) {
+	leave, alone, err := s.place.TryLock(lockQueue+name, true)
+	if err != nil {
+		return nil, fmt.Errorf("lock %s: %w", name, err)
+	}
+	if !alone {
+		return nil, ErrBusy
+	}
+	defer leave()
+	unlock, taken, err := s.place.TryLock(name, true)
+	if err != nil {
+		return nil, fmt.Errorf("lock %s: %w", name, err)
+	}
+	if !taken {
+		return nil, ErrBusy
+	}
+	return unlock, nil
+}
+
 // The locks. A snapshot's own are made with its identifier.
 const (
 	lockPublish = "publish" // exclusive: whoever changes manifests
 	lockIngest  = "ingest"  // shared: whoever writes a snapshot; exclusive: Collect
 	lockPin     = "pin/"    // shared: whoever reads that snapshot; exclusive: Forget
 	lockWrite   = "write/"  // exclusive: whoever writes that snapshot
+	lockQueue   = "queue/"  // shared: whoever waits for the lock of that name
 )

@@ -372,11 +372,17 @@ func (t *tree) dir(name string, entries []*snapshot.DirEntry) *snapshot.DirEntry
 	return &snapshot.DirEntry{Name: name, Type: snapshot.EntryTypeDirectory, Permissions: 0o700, ModTime: t.taken, ObjectID: id, DirSummary: m.Summary}
 }
 
-// disk lists the map and the segments of one disk, each as a file.
+// disk lists the map, the segments and the zero blocks of one disk, each as a file.
 func (t *tree) disk(m *diskMap) []*snapshot.DirEntry {
 	segs := make([]*snapshot.DirEntry, len(m.segments))
 	for i, id := range m.segments {
 		segs[i] = t.file(segmentFile(int64(i)), m.geo.segmentLen(int64(i)), id)
 	}
-	return []*snapshot.DirEntry{t.file(mapFile, m.nodeSize, m.node), t.dir(segmentsDir, segs)}
+	return []*snapshot.DirEntry{
+		t.file(mapFile, m.nodeSize, m.node),
+		t.dir(segmentsDir, segs),
+		// Named so that they are not collected: the map may not name them, but the manifest does.
+		t.file(zeroBlockFile, m.geo.block, m.zeroBlock),
+		t.file(zeroTailFile, m.geo.blockLen(m.geo.blocks()-1), m.zeroTail),
+	}
 }
