@@ -22,6 +22,9 @@ import (
 
 // The test binary is the agent as well: with these arguments it does what cmd/muster-agent does.
 func TestMain(m *testing.M) {
+	if os.Getenv("MUSTER_REAL") != "" && len(os.Args) > 1 && strings.HasPrefix(os.Args[1], "-test.") {
+		ownMounts()
+	}
 	switch {
 	case len(os.Args) == 2 && os.Args[1] == "serve":
 		a := Agent{Version: "test", Watchdog: []string{"/proc/self/exe", "watchdog"}}
@@ -45,6 +48,8 @@ type child struct {
 	in  io.WriteCloser
 	r   *wire.Reader
 	w   *wire.Writer
+
+	announced chan struct{} // closed when the agent announces a pass under freeze
 }
 
 func start(t *testing.T) *child {
@@ -53,7 +58,7 @@ func start(t *testing.T) *child {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &child{cmd: exec.Command(self, "serve")}
+	c := &child{cmd: exec.Command(self, "serve"), announced: make(chan struct{})}
 	c.cmd.Stderr = os.Stderr
 	if c.in, err = c.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
@@ -115,12 +120,22 @@ func (c *child) begin(t *testing.T, plan wire.Plan, sums ...*wire.Sums) wire.Lay
 // receive applies what the agent sends to an image, until it is done.
 func (c *child) receive(t *testing.T, image []byte, sums *wire.Sums) (blocks int, done wire.Done) {
 	t.Helper()
+	announced := false
 	for {
 		kind, payload, err := c.r.Next(nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		switch kind {
+		case wire.KindPass:
+			var p wire.Pass
+			if err := wire.Decode(payload, &p); err != nil {
+				t.Fatal(err)
+			}
+			if p.Frozen && !announced && c.announced != nil {
+				announced = true
+				close(c.announced)
+			}
 		case wire.KindBlock:
 			b, err := wire.ParseBlock(payload)
 			if err != nil {
@@ -169,7 +184,7 @@ func put(t *testing.T, image []byte, sums *wire.Sums, b wire.Block) {
 
 const blockSize = 64 << 10
 
-var unzip, _ = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(blockSize))
+var unzip, _ = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(wire.MaxBlock))
 
 // newDisk makes a file of noise, text and zeros that is no multiple of anything.
 func newFile(t *testing.T) (path string, content []byte) {
@@ -331,7 +346,7 @@ func TestAHoldGivesBackWhatWasPutAside(t *testing.T) {
 	r := newRun(wire.NewWriter(&out), wire.Plan{}, nil, []*linux.Disk{d}, []*wire.Sums{sums})
 	r.disks[0].prepare()
 	r.hold = newHold(5*blockSize, r.disks) // too small for all: the rest is sent while reading
-	if _, err := r.pass(t.Context(), true, r.hold); err != nil {
+	if _, err := r.pass(t.Context(), r.hold); err != nil {
 		t.Fatal(err)
 	}
 	if len(r.hold.kept) != 5 {

@@ -72,19 +72,27 @@ type pass struct {
 	start    time.Time
 }
 
+// announce says that a pass begins. It is said before a freeze, not under it.
+func (r *run) announce(frozen bool) error {
+	r.passes++
+	return r.w.Message(wire.KindPass, wire.Pass{Number: r.passes, Frozen: frozen, Total: r.total()})
+}
+
+func (r *run) total() (n int64) {
+	for _, d := range r.disks {
+		n += d.Size
+	}
+	return n
+}
+
 // pass reads every disk from beginning to end and sends what differs from what is known, or with a hold puts it there
 // while there is room.
-func (r *run) pass(ctx context.Context, frozen bool, into *hold) (found, error) {
-	p := &pass{w: r.w, into: into, start: time.Now()}
+func (r *run) pass(ctx context.Context, into *hold) (found, error) {
+	p := &pass{w: r.w, into: into, total: r.total(), start: time.Now()}
 	for _, d := range r.disks {
-		p.total += d.Size
 		d.next.Store(0)
 		d.busy.Store(0)
 		d.prepare()
-	}
-	r.passes++
-	if err := r.w.Message(wire.KindPass, wire.Pass{Number: r.passes, Frozen: frozen, Total: p.total}); err != nil {
-		return found{}, err
 	}
 	before := linux.Written(r.open())
 	group, ctx := errgroup.WithContext(ctx)

@@ -78,7 +78,10 @@ func (r *run) live(ctx context.Context) (found, error) {
 	room := holdSize()
 	var last found
 	for n := 1; n <= maxLive; n++ {
-		now, err := r.pass(ctx, false, nil)
+		if err := r.announce(false); err != nil {
+			return found{}, err
+		}
+		now, err := r.pass(ctx, nil)
 		if err != nil {
 			return found{}, err
 		}
@@ -116,7 +119,7 @@ func (r *run) frozen(ctx context.Context, expected time.Duration) (linux.Held, e
 			return linux.Held{}, err
 		}
 	}
-	if err := f.Sync(ctx); err != nil {
+	if err := errors.Join(r.announce(true), f.Sync(ctx)); err != nil {
 		return linux.Held{}, err
 	}
 	// From Hold to Release the program touches no file system and takes no memory that it does not have yet.
@@ -139,12 +142,12 @@ func (r *run) frozen(ctx context.Context, expected time.Duration) (linux.Held, e
 // readStill makes the pass that counts; under freeze within the limit, and into the hold.
 func (r *run) readStill(ctx context.Context, frozen bool) error {
 	if !frozen {
-		_, err := r.pass(ctx, true, nil)
+		_, err := r.pass(ctx, nil)
 		return err
 	}
 	bounded, cancel := context.WithTimeout(ctx, r.plan.FreezeLimit)
 	defer cancel()
-	_, err := r.pass(bounded, true, r.hold)
+	_, err := r.pass(bounded, r.hold)
 	if errors.Is(err, context.DeadlineExceeded) {
 		err = fmt.Errorf("not everything was read within %s: %w", r.plan.FreezeLimit, linux.ErrVoid)
 	}

@@ -146,7 +146,7 @@ func (f *Freeze) Hold() error {
 		o, err := f.ask("freeze", "frozen")
 		if err != nil {
 			f.thawOurselves()
-			return fmt.Errorf("freeze: %w", err)
+			return fmt.Errorf("freeze: %w: %w", ErrVoid, err)
 		}
 		if err := f.judge(o); err != nil {
 			return err
