@@ -1,0 +1,81 @@
+package main
+
+import (
+	"debug/elf"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/musterdr/muster/internal/capture/wire"
+)
+
+// What runs as root on other people's servers must be small enough to read.
+func TestTheAgentLinksNothingThatItDoesNotNeed(t *testing.T) {
+	out, err := exec.Command("go", "list", "-deps", ".").Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	deps := strings.Fields(string(out))
+	if len(deps) < 50 {
+		t.Fatalf("go list found only %d packages", len(deps))
+	}
+	allowed := map[string]bool{}
+	for _, p := range []string{"agent", "capture/linux", "capture/wire", "dr"} {
+		allowed["github.com/musterdr/muster/internal/"+p] = true
+	}
+	for _, dep := range deps {
+		if strings.HasPrefix(dep, "github.com/musterdr/muster/internal/") && !allowed[dep] {
+			t.Errorf("%s: the agent is to use only its own role, capture/linux, capture/wire and dr", dep)
+		}
+		for _, heavy := range []string{"golang.org/x/crypto", "github.com/kopia", "database/sql", "github.com/danielgtaylor/huma", "net/http"} {
+			if dep == heavy || strings.HasPrefix(dep, heavy+"/") {
+				t.Errorf("%s: not on a protected server", dep)
+			}
+		}
+	}
+}
+
+func TestTheAgentIsStaticAndRunsFromMemory(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "muster-agent")
+	build := exec.Command("go", "build", "-o", program, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	f, err := elf.Open(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, p := range f.Progs {
+		if p.Type == elf.PT_INTERP {
+			t.Error("the agent needs a dynamic linker")
+		}
+	}
+	serve := exec.Command(program, "serve")
+	in, err := serve.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := serve.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := serve.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = serve.Process.Kill() }()
+	if err := wire.NewReader(out).Greeting(); err != nil {
+		t.Fatal(err)
+	}
+	if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", serve.Process.Pid)); err != nil || !strings.HasPrefix(exe, "/memfd:") {
+		t.Errorf("the agent runs from %s, %v", exe, err)
+	}
+	in.Close()
+	if err := serve.Wait(); err != nil {
+		t.Errorf("the agent ended with %v when its input did", err)
+	}
+}
