@@ -155,7 +155,7 @@ func (r Request) start(ctx context.Context, hv vm.Hypervisor) (vm.Machine, error
 		if err != nil {
 			return nil, ours("make a scratch layer", err)
 		}
-		spec.Disks = append(spec.Disks, vm.Disk{Layers: append([]vm.Layer{scratch}, d.Layers...)})
+		spec.Disks = append(spec.Disks, vm.Disk{Scratch: true, Layers: append([]vm.Layer{scratch}, d.Layers...)})
 	}
 	machine, err := hv.Start(ctx, spec)
 	if err != nil {

@@ -99,6 +99,12 @@ func (s *Silo) liveLayers(ctx context.Context, task api.InvokeTask) ([]vm.Disk, 
 	if err != nil {
 		return nil, err
 	}
+	// qemu-img opens the whole chain below a new layer by the names that are written in the layers.
+	_, _, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
+	if err != nil {
+		return nil, err
+	}
+	defer release()
 	dir := s.liveDir(task.ID)
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make folder for live layers: %w", err)
@@ -215,6 +221,11 @@ func (s *Silo) EndInvocation(ctx context.Context, task api.InvokeTask, keep bool
 
 // keepLive writes each disk, with everything the machine wrote, as one file that needs no store.
 func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error) {
+	_, _, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
+	if err != nil {
+		return "", err
+	}
+	defer release()
 	dir := filepath.Join(s.Dir, "kept", task.ID)
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return "", fmt.Errorf("make folder for kept disks: %w", err)
