@@ -219,7 +219,9 @@ const (
 	ProblemPreRecovery Problem = "pre-recovery-failed"
 	ProblemTestMissing Problem = "test-missing"
 	ProblemStore       Problem = "store-damaged"
-	ProblemInvocation  Problem = "invocation-failed"
+	ProblemInvocation  Problem = "invocation-failed"  // it did not come to run
+	ProblemInvoked     Problem = "invocation-checks"  // it runs, and does not pass its checks
+	ProblemStopped     Problem = "invocation-stopped" // its machine is gone
 	ProblemHost        Problem = "host-not-ready"
 )
 

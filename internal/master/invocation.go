@@ -3,6 +3,7 @@ package master
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -136,12 +137,30 @@ func (m *Master) handOver(r *engine.Run, in invocationWork, checkErr error) erro
 		if err := m.Catalog.RecordInvocation(ctx, inv); err != nil {
 			return "", err
 		}
-		if inv.Failure != "" {
-			_, err = m.Catalog.OpenTicket(ctx, inv.ServerID, dr.ProblemInvocation, "the invoked machine does not pass its checks", inv.Failure, inv.SnapshotID, m.Now())
+		if inv.Failure == "" {
+			err = m.closeTickets(ctx, inv, dr.ProblemInvocation, dr.ProblemInvoked)
+		} else {
+			_, err = m.Catalog.OpenTicket(ctx, inv.ServerID, dr.ProblemInvoked, "the invoked machine does not pass its checks", inv.Failure, inv.SnapshotID, m.Now())
 		}
 		return inv.Failure, err
 	})
 	return err
+}
+
+// closeTickets closes what an invocation that went well proves gone.
+func (m *Master) closeTickets(ctx context.Context, inv dr.Invocation, problems ...dr.Problem) error {
+	open, err := m.Catalog.Tickets(ctx, catalog.TicketFilter{ServerID: inv.ServerID})
+	if err != nil {
+		return err
+	}
+	for _, t := range open {
+		if slices.Contains(problems, t.Problem) {
+			if err := m.Catalog.CloseTicket(ctx, t.ID, "invocation "+inv.ID+" has shown otherwise", m.Now()); err != nil && !errors.Is(err, catalog.ErrNotFound) {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // journal runs one step of an invocation and writes it into the invocation's record, however it ended.
@@ -259,20 +278,29 @@ func (m *Master) end(r *engine.Run, in invocationWork) error {
 		}
 		ended := m.Now().UTC()
 		inv.State, inv.Ended, inv.Kept, inv.KeptAt = dr.Ended, &ended, kept != "", kept
-		return kept, m.Catalog.RecordInvocation(ctx, inv)
+		if err := m.Catalog.RecordInvocation(ctx, inv); err != nil {
+			return "", err
+		}
+		return kept, m.closeTickets(ctx, inv, dr.ProblemInvoked, dr.ProblemStopped)
 	})
 	return err
 }
 
-// tend makes active invocations whole again and says so if one has died.
+// tend makes active invocations whole again and says so if one has died. One that an operation is working on is that
+// operation's business.
 func (m *Master) tend(ctx context.Context) {
+	running, err := m.running(ctx)
+	if err != nil {
+		m.Log.Error("tend invocations", "error", err)
+		return
+	}
 	active, err := m.Catalog.Invocations(ctx, false)
 	if err != nil {
 		m.Log.Error("look for active invocations", "error", err)
 		return
 	}
 	for _, inv := range active {
-		if inv.State != dr.Running {
+		if _, busy := running[inv.Server]; busy || inv.State != dr.Running {
 			continue
 		}
 		_, task, err := m.invocationTask(ctx, inv.ID, 0)
@@ -288,7 +316,7 @@ func (m *Master) tend(ctx context.Context) {
 		if !running && !m.warned[inv.ID] {
 			m.warned[inv.ID] = true
 			detail := "the machine " + inv.Machine + " is gone: it shut down or died. What it wrote is still there: end the invocation with --keep or --discard"
-			if _, err := m.Catalog.OpenTicket(ctx, inv.ServerID, dr.ProblemInvocation, "an invoked machine has stopped", detail, inv.SnapshotID, m.Now()); err != nil {
+			if _, err := m.Catalog.OpenTicket(ctx, inv.ServerID, dr.ProblemStopped, "an invoked machine has stopped", detail, inv.SnapshotID, m.Now()); err != nil {
 				m.Log.Error("open ticket", "error", err)
 			}
 		}
