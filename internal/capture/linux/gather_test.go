@@ -154,7 +154,7 @@ func TestDisksInUseAreFoundThroughWhatIsStackedOnThem(t *testing.T) {
 
 func TestSystemctlsWordsAreTheFirstOfALine(t *testing.T) {
 	equal(t, "units", firstWords("● nginx.service loaded failed failed Web\na.service loaded active running A\nNo jobs running.\n"), []string{"a.service", "nginx.service"})
-	equal(t, "logins", withoutLogins([]string{"a.service", "user@0.service", "user-runtime-dir@0.service"}), []string{"a.service"})
+	equal(t, "logins", withoutLogins([]string{"a.service", "user@0.service", "user-runtime-dir@0.service", "ssh@1-10.0.0.1:22.service", "getty@tty1.service"}), []string{"a.service", "getty@tty1.service"})
 }
 
 func TestAnInventoryOfThisSystemNamesItsKernelAndProcessors(t *testing.T) {

@@ -50,7 +50,9 @@ func Units(ctx context.Context) (UnitStates, error) {
 func withoutLogins(units []string) []string {
 	out := units[:0]
 	for _, u := range units {
-		if !strings.HasPrefix(u, "user@") && !strings.HasPrefix(u, "user-runtime-dir@") {
+		instance, _, _ := strings.Cut(u, "@")
+		switch {
+		case !strings.Contains(u, "@"), instance != "user" && instance != "user-runtime-dir" && instance != "ssh" && instance != "sshd":
 			out = append(out, u)
 		}
 	}

@@ -99,7 +99,7 @@ func (s *Source) dial(ctx context.Context, signer ssh.Signer) error {
 	var mismatch *ssh.AlgorithmNegotiationError
 	if want != nil && s.hostKey == nil && errors.As(err, &mismatch) {
 		// It has no key of that kind any more. Ask which one it has, to be able to say so.
-		if s.handshake(ctx, nil, hostKeyKinds, want); s.hostKey != nil {
+		if _ = s.handshake(ctx, nil, hostKeyKinds, want); s.hostKey != nil {
 			return wrongKey(want, s.hostKey)
 		}
 	}
