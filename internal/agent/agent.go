@@ -115,10 +115,10 @@ func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan
 	case err = <-ended:
 	case <-ctx.Done():
 		select {
-		case <-ended:
+		case err = <-ended:
 		case <-time.After(unwindLimit):
 		}
-		err = context.Cause(ctx)
+		err = errors.Join(context.Cause(ctx), err)
 	}
 	return err
 }

@@ -14,7 +14,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -23,11 +22,9 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
-	"github.com/musterdr/muster/internal/agent"
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture"
 	"github.com/musterdr/muster/internal/capture/capturetest"
-	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/store/folder"
@@ -36,25 +33,10 @@ import (
 // shared is one store for all tests: making one costs more than a capture.
 var shared *store.Store
 
-// The test binary is the agent as well: the source copies it to the "server" and starts it there.
-func TestMain(m *testing.M) {
-	switch {
-	case len(os.Args) == 2 && os.Args[1] == "serve":
-		a := agent.Agent{Version: "test", Watchdog: []string{"/proc/self/exe", "watchdog"}}
-		if err := a.Serve(context.Background(), os.Stdin, os.Stdout); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	case len(os.Args) == 3 && os.Args[1] == "watchdog":
-		count, _ := strconv.Atoi(os.Args[2])
-		if err := linux.Watchdog(count); err != nil {
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
-	os.Exit(run(m))
-}
+// built is the agent's program.
+var built []byte
+
+func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
 	ctx := context.Background()
@@ -63,6 +45,14 @@ func run(m *testing.M) int {
 		panic(err)
 	}
 	defer os.RemoveAll(dir)
+	build := exec.Command("go", "build", "-ldflags", "-s -w", "-o", filepath.Join(dir, "muster-agent"), "github.com/musterdr/muster/cmd/muster-agent")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		panic(fmt.Sprintf("build the agent: %v\n%s", err, out))
+	}
+	if built, err = os.ReadFile(filepath.Join(dir, "muster-agent")); err != nil {
+		panic(err)
+	}
 	place := folder.Driver{Path: filepath.Join(dir, "store")}
 	if err := store.Create(ctx, place, "password"); err != nil {
 		panic(err)
@@ -230,13 +220,7 @@ func (h *host) exec(command string, ch ssh.Channel) uint32 {
 }
 
 // program is the agent for this machine, whatever is asked for.
-func program(string) ([]byte, error) {
-	self, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	return os.ReadFile(self)
-}
+func program(string) ([]byte, error) { return built, nil }
 
 func (h *host) open(t *testing.T, source dr.SSHSource) *Source {
 	t.Helper()
@@ -392,8 +376,7 @@ func TestOnlyTheAgentIsLeftAndOldOnesAreRemoved(t *testing.T) {
 	if _, err := take(t.Context(), s, nil); err != nil {
 		t.Fatal(err)
 	}
-	content, _ := program("")
-	sum := sha256.Sum256(content)
+	sum := sha256.Sum256(built)
 	left, err := os.ReadDir(h.cache)
 	if err != nil || len(left) != 1 || left[0].Name() != "agent-"+hex.EncodeToString(sum[:]) {
 		t.Errorf("left: %v, %v", left, err)
