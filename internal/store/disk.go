@@ -177,7 +177,7 @@ func (d *DiskWriter) Write(ctx context.Context, block int64, data []byte) error 
 		err = d.set(ctx, block, id)
 	}
 	if err != nil {
-		return d.w.fail(fmt.Errorf("write block %d of disk %s: %w", block, d.name, err))
+		return d.w.fail(fmt.Errorf("write block %d of disk %s: %w", block, d.name, d.w.s.explain(err)))
 	}
 	return nil
 }
@@ -216,7 +216,7 @@ func (d *DiskWriter) Zero(ctx context.Context, first, count int64) error {
 		n := first / per
 		stop := min(end, (n+1)*per, d.geo.blocks())
 		if err := d.zeroIn(ctx, n, first, stop); err != nil {
-			return d.w.fail(fmt.Errorf("zero blocks of disk %s: %w", d.name, err))
+			return d.w.fail(fmt.Errorf("zero blocks of disk %s: %w", d.name, d.w.s.explain(err)))
 		}
 		first = stop
 	}

@@ -87,7 +87,7 @@ func (g *guard) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 		if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
 			return g.noSpace(ctx, id, err)
 		}
-		return fmt.Errorf("put blob %s: %w", id, err)
+		return &placeError{fmt.Errorf("put blob %s: %w", id, err)}
 	}
 	if err := g.readBack(ctx, id, data); err != nil {
 		return err
@@ -119,9 +119,9 @@ func (g *guard) noSpace(ctx context.Context, id blob.ID, cause error) error {
 		free = fmt.Sprint(c.FreeB)
 	}
 	if cause == nil {
-		return fmt.Errorf("put blob %s: %w: %s has %s bytes free; add space, or forget snapshots and collect", id, ErrNoSpace, g.store.drv, free)
+		return &placeError{fmt.Errorf("put blob %s: %w: %s has %s bytes free; add space, or forget snapshots and collect", id, ErrNoSpace, g.store.drv, free)}
 	}
-	return fmt.Errorf("put blob %s: %w: %s has %s bytes free; add space, or forget snapshots and collect (%w)", id, ErrNoSpace, g.store.drv, free, cause)
+	return &placeError{fmt.Errorf("put blob %s: %w: %s has %s bytes free; add space, or forget snapshots and collect (%w)", id, ErrNoSpace, g.store.drv, free, cause)}
 }
 
 // readBack compares a blob on the medium with what should be there.
@@ -131,13 +131,19 @@ func (g *guard) readBack(ctx context.Context, id blob.ID, data blob.Bytes) error
 	defer r.Close() //nolint:errcheck // memory
 	c := &comparer{want: r, total: data.Length()}
 	if err := g.Place.GetBlob(ctx, id, 0, -1, c); err != nil && !errors.Is(err, errDiffers) {
-		return fmt.Errorf("read back blob %s: %w", id, err)
+		return &placeError{fmt.Errorf("read back blob %s: %w", id, err)}
 	}
 	if err := c.done(); err != nil {
-		return fmt.Errorf("read back blob %s: %w: the medium does not return what was written to it; check disk and memory (%w)", id, ErrDamaged, err)
+		return &placeError{fmt.Errorf("read back blob %s: %w: the medium does not return what was written to it; check disk and memory (%w)", id, ErrDamaged, err)}
 	}
 	return nil
 }
+
+// placeError is what the guard says of a place. Kopia wraps it into sentences about its own insides, twice; explain
+// takes it out of them again.
+type placeError struct{ error }
+
+func (e *placeError) Unwrap() error { return e.error }
 
 var errDiffers = errors.New("the bytes differ")
 

@@ -237,8 +237,11 @@ func (s *Store) mutate(ctx context.Context, purpose string, fn func(ctx context.
 	if err != nil {
 		return s.explain(err)
 	}
+	if err := s.Refresh(context.WithoutCancel(ctx)); err != nil { // it is done; stopping now would only hide that
+		return err
+	}
 	s.tidy(ctx)
-	return s.Refresh(ctx)
+	return nil
 }
 
 // listCompacting lists all manifests and lets Kopia compact them if there are many.

@@ -189,8 +189,12 @@ func (s *Store) bind(ctx context.Context) (context.Context, context.CancelFunc) 
 	return ctx, func() { stop(); cancel(nil) }
 }
 
-// explain puts the reason why the store ended in place of the cancellations that followed from it.
+// explain says of an error what is behind it: what the place answered, or why the store ended.
 func (s *Store) explain(err error) error {
+	var p *placeError
+	if errors.As(err, &p) {
+		return p
+	}
 	if err == nil || s.life.Err() == nil {
 		return err
 	}
@@ -203,7 +207,7 @@ func (s *Store) explain(err error) error {
 
 // giveUp ends the store because it can no longer be trusted. Kopia would end the process instead.
 func (s *Store) giveUp(err error) {
-	slog.Error("store is given up", "store", s.drv.String(), "error", err)
+	slog.Error("store is given up", "store", s.drv.String(), "error", err.Error())
 	s.end(fmt.Errorf("the store in %s was given up: %w", s.drv, err))
 }
 
@@ -230,7 +234,7 @@ func (s *Store) raiseFloor(t time.Time) {
 // lockPoll is how often a lock that somebody else has is tried again.
 const (
 	lockPollFirst = 2 * time.Millisecond
-	lockPollMax   = 200 * time.Millisecond
+	lockPollMax   = 50 * time.Millisecond
 )
 
 // lock waits for a named lock of the place. Whoever waits stands in a queue that Collect respects: it holds its locks

@@ -174,7 +174,6 @@ func (w *Writer) fail(err error) error {
 	if err == nil {
 		return nil
 	}
-	err = w.s.explain(err)
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.failed == nil {
@@ -227,7 +226,8 @@ func (w *Writer) flushSome() error {
 }
 
 // Commit completes the snapshot and publishes it: when it returns without an error the snapshot is on the medium,
-// was read back, and is visible; otherwise there is none. It fills in ID, Parent, Disks and the Changed, New and
+// was read back, and is visible; otherwise there is none, unless the medium failed right after publishing: then Begin
+// says ErrExists. It fills in ID, Parent, Disks and the Changed, New and
 // Stored of Stats, where Stored counts all but the manifest itself, and returns the snapshot as kept.
 func (w *Writer) Commit(ctx context.Context, snap dr.Snapshot) (dr.Snapshot, error) {
 	if err := w.usable(ctx); err != nil {
