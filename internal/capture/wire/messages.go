@@ -33,12 +33,11 @@ type Disk struct {
 	Size int64  `json:"size"` // bytes
 }
 
-// Known opens the fingerprints of one disk, which follow in Sums frames, or says that the appliance has nothing but zeros.
+// Known opens the fingerprints of one disk, which follow in Sums frames; those that do not follow stand for zeros.
 type Known struct {
 	Disk      int    `json:"disk"`
 	BlockSize int    `json:"block_size"`
 	Seed      []byte `json:"seed"` // SeedSize bytes
-	Zeros     bool   `json:"zeros,omitempty"`
 }
 
 // Pass announces that all disks are read from the beginning.
@@ -132,13 +131,16 @@ func ParseZeros(p []byte) (Zeros, error) {
 	return z, nil
 }
 
-// Sums sends all fingerprints of a disk.
+// Sums sends the fingerprints of a disk, without long runs that stand for zeros.
 func (w *Writer) Sums(disk int, s *Sums) error {
 	for at := int64(0); at < s.Len(); at += SumsAtOnce {
 		var head [sumsHeader]byte
 		binary.LittleEndian.PutUint16(head[0:], uint16(disk))
 		binary.LittleEndian.PutUint64(head[2:], uint64(at))
 		end := min(s.Len(), at+SumsAtOnce)
+		if IsZero(s.raw[at*SumSize : end*SumSize]) {
+			continue
+		}
 		if err := w.frame(KindSums, head[:], s.raw[at*SumSize:end*SumSize]); err != nil {
 			return err
 		}

@@ -138,6 +138,18 @@ func TestSumsTravelInPieces(t *testing.T) {
 	}
 }
 
+func TestADiskOfWhichNothingIsKnownCostsNothingToTell(t *testing.T) {
+	s, _ := NewSums(NewSeed(), MinBlock, 3*MinBlock*SumsAtOnce)
+	s.Set(2*SumsAtOnce, Sum{1})
+	var pipe bytes.Buffer
+	if err := NewWriter(&pipe).Sums(0, s); err != nil {
+		t.Fatal(err)
+	}
+	if max := SumsAtOnce*SumSize + 100; pipe.Len() > max {
+		t.Errorf("%d bytes were sent for one fingerprint in three pieces, want at most %d", pipe.Len(), max)
+	}
+}
+
 func TestVeryLargeDisksGetLargerBlocks(t *testing.T) {
 	for size, want := range map[int64]int{1 << 40: 128 << 10, 3 << 40: 256 << 10, 14 << 40: 1 << 20} {
 		got := BlockSizeFor(size, 128<<10)
