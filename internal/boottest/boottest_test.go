@@ -3,6 +3,7 @@ package boottest
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -76,15 +78,13 @@ func (g inside) Run(ctx context.Context, c *sim.Computer) sim.End {
 	if g.port == "" {
 		g.port = dr.PortVirtio
 	}
-	n := -1
+	var n atomic.Int32
 	agent := &guest.Agent{Version: "test", Who: g.hello, Try: g.try, Look: func(context.Context, bool) probe.Status {
-		n++
 		s := shopStatus
 		if g.status != nil {
-			s = g.status(n)
+			s = g.status(int(n.Add(1)) - 1)
 		}
-		s.Now = time.Now()
-		return s
+		return fresh(s)
 	}}
 	if g.then == nil {
 		g.then = func(ctx context.Context, _ *sim.Computer) sim.End { <-ctx.Done(); return sim.PowerOff }
@@ -98,6 +98,19 @@ func (g inside) Run(ctx context.Context, c *sim.Computer) sim.End {
 		<-served
 	}
 	return end
+}
+
+// fresh is a copy taken now: the agent cuts what it is given to size, and tests run side by side.
+func fresh(s probe.Status) (out probe.Status) {
+	text, err := json.Marshal(s)
+	if err == nil {
+		err = json.Unmarshal(text, &out)
+	}
+	if err != nil {
+		panic(err)
+	}
+	out.Now = time.Now()
+	return out
 }
 
 type closer struct{ io.ReadWriter }
@@ -449,8 +462,7 @@ func TestAHostileGuestGainsNothing(t *testing.T) {
 			case probe.AskHello:
 				return hello(ask)
 			case probe.AskStatus:
-				s := shopStatus
-				s.Now = time.Now()
+				s := fresh(shopStatus)
 				a.Status = &s
 			default:
 				a.Result = &dr.CheckResult{Name: "other", State: "skip", Code: "x"}
@@ -482,7 +494,7 @@ func TestASlowAnswerIsWaitedFor(t *testing.T) {
 		fmt.Fprint(c.Serial(), healthySerial)
 		agent := guest.Agent{
 			Who:  func() probe.Hello { return probe.Hello{BootID: "b", Machine: "machine-1"} },
-			Look: func(context.Context, bool) probe.Status { s := shopStatus; s.Now = time.Now(); return s },
+			Look: func(context.Context, bool) probe.Status { return fresh(shopStatus) },
 		}
 		go func() { _ = agent.Serve(ctx, dribble{c.Port(dr.PortISA)}) }() // the port that needs no driver
 		<-ctx.Done()

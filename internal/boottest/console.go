@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"strings"
-	"unicode/utf8"
 )
 
 // Limits of what a guest may write to its serial port.
@@ -78,13 +77,7 @@ func (c *console) next() (lines []string, prompt string, err error) {
 	return lines, text(c.line), err
 }
 
-func text(line []byte) string {
-	s := strings.ToValidUTF8(string(line), "?")
-	if !utf8.ValidString(s) {
-		return ""
-	}
-	return s
-}
+func text(line []byte) string { return strings.ToValidUTF8(string(line), "?") }
 
 // escape takes the escape sequences out of what was meant for a terminal. Moving the cursor to another line ends a line.
 type escape struct {

@@ -36,7 +36,8 @@ const (
 	sayLimit    = 10 * time.Second // for one answer to leave; a host that went away does not read
 )
 
-// Agent answers questions. The zero Agent answers for the machine it runs on.
+// Agent answers questions. The zero Agent answers for the machine it runs on. What its functions return belongs to it and is
+// cut to size where it lies.
 type Agent struct {
 	Version string
 	Who     func() probe.Hello                                   // nil: Identity

@@ -201,7 +201,7 @@ exec "$B"`
 
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	talk := probe.Dial(ctx, func(context.Context) (probe.Channel, error) { return wire{master}, nil })
+	talk := probe.Dial(ctx, func(context.Context) (probe.Channel, error) { return wire{master}, master.SetReadDeadline(time.Time{}) })
 	defer talk.Close()
 	hello, err := talk.Hello(ctx) // it announces itself
 	if err != nil || hello.BootID == "" || hello.Kernel == "" || hello.Uptime <= 0 {

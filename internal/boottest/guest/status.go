@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -255,9 +256,9 @@ func kernelLog(path string) ([]string, error) {
 	for range maxKmsg {
 		n, err := unix.Read(fd, record)
 		switch {
-		case err == unix.EPIPE || err == unix.EINTR:
+		case errors.Is(err, unix.EPIPE) || errors.Is(err, unix.EINTR):
 			continue // the ring went over the record; the next read gives a later one
-		case err == unix.EAGAIN || n == 0:
+		case errors.Is(err, unix.EAGAIN) || err == nil && n == 0:
 			return out, nil
 		case err != nil:
 			return out, err
