@@ -193,8 +193,9 @@ func (g *guard) ListBlobs(ctx context.Context, prefix blob.ID, cb func(blob.Meta
 		return stopped
 	})
 	switch {
-	case err == nil || stopped != nil || ctx.Err() != nil:
+	case err == nil:
 		g.failures.Store(0)
+	case stopped != nil || ctx.Err() != nil: // says nothing about the place
 	case g.failures.Add(1) >= maxListFailures:
 		g.store.giveUp(fmt.Errorf("list blobs: %w", err))
 	}

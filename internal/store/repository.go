@@ -42,6 +42,9 @@ type shared struct {
 }
 
 func (r shared) FindManifests(ctx context.Context, labels map[string]string) ([]*manifest.EntryMetadata, error) {
+	if ctx.Err() != nil { // Kopia would answer from memory, even for a store that is closed
+		return nil, context.Cause(ctx)
+	}
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	return r.DirectRepository.FindManifests(ctx, labels)

@@ -185,6 +185,9 @@ func (s *Store) Refresh(ctx context.Context) error {
 // bind gives a context that also ends with the store.
 func (s *Store) bind(ctx context.Context) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
+	if s.life.Err() != nil {
+		cancel(context.Cause(s.life))
+	}
 	stop := context.AfterFunc(s.life, func() { cancel(context.Cause(s.life)) })
 	return ctx, func() { stop(); cancel(nil) }
 }
@@ -207,6 +210,9 @@ func (s *Store) explain(err error) error {
 
 // giveUp ends the store because it can no longer be trusted. Kopia would end the process instead.
 func (s *Store) giveUp(err error) {
+	if s.life.Err() != nil {
+		return
+	}
 	slog.Error("store is given up", "store", s.drv.String(), "error", err.Error())
 	s.end(fmt.Errorf("the store in %s was given up: %w", s.drv, err))
 }

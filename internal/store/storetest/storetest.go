@@ -67,6 +67,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Driver) {
 		{"a flipped byte is found and named", x.flipped},
 		{"verifying nothing is an error", x.nothing},
 		{"a power cut leaves a snapshot complete or absent", x.powerCuts},
+		{"a place that is gone is given up", x.gone},
 	} {
 		if !t.Run(test.name, test.run) {
 			return // what follows would only repeat it

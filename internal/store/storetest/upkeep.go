@@ -336,6 +336,23 @@ func (x *suite) nothing(t *testing.T) {
 	want(t, err, store.ErrNotFound)
 }
 
+// gone takes the place away for good: everything fails soon, and says why.
+func (x *suite) gone(t *testing.T) {
+	s, err := store.Open(t.Context(), x.drv, password)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close(context.Background()) //nolint:errcheck // its place is gone
+	x.drv.CutAt(1, func() {})
+	defer x.drv.CutAt(0, nil)
+	if err := s.PutRecord(t.Context(), "server", "srv-1", 1); !errors.Is(err, ErrPower) {
+		t.Errorf("put a record: %v", err)
+	}
+	if err := s.Refresh(t.Context()); !errors.Is(err, ErrPower) {
+		t.Errorf("refresh: %v", err)
+	}
+}
+
 // powerCuts writes a snapshot again and again, each time in a process of its own, and cuts the power one change later
 // each time until it goes through.
 func (x *suite) powerCuts(t *testing.T) {
