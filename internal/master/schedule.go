@@ -88,7 +88,7 @@ func (m *Master) wakeServer(ctx context.Context, s dr.Server) error {
 	if ok {
 		newest = &last
 	}
-	if m.due(s, newest).After(now) || m.backOff(s).After(now) {
+	if m.due(s, newest, now).After(now) || m.backOff(s).After(now) {
 		return nil
 	}
 	m.mu.Lock()
@@ -103,12 +103,12 @@ func (m *Master) wakeServer(ctx context.Context, s dr.Server) error {
 }
 
 // due says when a server's next snapshot is to be taken.
-func (m *Master) due(s dr.Server, newest *dr.Record) time.Time {
+func (m *Master) due(s dr.Server, newest *dr.Record, now time.Time) time.Time {
 	var last time.Time
 	if newest != nil {
 		last = newest.Snapshot.Taken
 	}
-	return s.Schedule.Due(last, m.Now())
+	return s.Schedule.Due(last, now)
 }
 
 // backOff says when the next attempt may be made at the earliest, given those that kept nothing.

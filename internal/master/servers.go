@@ -158,7 +158,7 @@ func (m *Master) status(ctx context.Context, s dr.Server, running map[string]api
 			out.LKG = &records[i]
 		}
 	}
-	out.Due = m.due(s, out.Newest)
+	out.Due = m.due(s, out.Newest, m.Now())
 	tickets, err := m.Catalog.Tickets(ctx, catalog.TicketFilter{ServerID: s.ID})
 	if err != nil {
 		return out, err

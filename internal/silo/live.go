@@ -60,6 +60,10 @@ func (s *Silo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progre
 	if len(plan.Segments) > 0 {
 		out.Bridge = segmentBridge(task.ID, plan.Segments[0])
 	}
+	// What is booted must stay in the store, also while neither this process nor the exporter runs.
+	if err := s.Store.Hold(ctx, task.Snapshot.ID, task.ID); err != nil {
+		return api.Invoked{}, fmt.Errorf("hold snapshot %s: %w", task.Snapshot.ID, err)
+	}
 	report.Report("export", 0, 0, "")
 	if err := s.Exporter.Start(ctx, task.Snapshot.ID, s.liveSocket(task.ID)); err != nil {
 		return api.Invoked{}, fmt.Errorf("export snapshot %s: %w", task.Snapshot.ID, err)
@@ -168,7 +172,7 @@ func (s *Silo) CheckInvoked(ctx context.Context, task api.InvokeTask, report dr.
 	}
 	a, err := boottest.Attend(ctx, m, boottest.Questions{
 		Hardware: task.PreRecovery.Hardware, Networks: networks, PreRecovery: task.PreRecovery,
-		Baseline: task.Snapshot.Inventory.Baseline(), SourceBoot: task.Snapshot.Inventory.BootID, Checks: task.Server.Checks,
+		Baseline: task.Snapshot.Inventory.Baseline(), SourceBoot: task.Snapshot.Inventory.BootID, Checks: task.Server.Checks, Limits: s.Limits,
 	}, report)
 	return a.Results, err
 }
@@ -249,6 +253,13 @@ func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error
 // clearInvocation removes everything an invocation has on this host but what was kept.
 func (s *Silo) clearInvocation(ctx context.Context, id string) error {
 	var errs []error
+	holds, err := s.Store.Holds(ctx)
+	errs = append(errs, err)
+	for snapshot, owners := range holds {
+		if slices.Contains(owners, id) {
+			errs = append(errs, s.Store.Unhold(ctx, snapshot, id))
+		}
+	}
 	names, err := s.Networks.List(ctx)
 	errs = append(errs, err)
 	for _, name := range names {

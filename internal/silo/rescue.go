@@ -235,7 +235,7 @@ func (s *Silo) Test(ctx context.Context, task api.TestTask, report dr.Progress) 
 		VerdictID: task.ID, Term: task.Term, Snapshot: task.Snapshot, PreRecovery: task.PreRecovery,
 		Checks: task.Server.Checks, Objectives: task.Server.Objectives, Disks: under(paths, layers),
 		ScratchDir: s.scratch(), EvidenceDir: s.evidenceDir(task.Snapshot.ID, task.ID),
-		Asked: task.Asked, DiskError: fault, NewLayer: s.NewLayer,
+		Asked: task.Asked, DiskError: fault, NewLayer: s.NewLayer, Limits: s.Limits,
 	}, report)
 	if err != nil {
 		return v, err

@@ -26,6 +26,7 @@ import (
 	"sync"
 
 	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/boottest"
 	"github.com/musterdr/muster/internal/image"
 	"github.com/musterdr/muster/internal/prerecover"
 	"github.com/musterdr/muster/internal/store"
@@ -46,6 +47,7 @@ type Config struct {
 	MaxMemory  int    // MiB a rescue machine may have at most; 0: half the host's
 	MaxCPUs    int    // 0: the host's
 	Diagnose   func(ctx context.Context) []api.Finding
+	Limits     boottest.Limits                                                          // of boot tests and of the checks of invocations
 	NewLayer   func(ctx context.Context, path string, below vm.Layer) (vm.Layer, error) // nil: vm.NewLayer
 }
 

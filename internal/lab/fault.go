@@ -1,0 +1,69 @@
+package lab
+
+import (
+	"context"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/dr"
+)
+
+// Calls are the calls of an appliance and a silo, each of which can be made to fail before it begins or after it has
+// done its work.
+var Calls = []string{"snapshot", "pre-recover", "test", "keep deltas", "invoke", "check", "end"}
+
+func around[T any](ctx context.Context, l *Lab, call string, do func() (T, error)) (T, error) {
+	fault := l.Fault
+	if fault == nil {
+		return do()
+	}
+	var none T
+	if err := fault(ctx, "before "+call); err != nil {
+		return none, err
+	}
+	v, err := do()
+	if err == nil {
+		if err := fault(ctx, "after "+call); err != nil {
+			return none, err
+		}
+	}
+	return v, err
+}
+
+type faultyAppliance struct {
+	api.Appliance
+	lab *Lab
+}
+
+func (f faultyAppliance) Snapshot(ctx context.Context, task api.SnapshotTask, report dr.Progress) (dr.Snapshot, error) {
+	return around(ctx, f.lab, "snapshot", func() (dr.Snapshot, error) { return f.Appliance.Snapshot(ctx, task, report) })
+}
+
+type faultySilo struct {
+	api.Silo
+	lab *Lab
+}
+
+func (f faultySilo) PreRecover(ctx context.Context, task api.PreRecoverTask, report dr.Progress) (dr.PreRecovery, error) {
+	return around(ctx, f.lab, "pre-recover", func() (dr.PreRecovery, error) { return f.Silo.PreRecover(ctx, task, report) })
+}
+
+func (f faultySilo) Test(ctx context.Context, task api.TestTask, report dr.Progress) (dr.Verdict, error) {
+	return around(ctx, f.lab, "test", func() (dr.Verdict, error) { return f.Silo.Test(ctx, task, report) })
+}
+
+func (f faultySilo) KeepDeltas(ctx context.Context, snap dr.Snapshot, pre dr.PreRecovery) error {
+	_, err := around(ctx, f.lab, "keep deltas", func() (bool, error) { return true, f.Silo.KeepDeltas(ctx, snap, pre) })
+	return err
+}
+
+func (f faultySilo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progress) (api.Invoked, error) {
+	return around(ctx, f.lab, "invoke", func() (api.Invoked, error) { return f.Silo.Invoke(ctx, task, report) })
+}
+
+func (f faultySilo) CheckInvoked(ctx context.Context, task api.InvokeTask, report dr.Progress) ([]dr.CheckResult, error) {
+	return around(ctx, f.lab, "check", func() ([]dr.CheckResult, error) { return f.Silo.CheckInvoked(ctx, task, report) })
+}
+
+func (f faultySilo) EndInvocation(ctx context.Context, task api.InvokeTask, keep bool) (string, error) {
+	return around(ctx, f.lab, "end", func() (string, error) { return f.Silo.EndInvocation(ctx, task, keep) })
+}

@@ -1,0 +1,343 @@
+// Package lab is the whole platform in one process, for tests: a real store, catalog, engine, master, appliance, silo and
+// API over a unix socket, with the two slow things replaced by drivers that pass the same suites: machines by vm/sim,
+// images' insides by prerecover/tree. Nothing imports it but tests.
+//
+// A Lab can be crashed and reopened: what a process has in memory is lost, what it has on disk and on the make-believe
+// host stays, as after kill -9.
+//
+// Knows: how everything is wired.
+// Must not know: anything that the parts do not show.
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/appliance"
+	"github.com/musterdr/muster/internal/boottest"
+	"github.com/musterdr/muster/internal/capture"
+	"github.com/musterdr/muster/internal/capture/disk"
+	"github.com/musterdr/muster/internal/catalog"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/engine"
+	"github.com/musterdr/muster/internal/image"
+	"github.com/musterdr/muster/internal/master"
+	"github.com/musterdr/muster/internal/prerecover/tree"
+	"github.com/musterdr/muster/internal/silo"
+	"github.com/musterdr/muster/internal/store"
+	"github.com/musterdr/muster/internal/store/folder"
+	"github.com/musterdr/muster/internal/vm"
+	"github.com/musterdr/muster/internal/vm/sim"
+)
+
+const password = "the lab's"
+
+// Lab is one installation on one make-believe host.
+type Lab struct {
+	*api.Client
+	Master *master.Master // of the present process
+	Store  *store.Store
+	Host   *sim.Host
+	Dir    string
+	Clock  *Clock
+	// Fault, if set, is asked before every call of an appliance or a silo, and its error is the call's. It is how a test
+	// makes a step fail, or the process die in it: then it calls Crash from another goroutine and waits for ctx.
+	Fault func(ctx context.Context, call string) error
+
+	t        testing.TB
+	system   *tree.System
+	networks *networks
+	exports  *exporter
+	stop     func() // ends the present process
+}
+
+// New makes an installation on which every machine is the given guest and every image holds a small Debian.
+func New(t testing.TB, guest func(spec vm.Spec) sim.Guest) *Lab {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "lab") // a test's own folder has too long a name for sockets
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &Lab{t: t, Dir: dir, Host: &sim.Host{Boot: guest}, system: Debian(), networks: &networks{made: map[string]bool{}},
+		Clock: &Clock{}}
+	l.exports = &exporter{lab: l, running: map[string]func(){}}
+	t.Cleanup(func() {
+		l.Crash()
+		l.exports.stopAll()
+		if err := l.Host.Close(); err != nil {
+			t.Error(err)
+		}
+		os.RemoveAll(dir)
+	})
+	if err := os.WriteFile(l.path("muster-guest"), []byte("\x7fELF test agent"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Create(context.Background(), l.driver(), password); err != nil {
+		t.Fatal(err)
+	}
+	l.Open()
+	return l
+}
+
+func (l *Lab) path(name string) string    { return filepath.Join(l.Dir, name) }
+func (l *Lab) driver() folder.Driver      { return folder.Driver{Path: l.path("store")} }
+func (l *Lab) StoreFolder() string        { return l.path("store") }
+func (l *Lab) CatalogFiles() (f []string) { f, _ = filepath.Glob(l.path("catalog.db*")); return f }
+
+// Open starts a process on the installation.
+func (l *Lab) Open() {
+	l.t.Helper()
+	if err := l.open(); err != nil {
+		l.t.Fatalf("open lab: %v", err)
+	}
+}
+
+func (l *Lab) open() error {
+	ctx, cancel := context.WithCancel(context.Background())
+	var closes []func()
+	l.stop = func() {
+		cancel()
+		for i := len(closes) - 1; i >= 0; i-- {
+			closes[i]()
+		}
+	}
+	st, err := store.Open(ctx, l.driver(), password)
+	if err != nil {
+		return err
+	}
+	closes = append(closes, func() { st.Close(context.Background()) })
+	cat, err := catalog.Open(ctx, l.path("catalog.db"))
+	if err != nil {
+		return err
+	}
+	cat.Now = l.Clock.Now
+	closes = append(closes, func() { cat.Close() })
+	hv := l.Host.Open()
+	closes = append(closes, func() { hv.Close() })
+	s, err := silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: tree.Opener{System: l.system}, Networks: l.networks,
+		Exporter: l.exports, GuestAgent: l.path("muster-guest"), Dir: l.path("silo"), Run: l.path("run"), SocketGID: -1, NewLayer: newLayer,
+		Limits: boottest.Limits{Sample: 10 * time.Millisecond}})
+	if err != nil {
+		return err
+	}
+	closes = append(closes, func() { s.Close() })
+	quiet := slog.New(slog.NewTextHandler(io.Discard, nil))
+	eng, err := engine.Open(ctx, engine.Config{DSN: l.path("engine.db"), Version: master.Shape,
+		Resources: map[string]int{master.ResourceTest: 1}, Logger: quiet})
+	if err != nil {
+		return err
+	}
+	closes = append(closes, func() { eng.Close(context.Background()) })
+	app := &appliance.Appliance{Store: st, Open: func(_ context.Context, source dr.Source) (capture.Source, error) {
+		return disk.Open(source.Disks)
+	}}
+	l.Store = st
+	l.Master = master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silo: faultySilo{s, l},
+		Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now})
+	listener, err := net.Listen("unix", l.path("api.sock"))
+	if err != nil {
+		return err
+	}
+	server := &http.Server{Handler: api.Handler(l.Master, "lab"), ReadHeaderTimeout: time.Second}
+	go server.Serve(listener)
+	closes = append(closes, func() { server.Close() })
+	l.Client = api.Dial(l.path("api.sock"))
+	closes = append(closes, l.Client.Close)
+	return l.Master.Start(ctx)
+}
+
+// Crash ends the present process: whatever is under way ends where it is. Machines and exporters run on.
+func (l *Lab) Crash() {
+	if l.stop != nil {
+		l.stop()
+		l.stop = nil
+	}
+	os.Remove(l.path("api.sock"))
+}
+
+// Reopen crashes the process and starts another.
+func (l *Lab) Reopen() {
+	l.t.Helper()
+	l.Crash()
+	l.Open()
+}
+
+// Finish waits until an operation has finished.
+func (l *Lab) Finish(op api.Operation, err error) api.Operation {
+	l.t.Helper()
+	if err != nil {
+		l.t.Fatalf("start operation: %v", err)
+	}
+	deadline := time.Now().Add(time.Minute)
+	for !op.State.Finished() {
+		if time.Now().After(deadline) {
+			l.t.Fatalf("operation %s has not finished: %+v", op.ID, op)
+		}
+		if op, err = l.Operation(context.Background(), op.ID, op.Seen, time.Second); err != nil {
+			l.t.Fatalf("follow operation: %v", err)
+		}
+	}
+	return op
+}
+
+// Clock is a clock that tests can turn. It runs.
+type Clock struct {
+	mu    sync.Mutex
+	ahead time.Duration
+}
+
+// Now is the time it shows.
+func (c *Clock) Now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return time.Now().Add(c.ahead)
+}
+
+// Turn turns it forward, or back if d is negative.
+func (c *Clock) Turn(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.ahead += d
+}
+
+// newLayer stands for qemu-img: the make-believe machines read no layers below their own.
+func newLayer(_ context.Context, path string, _ vm.Layer) (vm.Layer, error) {
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+	if err != nil {
+		return vm.Layer{}, err
+	}
+	return vm.Layer{Path: path, Format: "qcow2"}, f.Close()
+}
+
+// networks remembers which bridges there would be.
+type networks struct {
+	mu   sync.Mutex
+	made map[string]bool
+}
+
+func (n *networks) HostOnly(_ context.Context, net silo.HostOnlyNet) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.made[net.Name] = true
+	return nil
+}
+
+func (n *networks) Remove(_ context.Context, name string) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.made, name)
+	return nil
+}
+
+func (n *networks) List(context.Context) (names []string, err error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for name := range n.made {
+		names = append(names, name)
+	}
+	return names, nil
+}
+
+// exporter serves snapshots from a store of its own, as the process of its own does that it stands for: it outlives a
+// crash of the lab's process.
+type exporter struct {
+	lab     *Lab
+	mu      sync.Mutex
+	running map[string]func()
+}
+
+func (e *exporter) Start(ctx context.Context, snapshot, socket string) error {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.running[socket] != nil {
+		return nil
+	}
+	st, err := store.Open(ctx, e.lab.driver(), password)
+	if err != nil {
+		return err
+	}
+	snap, err := st.Snapshot(ctx, snapshot)
+	if err != nil {
+		return errors.Join(err, st.Close(ctx))
+	}
+	server := image.NewServer()
+	for n := range snap.Disks {
+		img, err := st.Image(ctx, snapshot, n)
+		if err == nil {
+			err = server.Add(silo.ExportName(snapshot, n), img)
+		}
+		if err != nil {
+			return errors.Join(err, st.Close(ctx))
+		}
+	}
+	l, err := image.Listen(socket, 0o600, -1)
+	if err != nil {
+		return errors.Join(err, st.Close(ctx))
+	}
+	served := make(chan struct{})
+	go func() { defer close(served); server.Serve(context.Background(), l) }()
+	e.running[socket] = func() {
+		server.Close()
+		<-served
+		st.Close(context.Background())
+	}
+	return nil
+}
+
+func (e *exporter) Stop(_ context.Context, socket string) error {
+	e.mu.Lock()
+	stop := e.running[socket]
+	delete(e.running, socket)
+	e.mu.Unlock()
+	if stop != nil {
+		stop()
+	}
+	return nil
+}
+
+func (e *exporter) stopAll() {
+	for socket := range e.running {
+		e.Stop(context.Background(), socket)
+	}
+}
+
+// Left lists what there is besides the store and the catalog: machines, exporters, bridges, layers and folders of tests.
+func (l *Lab) Left() []string {
+	var left []string
+	hv := l.Host.Open()
+	defer hv.Close()
+	machines, err := hv.List(context.Background())
+	if err != nil {
+		l.t.Fatal(err)
+	}
+	for _, m := range machines {
+		left = append(left, "machine "+m.Name)
+	}
+	l.exports.mu.Lock()
+	for socket := range l.exports.running {
+		left = append(left, "exporter "+socket)
+	}
+	l.exports.mu.Unlock()
+	bridges, _ := l.networks.List(context.Background())
+	for _, b := range bridges {
+		left = append(left, "bridge "+b)
+	}
+	for _, dir := range []string{"scratch", "live"} {
+		list, _ := os.ReadDir(l.path("silo/" + dir))
+		for _, e := range list {
+			left = append(left, fmt.Sprintf("%s/%s", dir, e.Name()))
+		}
+	}
+	return left
+}
