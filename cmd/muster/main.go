@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
@@ -74,10 +75,19 @@ func run() int {
 // errQuiet ends a command whose output has said everything.
 var errQuiet = errors.New("")
 
+// usageText is how the errors begin with which the library says that a command was not understood. It has no types for
+// them.
+var usageText = []string{"unknown command", "required flag", "at least one of the flags", "if any flags in the group"}
+
 func exitCode(err error) int {
 	var c *coded
 	if errors.As(err, &c) {
 		return c.code
+	}
+	for _, start := range usageText {
+		if strings.HasPrefix(err.Error(), start) {
+			return exitUsage
+		}
 	}
 	var e *api.Error
 	if errors.As(err, &e) {
