@@ -61,7 +61,7 @@ func keep(ctx context.Context, st *store.Store, id, parent string, src image.Ima
 	if err != nil {
 		return dr.Snapshot{}, err
 	}
-	defer w.Abort(ctx)
+	defer func() { _ = w.Abort(ctx) }() // after Commit it does nothing
 	d, err := w.Disk(ctx, "sda", src.Size(), 0)
 	if err != nil {
 		return dr.Snapshot{}, err

@@ -177,7 +177,7 @@ func (e exporter) Start(ctx context.Context, snapshot, socket string) error {
 	for !answers(socket) {
 		select {
 		case err := <-ended:
-			return fmt.Errorf("start exporter: it ended at once (%v); see %s.log", err, socket)
+			return fmt.Errorf("start exporter: it ended at once (%w); see %s.log", err, socket)
 		case <-deadline:
 			_ = c.Process.Kill()
 			return fmt.Errorf("start exporter: it did not answer within %s; see %s.log", exporterStart, socket)

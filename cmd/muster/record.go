@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"time"
 
@@ -215,9 +214,6 @@ func operationCommand() *cobra.Command {
 	)
 	return cmd
 }
-
-// errDamaged is how a damaged store ends a command.
-var errDamaged = errors.New("the store is damaged: see 'muster tickets'")
 
 func storeCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "store", Short: "Look after the store: usage, verify, collect, adopt", Args: cobra.NoArgs}

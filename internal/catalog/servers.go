@@ -30,7 +30,8 @@ func (t *tx) addServer(s dr.Server) (added bool, err error) {
 	if err := t.NewSelect().Model(&same).Where("id = ? OR (name = ? AND removed = 0)", s.ID, s.Name).Scan(t.ctx); err != nil {
 		return false, err
 	}
-	for _, row := range same {
+	if len(same) > 0 {
+		row := same[0]
 		if row.ID == s.ID && row.Data == data && row.Removed == 0 {
 			return false, nil
 		}

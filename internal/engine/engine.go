@@ -106,11 +106,11 @@ func Open(ctx context.Context, c Config) (*Engine, error) {
 
 // openLibrary prepares DBOS. The engine's life is not that of the context Open was called with, so it gets its own.
 func (e *Engine) openLibrary() error {
+	// Its admin server stays off, as it is unless asked for: it listens everywhere, without a login.
 	config := dbos.Config{
 		AppName:            "muster",
 		ApplicationVersion: libraryPinned,
 		ExecutorID:         fmt.Sprintf("%d-%d", os.Getpid(), time.Now().UnixNano()), // never that of an earlier process
-		AdminServer:        false,                                                    // it listens everywhere, without a login
 		Logger:             slog.New(quiet{e.log.Handler()}),
 	}
 	e.db.configure(&config)

@@ -150,7 +150,7 @@ func (l *Lab) open() error {
 		return err
 	}
 	server := &http.Server{Handler: api.Handler(l.Master, "lab"), ReadHeaderTimeout: time.Second}
-	go server.Serve(listener)
+	go func() { _ = server.Serve(listener) }() // until it is closed
 	closes = append(closes, func() { server.Close() })
 	l.Client = api.Dial(l.path("api.sock"))
 	closes = append(closes, l.Client.Close)
@@ -286,7 +286,7 @@ func (e *exporter) Start(ctx context.Context, snapshot, socket string) error {
 		return errors.Join(err, st.Close(ctx))
 	}
 	served := make(chan struct{})
-	go func() { defer close(served); server.Serve(context.Background(), l) }()
+	go func() { defer close(served); _ = server.Serve(context.Background(), l) }()
 	e.running[socket] = func() {
 		server.Close()
 		<-served
@@ -308,7 +308,7 @@ func (e *exporter) Stop(_ context.Context, socket string) error {
 
 func (e *exporter) stopAll() {
 	for socket := range e.running {
-		e.Stop(context.Background(), socket)
+		_ = e.Stop(context.Background(), socket)
 	}
 }
 

@@ -264,7 +264,7 @@ func diskIndex(disk string) int {
 			return n - 1
 		}
 	}
-	digits := disk
+	var digits string
 	switch {
 	case strings.HasPrefix(disk, "nvme"):
 		digits, _, _ = strings.Cut(disk[len("nvme"):], "n")

@@ -184,8 +184,7 @@ func serveExports(st *store.Store, socket string, l net.Listener) *exports {
 
 func (e *exports) close() error {
 	e.cancel()
-	err := e.server.Close()
-	<-e.served
+	err := errors.Join(e.server.Close(), <-e.served)
 	os.Remove(e.socket)
 	return err
 }
