@@ -73,7 +73,9 @@ func answer[T any](v T, err error) (*body[T], error) {
 	if errors.As(err, &e) {
 		return nil, e
 	}
-	slog.Error("answer request", "error", err)
+	if !errors.Is(err, context.Canceled) {
+		slog.Error("answer request", "error", err)
+	}
 	return nil, &Error{Kind: Internal, Message: err.Error()}
 }
 

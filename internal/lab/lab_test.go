@@ -212,6 +212,9 @@ func TestAProcessThatDiesAtAnyCallIsFinishedByTheNext(t *testing.T) {
 	for _, call := range Calls {
 		for _, when := range []string{"before ", "after "} {
 			t.Run(when+call, func(t *testing.T) {
+				if testing.Short() && when+call != "after pre-recover" && when+call != "after invoke" {
+					t.Skip("the race detector makes opening a store slow: two of these are enough for it")
+				}
 				t.Parallel()
 				l := protectedShop(t, Healthy)
 				dead := make(chan struct{})
