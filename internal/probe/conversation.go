@@ -88,13 +88,15 @@ func Dial(ctx context.Context, ports ...Open) *Conversation {
 		greeted:   make(chan struct{}),
 		over:      make(chan struct{}),
 	}
-	for _, open := range ports {
-		c.lines = append(c.lines, &line{open: open, kick: make(chan struct{}, 1)})
+	contexts := make([]context.Context, len(ports))
+	for i, open := range ports {
+		l := &line{open: open, kick: make(chan struct{}, 1)}
+		contexts[i], l.stop = context.WithCancel(ctx)
+		c.lines = append(c.lines, l)
 	}
-	for _, l := range c.lines {
-		ctx, stop := context.WithCancel(ctx)
-		l.stop = stop
-		c.done.Go(func() { c.keep(ctx, l) })
+	// Only now: the first line may be answered before the others have begun, and stops them.
+	for i, l := range c.lines {
+		c.done.Go(func() { c.keep(contexts[i], l) })
 	}
 	return c
 }
