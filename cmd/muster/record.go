@@ -197,12 +197,11 @@ func operationCommand() *cobra.Command {
 			if op, err = follow(cmd, c, op); err != nil {
 				return err
 			}
-			if wantJSON(cmd) {
-				if err := printJSON(cmd, outcome{Operation: op}); err != nil {
-					return err
-				}
-			} else {
+			err = present(cmd, outcome{Operation: op}, func() {
 				fmt.Fprintf(cmd.OutOrStdout(), "%s %s after %s.\n", op.Kind, op.State, span(ran(op)))
+			})
+			if err != nil {
+				return err
 			}
 			return failed(op)
 		}},
@@ -259,12 +258,8 @@ func storeWork(begin func(cmd *cobra.Command, c *api.Client) (api.Operation, err
 		if op, err = follow(cmd, c, op); err != nil {
 			return err
 		}
-		if wantJSON(cmd) {
-			if err := printJSON(cmd, outcome{Operation: op}); err != nil {
-				return err
-			}
-		} else {
-			printFound(cmd, op)
+		if err := present(cmd, outcome{Operation: op}, func() { printFound(cmd, op) }); err != nil {
+			return err
 		}
 		if err := failed(op); err != nil {
 			if op.Kind == "verify" {

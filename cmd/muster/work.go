@@ -17,11 +17,18 @@ import (
 
 // outcome is what a command that waited for an operation prints as JSON.
 type outcome struct {
-	Operation  api.Operation   `json:"operation"`
-	Record     *dr.Record      `json:"record,omitempty"`
-	Invocation *dr.Invocation  `json:"invocation,omitempty"`
-	Promotions []dr.Promotion  `json:"promotions,omitempty"`
-	Usage      *api.StoreUsage `json:"usage,omitempty"`
+	Operation  api.Operation  `json:"operation"`
+	Record     *dr.Record     `json:"record,omitempty"`
+	Invocation *dr.Invocation `json:"invocation,omitempty"`
+}
+
+// present prints what came of an operation, for programs or for people.
+func present(cmd *cobra.Command, out outcome, text func()) error {
+	if wantJSON(cmd) {
+		return printJSON(cmd, out)
+	}
+	text()
+	return nil
 }
 
 func noWaitFlag(cmd *cobra.Command) *bool {
@@ -230,12 +237,8 @@ Networks:
 		if err != nil {
 			return err
 		}
-		if wantJSON(cmd) {
-			if err := printJSON(cmd, outcome{Operation: op, Invocation: &inv}); err != nil {
-				return err
-			}
-		} else {
-			printInvocation(cmd, inv)
+		if err := present(cmd, outcome{Operation: op, Invocation: &inv}, func() { printInvocation(cmd, inv) }); err != nil {
+			return err
 		}
 		if err := failed(op); err != nil {
 			return err
@@ -389,12 +392,8 @@ qcow2 file that needs nothing else. With --discard the plug is pulled and what i
 		if inv, err = c.Invocation(cmd.Context(), inv.ID); err != nil {
 			return err
 		}
-		if wantJSON(cmd) {
-			if err := printJSON(cmd, outcome{Operation: op, Invocation: &inv}); err != nil {
-				return err
-			}
-		} else {
-			printInvocation(cmd, inv)
+		if err := present(cmd, outcome{Operation: op, Invocation: &inv}, func() { printInvocation(cmd, inv) }); err != nil {
+			return err
 		}
 		return failed(op)
 	}

@@ -2,7 +2,6 @@ package silo
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -112,13 +111,6 @@ func (s *Silo) liveLayers(ctx context.Context, task api.InvokeTask) ([]vm.Disk, 
 	dir := s.liveDir(task.ID)
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make folder for live layers: %w", err)
-	}
-	raw, err := json.MarshalIndent(task, "", "  ")
-	if err != nil {
-		return nil, fmt.Errorf("write task: %w", err)
-	}
-	if err := placeFile(filepath.Join(dir, "task.json"), raw); err != nil {
-		return nil, err
 	}
 	base := layers(s.liveSocket(task.ID), task.Snapshot.ID, len(task.Snapshot.Disks))
 	disks := make([]vm.Disk, len(deltas))
