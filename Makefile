@@ -30,11 +30,12 @@ test: ## everything that proves it: lint, fast tests, tests with real guests
 	$(MAKE) --no-print-directory build
 	scripts/test lint
 	scripts/test fast
+	scripts/test race
 	scripts/test real
 	@echo "make test: everything passed"
 
 .PHONY: test-fast
-test-fast: ## the tests that need nothing but Go
+test-fast: ## the tests that need nothing but Go, without the race detector
 	scripts/deps build test
 	scripts/deps tools
 	scripts/test fast
