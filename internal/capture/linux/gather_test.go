@@ -152,6 +152,18 @@ func TestDisksInUseAreFoundThroughWhatIsStackedOnThem(t *testing.T) {
 	})
 }
 
+func TestEnabledUnitsAreThoseLinkedFromOthers(t *testing.T) {
+	root := tree(t, map[string]string{
+		"etc/systemd/system/multi-user.target.wants/nginx.service":     "→ /lib/systemd/system/nginx.service",
+		"etc/systemd/system/graphical.target.wants/nginx.service":      "→ /lib/systemd/system/nginx.service",
+		"etc/systemd/system/getty.target.wants/getty@tty1.service":     "→ /lib/systemd/system/getty@.service",
+		"etc/systemd/system/dbus.service.requires/dbus-broker.service": "→ /lib/systemd/system/dbus-broker.service",
+		"etc/systemd/system/nginx.service.d/limits.conf":               "[Service]",
+		"etc/systemd/system/apt-daily.timer":                           "→ /dev/null",
+	})
+	equal(t, "enabled", enabledUnits(root), []string{"dbus-broker.service", "getty@tty1.service", "nginx.service"})
+}
+
 func TestSystemctlsWordsAreTheFirstOfALine(t *testing.T) {
 	equal(t, "units", firstWords("● nginx.service loaded failed failed Web\na.service loaded active running A\nNo jobs running.\n"), []string{"a.service", "nginx.service"})
 	equal(t, "logins", withoutLogins([]string{"a.service", "user@0.service", "user-runtime-dir@0.service", "ssh@1-10.0.0.1:22.service", "getty@tty1.service"}), []string{"a.service", "getty@tty1.service"})
