@@ -53,11 +53,12 @@ lint: ## go vet, golangci-lint, shellcheck
 	scripts/test lint
 
 .PHONY: bench
-bench: build ## the numbers that were promised (JSON=FILE writes them as rows; DIR=INSTALLATION measures boots as well)
+bench: build ## the numbers that were promised (JSON=FILE writes them as rows; ONLY=PART,PART measures only those)
 	scripts/deps run build demo bench
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o bin/ ./cmd/muster-bench
 	image=$$($(SUDO) demo/build-shop) && \
-	$(SUDO) scripts/sandbox run -- bin/muster-bench --image "$$image" --work /var/lib/muster-bench --bin bin $(if $(DIR),--dir $(DIR)) $(if $(JSON),--json $(JSON))
+	$(SUDO) env MUSTER_DEMO_HOME=/var/lib/muster-bench scripts/sandbox run -- demo/demo with "$$image" bin/muster-bench --image "$$image" \
+		--work /var/lib/muster-bench/work --bin bin --dir /var/lib/muster-bench/muster $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
 
 .PHONY: demo
 demo: ## a real server is protected, tested, burnt down and brought back (KEEP=1 leaves it running)

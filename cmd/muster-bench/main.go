@@ -92,7 +92,7 @@ func (b *bench) all(ctx context.Context, only string) ([]Row, error) {
 			continue
 		}
 		if p.shop && b.dir == "" {
-			fmt.Fprintf(os.Stderr, "NOT measured: %s; it needs --dir, an installation that is served and has a last-known-good of the server 'shop' (make demo KEEP=1 leaves one)\n", p.name)
+			fmt.Fprintf(os.Stderr, "NOT measured: %s; it needs --dir, an installation that is served and has a last-known-good of the server 'shop' (make bench makes one)\n", p.name)
 			continue
 		}
 		fmt.Fprintf(os.Stderr, "measuring %s …\n", p.name)

@@ -52,7 +52,7 @@ func probeFile(i install) string {
 }
 
 func diagnose(ctx context.Context, i install, set settings, hv *libvirt.Hypervisor, unreached error) []api.Finding {
-	p := doctor.Patient{Data: i.Dir, Store: set.Store, Hypervisor: unreached, AppArmor: libvirt.AppArmorRules(i.Dir)}
+	p := doctor.Patient{Data: i.Dir, Store: set.Store, Hypervisor: unreached, AppArmor: libvirt.AppArmorRules(i.Dir), ProbeKVM: probeKVM}
 	if hv != nil && unreached == nil {
 		if host, err := hv.Host(ctx); err == nil {
 			p.Machines = &host
@@ -61,6 +61,14 @@ func diagnose(ctx context.Context, i install, set settings, hv *libvirt.Hypervis
 		}
 	}
 	return doctor.Examine(ctx, p)
+}
+
+func probeKVM(ctx context.Context) string {
+	reason, err := libvirt.ProbeKVM(ctx, "qemu-system-x86_64")
+	if err != nil {
+		return err.Error()
+	}
+	return reason
 }
 
 func printFindings(cmd *cobra.Command, findings []api.Finding) {

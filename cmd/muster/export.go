@@ -18,6 +18,7 @@ import (
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/durable"
 	"github.com/musterdr/muster/internal/image"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/store"
@@ -168,7 +169,7 @@ func (e exporter) Start(ctx context.Context, snapshot, socket string) error {
 	if err := c.Start(); err != nil {
 		return fmt.Errorf("start exporter: %w", err)
 	}
-	if err := writeSynced(socket+".pid", []byte(strconv.Itoa(c.Process.Pid)), 0o600); err != nil {
+	if err := durable.WriteFile(socket+".pid", []byte(strconv.Itoa(c.Process.Pid)), 0o600); err != nil {
 		return err
 	}
 	ended := make(chan error, 1)

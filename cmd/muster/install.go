@@ -14,6 +14,7 @@ import (
 	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
 
+	"github.com/musterdr/muster/internal/durable"
 	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/store/folder"
 )
@@ -106,8 +107,8 @@ func (i install) openStore(cmd *cobra.Command) (*store.Store, settings, error) {
 
 func initCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "init", Short: "Make an installation: its folder, its store and the store's key", Args: cobra.NoArgs,
-		Long: `Make an installation in --dir: settings, a store, and the key that opens it. Copy the key to a safe place elsewhere:
-without it nobody, you included, can read the store.
+		Long: `Make an installation in --dir: settings, a store, and the key that opens it. Copy the key, and the file
+kopia.repository.f of the store, to a safe place elsewhere: without both nobody, you included, can read the store.
 
 To recover a lost installation, give the old store and the copy of its key, then run 'muster serve' and 'muster store adopt'.`,
 		Example: `  muster init
@@ -133,8 +134,8 @@ To recover a lost installation, give the old store and the copy of its key, then
 		if wantJSON(cmd) {
 			return printJSON(cmd, map[string]string{"dir": i.Dir, "store": s.Store, "key": i.path("store.key")})
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "Installed in %s, store in %s.\nCopy %s to a safe place elsewhere NOW: without it the store cannot be read.\nNext: 'muster doctor', then 'muster serve'.\n",
-			i.Dir, s.Store, i.path("store.key"))
+		fmt.Fprintf(cmd.OutOrStdout(), "Installed in %s, store in %s.\nCopy %s and %s to a safe place elsewhere NOW: without both the store cannot be read.\nNext: 'muster doctor', then 'muster serve'.\n",
+			i.Dir, s.Store, i.path("store.key"), filepath.Join(s.Store, folder.FormatFile))
 		return nil
 	}
 	return cmd
@@ -159,7 +160,7 @@ func (i install) create(cmd *cobra.Command, s settings, keyFile string) error {
 	} else if raw, err := os.ReadFile(i.path("store.key")); err == nil {
 		password = strings.TrimSpace(string(raw)) // an init that was cut off
 	}
-	if err := writeSynced(i.path("store.key"), []byte(password+"\n"), 0o600); err != nil {
+	if err := durable.WriteFile(i.path("store.key"), []byte(password+"\n"), 0o600); err != nil {
 		return err
 	}
 	driver := folder.Driver{Path: s.Store}
@@ -180,7 +181,7 @@ func (i install) create(cmd *cobra.Command, s settings, keyFile string) error {
 	if err != nil {
 		return err
 	}
-	return writeSynced(i.path("muster.yaml"), raw, 0o644)
+	return durable.WriteFile(i.path("muster.yaml"), raw, 0o644)
 }
 
 func newKey() string {
@@ -189,26 +190,4 @@ func newKey() string {
 		panic("muster: the system has no randomness: " + err.Error())
 	}
 	return base64.RawURLEncoding.EncodeToString(b[:])
-}
-
-// writeSynced writes a file that is there in full or not at all, also after a power cut.
-func writeSynced(path string, content []byte, mode os.FileMode) error {
-	f, err := os.OpenFile(path+".new", os.O_CREATE|os.O_TRUNC|os.O_WRONLY, mode)
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	_, err = f.Write(content)
-	err = errors.Join(err, f.Sync(), f.Close())
-	if err == nil {
-		err = os.Rename(path+".new", path)
-	}
-	if err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	return dir.Sync()
 }

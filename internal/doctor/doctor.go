@@ -24,6 +24,8 @@ type Patient struct {
 	Machines   *vm.Host // what the hypervisor says; nil if it could not be asked
 	Hypervisor error    // why it could not be asked
 	AppArmor   []string // the rules QEMU needs where AppArmor confines it
+	// ProbeKVM runs a guest where the hypervisor could not be asked, and says why that did not work; "" if it did.
+	ProbeKVM func(context.Context) string
 }
 
 // The states of a finding.

@@ -5,15 +5,6 @@ import (
 	"testing"
 )
 
-func TestTheCountdownRunsToItsEnd(t *testing.T) {
-	if os.Getenv("MUSTER_REAL") == "" {
-		t.Skip("needs QEMU: set MUSTER_REAL=1")
-	}
-	if why := runCountdown(t.Context(), "tcg", "max"); why != "" {
-		t.Fatal(why)
-	}
-}
-
 func TestThisHostIsExamined(t *testing.T) {
 	if os.Getenv("MUSTER_REAL") == "" {
 		t.Skip("needs QEMU: set MUSTER_REAL=1")

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -168,20 +169,14 @@ func TestFoldersThatQEMUCannotPassAreNamed(t *testing.T) {
 	}
 }
 
-func TestKVMThatIsNotThereIsNoKVM(t *testing.T) {
-	if why := probeKVM(t.Context(), filepath.Join(t.TempDir(), "kvm")); !strings.Contains(why, "does not exist") {
-		t.Errorf("got %q", why)
+func TestKVMIsProbedOnlyWhereNoHypervisorCanBeAsked(t *testing.T) {
+	p := Patient{Data: t.TempDir(), ProbeKVM: func(context.Context) string { return "a guest hung" }}
+	if s := look(t.Context(), t.TempDir(), p); s.KVM != "a guest hung" {
+		t.Errorf("without a hypervisor: %q", s.KVM)
 	}
-}
-
-func TestAGuestThatDoesNotCountDownIsNoProof(t *testing.T) {
-	t.Setenv("PATH", fakes(t, map[string]string{"qemu-system-x86_64": "echo assertion failed >&2; exit 1"}))
-	if why := runCountdown(t.Context(), "kvm", "host"); !strings.Contains(why, "assertion failed") {
-		t.Errorf("got %q", why)
-	}
-	t.Setenv("PATH", fakes(t, map[string]string{"qemu-system-x86_64": "exit 0"}))
-	if why := runCountdown(t.Context(), "kvm", "host"); why == "" {
-		t.Error("a QEMU that ended without the guest's code was taken for working")
+	p.Machines = &vm.Host{}
+	if s := look(t.Context(), t.TempDir(), p); s.KVM != "" {
+		t.Errorf("with a hypervisor: %q", s.KVM)
 	}
 }
 

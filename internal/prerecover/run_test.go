@@ -64,8 +64,8 @@ tmpfs /tmp tmpfs size=10% 0 0
 	}
 	grub := content(t, g, "/boot/grub/grub.cfg")
 	for _, want := range []string{
-		"\tlinux\t/boot/vmlinuz-6.1.0-25-amd64 root=UUID=" + rootUUID + " ro  quiet console=tty0 console=ttyS0,115200\n",
-		"ro single console=ttyS0,9600 console=tty0\n", "\tlinux16\t/boot/memtest86+.bin\n", "set default=\"0\"\n",
+		"\tlinux\t/boot/vmlinuz-6.1.0-25-amd64 root=UUID=" + rootUUID + " ro  quiet console=tty0 console=ttyS0,115200 loglevel=7\n",
+		"ro single console=ttyS0,9600 console=tty0 loglevel=7\n", "\tlinux16\t/boot/memtest86+.bin\n", "set default=\"0\"\n",
 	} {
 		if !strings.Contains(grub, want) {
 			t.Errorf("grub.cfg has no %q:\n%s", want, grub)

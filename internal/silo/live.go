@@ -15,6 +15,7 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/boottest"
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/durable"
 	"github.com/musterdr/muster/internal/invoke"
 	"github.com/musterdr/muster/internal/vm"
 )
@@ -217,11 +218,15 @@ func (s *Silo) EndInvocation(ctx context.Context, task api.InvokeTask, keep bool
 
 // keepLive writes each disk, with everything the machine wrote, as one file that needs no store.
 func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error) {
-	_, _, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
+	base, _, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
 	if err != nil {
 		return "", err
 	}
 	defer release()
+	deltas, err := s.deltas(ctx, task.Snapshot, task.PreRecovery)
+	if err != nil {
+		return "", err
+	}
 	dir := filepath.Join(s.Dir, "kept", task.ID)
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return "", fmt.Errorf("make folder for kept disks: %w", err)
@@ -235,11 +240,12 @@ func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error
 		if _, err := os.Stat(live); err != nil {
 			return "", fmt.Errorf("keep disk %d: %w", n, err)
 		}
-		if err := vm.Flatten(ctx, vm.Layer{Path: live, Format: "qcow2"}, dst, nil); err != nil {
+		layers := []vm.Layer{{Path: live, Format: "qcow2"}, {Path: deltas[n], Format: "qcow2"}, base[n]}
+		if err := vm.Flatten(ctx, layers, dst, nil); err != nil {
 			return "", fmt.Errorf("keep disk %d: %w", n, err)
 		}
 	}
-	return dir, syncPath(dir)
+	return dir, durable.Sync(dir)
 }
 
 // clearInvocation removes everything an invocation has on this host but what was kept.

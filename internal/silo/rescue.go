@@ -13,6 +13,7 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/boottest"
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/durable"
 	"github.com/musterdr/muster/internal/prerecover"
 	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/vm"
@@ -118,7 +119,7 @@ func readRecord(dir string) (dr.PreRecovery, error) {
 // writeRecord syncs the deltas, then puts the record in place in one step.
 func writeRecord(dir string, pre dr.PreRecovery) error {
 	for _, path := range pre.Deltas {
-		if err := syncPath(path); err != nil {
+		if err := durable.Sync(path); err != nil {
 			return err
 		}
 	}
@@ -126,34 +127,7 @@ func writeRecord(dir string, pre dr.PreRecovery) error {
 	if err != nil {
 		return fmt.Errorf("write record of pre-recovery %s: %w", pre.ID, err)
 	}
-	return placeFile(filepath.Join(dir, recordName), raw)
-}
-
-// placeFile writes a file that is there in full or not at all, also after a power cut.
-func placeFile(path string, content []byte) error {
-	tmp := path + ".new"
-	if err := os.WriteFile(tmp, content, 0o600); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	if err := syncPath(tmp); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, path); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return syncPath(filepath.Dir(path))
-}
-
-func syncPath(path string) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return fmt.Errorf("sync %s: %w", path, err)
-	}
-	defer f.Close()
-	if err := f.Sync(); err != nil {
-		return fmt.Errorf("sync %s: %w", path, err)
-	}
-	return nil
+	return durable.WriteFile(filepath.Join(dir, recordName), raw, 0o600)
 }
 
 // DeltaName is the name under which disk n's delta is kept with its snapshot in the store.

@@ -12,11 +12,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/durable"
 )
 
 // Limits of the work on layers.
@@ -54,7 +56,8 @@ func (l Layer) check() error {
 
 // NewLayer makes an empty qcow2 layer at path on top of another layer, as large as that one, and returns it. The layer
 // is complete or absent. A file that is already there is never overwritten: the error then is fs.ErrExist. The layer
-// below must be readable now: an export must be served. Only the owner may read the new file.
+// below must be readable now: an export must be served; what lies below that one need not be. Only the owner may read
+// the new file.
 func NewLayer(ctx context.Context, path string, below Layer) (Layer, error) {
 	if below.Socket != "" && below.Format == "" {
 		below.Format = "raw"
@@ -75,7 +78,12 @@ func NewLayer(ctx context.Context, path string, below Layer) (Layer, error) {
 
 	ctx, cancel := context.WithTimeout(ctx, layerLimit)
 	defer cancel()
-	err = qemuImg(ctx, io.Discard, "create", "-q", "-f", "qcow2", "-F", below.Format, "-b", below.Name(), part.Name())
+	// Left to itself the tool opens everything below, where each layer says it is: a delta says where the store's export
+	// was when it was made, perhaps on another silo.
+	size, err := layerSize(ctx, below)
+	if err == nil {
+		err = qemuImg(ctx, io.Discard, "create", "-q", "-u", "-f", "qcow2", "-F", below.Format, "-b", below.Name(), part.Name(), strconv.FormatInt(size, 10))
+	}
 	if err != nil {
 		return Layer{}, fmt.Errorf("create layer %s on %s: %w", path, below.Name(), err)
 	}
@@ -90,13 +98,8 @@ func NewLayer(ctx context.Context, path string, below Layer) (Layer, error) {
 // what was written as zeros or discarded does not count. The layer may be in use, the answer is then a little behind.
 func LayerWritten(ctx context.Context, path string) (int64, error) {
 	layer := Layer{Path: path, Format: "qcow2"}
-	if err := layer.check(); err != nil {
-		return 0, fmt.Errorf("measure layer: %w", err)
-	}
 	// Without its backing the layer can be read when the export below is not served.
-	alone, err := json.Marshal(map[string]any{
-		"driver": "qcow2", "backing": nil, "file": map[string]any{"driver": "file", "filename": path},
-	})
+	alone, err := chain([]Layer{layer})
 	if err != nil {
 		return 0, fmt.Errorf("measure layer %s: %w", path, err)
 	}
@@ -110,7 +113,7 @@ func LayerWritten(ctx context.Context, path string) (int64, error) {
 		_, _ = io.Copy(io.Discard, read) // so that the tool is never stuck on a full pipe
 		done <- err
 	}()
-	err = qemuImg(ctx, write, "map", "-U", "--output=json", "json:"+string(alone))
+	err = qemuImg(ctx, write, "map", "-U", "--output=json", alone)
 	_ = write.Close()
 	if parse := <-done; err == nil {
 		err = parse
@@ -142,18 +145,61 @@ func sumData(r io.Reader, sum *int64) error {
 	return nil
 }
 
-// Flatten writes what a machine would see through top to a file of its own that needs nothing below it: raw if dst ends
-// in .raw or .img, else qcow2; holes stay holes. No machine may be writing to top. dst is complete, on stable storage, or
-// absent; a file that is already there is never overwritten (fs.ErrExist). Progress is in bytes of the disk.
-func Flatten(ctx context.Context, top Layer, dst string, report dr.Progress) error {
-	if top.Socket != "" && top.Format == "" {
-		top.Format = "raw"
+// Detach makes a layer forget where the one below it lies: from then on whoever uses it says so. A delta is fetched from
+// the store by silos on which nothing lies there.
+func Detach(ctx context.Context, path string) error {
+	layer := Layer{Path: path, Format: "qcow2"}
+	if err := layer.check(); err != nil {
+		return fmt.Errorf("detach layer: %w", err)
 	}
+	ctx, cancel := context.WithTimeout(ctx, layerLimit)
+	defer cancel()
+	if err := qemuImg(ctx, io.Discard, "rebase", "-q", "-u", "-f", "qcow2", "-b", "", path); err != nil {
+		return fmt.Errorf("detach layer %s: %w", path, err)
+	}
+	return nil
+}
+
+// chain is what QEMU's tools take in place of a name: each layer, the top first, over the next, wherever the files say
+// that they lie.
+func chain(layers []Layer) (string, error) {
+	var below any
+	for _, l := range slices.Backward(layers) {
+		if l.Socket != "" && l.Format == "" {
+			l.Format = "raw"
+		}
+		if err := l.check(); err != nil {
+			return "", err
+		}
+		file := map[string]any{"driver": "file", "filename": l.Path}
+		if l.Socket != "" {
+			file = map[string]any{"driver": "nbd", "server": map[string]any{"type": "unix", "path": l.Socket}, "export": l.Export}
+		}
+		node := map[string]any{"driver": l.Format, "file": file}
+		if l.Format == "qcow2" {
+			node["backing"] = below
+		}
+		below = node
+	}
+	text, err := json.Marshal(below)
+	return "json:" + string(text), err
+}
+
+// Flatten writes what a machine would see through the layers, the top first and complete, to a file of its own that needs
+// nothing below it: raw if dst ends in .raw or .img, else qcow2; holes stay holes. No machine may be writing to them. dst
+// is complete, on stable storage, or absent; a file that is already there is never overwritten (fs.ErrExist). Progress is
+// in bytes of the disk.
+func Flatten(ctx context.Context, layers []Layer, dst string, report dr.Progress) error {
+	if len(layers) == 0 {
+		return errors.New("flatten: no layer was given")
+	}
+	top := layers[0]
 	flat := Layer{Path: dst, Format: "qcow2"}
 	if ext := filepath.Ext(dst); ext == ".raw" || ext == ".img" {
 		flat.Format = "raw"
 	}
-	if err := errors.Join(top.check(), flat.check()); err != nil {
+	from, err := chain(layers)
+	if err := errors.Join(err, flat.check()); err != nil {
 		return fmt.Errorf("flatten: %w", err)
 	}
 	if _, err := os.Lstat(dst); err == nil {
@@ -171,8 +217,7 @@ func Flatten(ctx context.Context, top Layer, dst string, report dr.Progress) err
 	defer os.Remove(part.Name())
 
 	progress := &percent{size: size, report: report}
-	err = qemuImg(ctx, progress, "convert", "-p", "-f", top.Format, "-O", flat.Format, "-t", "writeback",
-		top.Name(), part.Name())
+	err = qemuImg(ctx, progress, "convert", "-p", "-O", flat.Format, "-t", "writeback", from, part.Name())
 	if err != nil {
 		return fmt.Errorf("flatten %s: %w", top.Name(), err)
 	}
@@ -182,7 +227,7 @@ func Flatten(ctx context.Context, top Layer, dst string, report dr.Progress) err
 	if err := os.Link(part.Name(), dst); err != nil {
 		return fmt.Errorf("flatten: %w", err)
 	}
-	if err := syncFolder(filepath.Dir(dst)); err != nil {
+	if err := durable.Sync(filepath.Dir(dst)); err != nil {
 		return fmt.Errorf("flatten to %s: %w", dst, err)
 	}
 	report.Report("flatten", size, size, "bytes")
@@ -206,15 +251,6 @@ func layerSize(ctx context.Context, l Layer) (int64, error) {
 		return 0, fmt.Errorf("read size: %w", err)
 	}
 	return info.Size, nil
-}
-
-func syncFolder(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
 }
 
 // qemuImg runs qemu-img. Its complaint becomes the error.

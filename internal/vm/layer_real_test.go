@@ -85,6 +85,15 @@ func serveFile(t *testing.T, path string) Layer {
 	}
 }
 
+func through(t *testing.T, layers ...Layer) string {
+	t.Helper()
+	name, err := chain(layers)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return name
+}
+
 func TestALayerShowsWhatIsBelowAndKeepsWhatIsWritten(t *testing.T) {
 	needQemuImg(t)
 	path, content := rawDisk(t)
@@ -98,6 +107,12 @@ func TestALayerShowsWhatIsBelowAndKeepsWhatIsWritten(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			if err := Detach(t.Context(), layer.Path); err != nil {
+				t.Fatal(err)
+			}
+			if info := runTool(t, "qemu-img", "info", layer.Path); strings.Contains(info, "backing") {
+				t.Errorf("a detached layer names what is below it: %s", info)
+			}
 			top, err := NewLayer(t.Context(), filepath.Join(dir, "live.qcow2"), layer)
 			if err != nil {
 				t.Fatal(err)
@@ -105,7 +120,7 @@ func TestALayerShowsWhatIsBelowAndKeepsWhatIsWritten(t *testing.T) {
 			if n, err := LayerWritten(t.Context(), top.Path); err != nil || n != 0 {
 				t.Fatalf("a new layer has %d bytes, %v", n, err)
 			}
-			runTool(t, "qemu-io", "-f", "qcow2", "-c", "write -P 0xab 2M 128k", "-c", "write -z 0 64k", top.Path)
+			runTool(t, "qemu-io", "-c", "write -P 0xab 2M 128k", "-c", "write -z 0 64k", through(t, top, layer, below))
 			if n, err := LayerWritten(t.Context(), top.Path); err != nil || n != 128<<10 {
 				t.Fatalf("counted %d bytes, %v; want %d", n, err, 128<<10)
 			}
@@ -122,7 +137,7 @@ func TestALayerShowsWhatIsBelowAndKeepsWhatIsWritten(t *testing.T) {
 					format = "raw"
 				}
 				dst = filepath.Join(dir, dst)
-				err := Flatten(t.Context(), top, dst, func(_ string, done, total int64, _ string) {
+				err := Flatten(t.Context(), []Layer{top, layer, below}, dst, func(_ string, done, total int64, _ string) {
 					mu.Lock()
 					defer mu.Unlock()
 					if last = done; total != int64(len(want)) {
@@ -163,7 +178,7 @@ func TestALayerIsNeverOverwrittenAndNeverHalfMade(t *testing.T) {
 	if _, err := NewLayer(t.Context(), at, below); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("a second layer at the same path: %v", err)
 	}
-	if err := Flatten(t.Context(), below, at, nil); !errors.Is(err, fs.ErrExist) {
+	if err := Flatten(t.Context(), []Layer{below}, at, nil); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("flatten onto a layer: %v", err)
 	}
 	gone := Layer{Socket: filepath.Join(dir, "nobody"), Export: "snap-1/0", Format: "raw"}

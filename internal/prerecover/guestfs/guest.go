@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/musterdr/muster/internal/prerecover"
+	"github.com/musterdr/muster/internal/vm"
 )
 
 // guest implements prerecover.Guest.
@@ -485,6 +486,11 @@ func (g *guest) Close(ctx context.Context) error {
 	g.closed = true
 	if err := os.RemoveAll(g.work); err != nil {
 		return fmt.Errorf("close image: %w", err)
+	}
+	for _, d := range g.deltas {
+		if err := vm.Detach(ctx, d); err != nil {
+			return fmt.Errorf("close image: %w", err)
+		}
 	}
 	return syncFiles(g.deltas)
 }

@@ -28,6 +28,7 @@ import (
 	"github.com/kopia/kopia/repo/blob/filesystem"
 	"golang.org/x/sys/unix"
 
+	"github.com/musterdr/muster/internal/durable"
 	"github.com/musterdr/muster/internal/store"
 )
 
@@ -35,6 +36,10 @@ import (
 type Driver struct {
 	Path string
 }
+
+// FormatFile, at the top of the folder, holds the store's keys, sealed under the password: without it the password opens
+// nothing. It never changes but when the password does.
+const FormatFile = "kopia.repository.f"
 
 // lockFile holds nothing; ranges of it stand for locks. It also marks the folder as ours.
 const lockFile = "muster.lock"
@@ -63,7 +68,7 @@ func (d Driver) Create(ctx context.Context) (store.Place, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := errors.Join(f.Close(), syncDir(filepath.Dir(d.Path))); err != nil {
+	if err := errors.Join(f.Close(), durable.Sync(filepath.Dir(d.Path))); err != nil {
 		return nil, err
 	}
 	return d.open(ctx, true)

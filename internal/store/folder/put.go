@@ -12,6 +12,8 @@ import (
 
 	"github.com/kopia/kopia/repo/blob"
 	"golang.org/x/sys/unix"
+
+	"github.com/musterdr/muster/internal/durable"
 )
 
 // Large blobs are written past the page cache: it would only cost processor time, and reading back must not be answered
@@ -141,7 +143,7 @@ func (w *pieces) finish(size int64) error {
 
 // syncNames puts the names in a folder on the medium, and the folder's own name if that has not been done yet.
 func (p *place) syncNames(dir string) error {
-	if err := syncDir(dir); err != nil {
+	if err := durable.Sync(dir); err != nil {
 		return err
 	}
 	for dir != p.root && len(dir) > len(p.root) {
@@ -151,7 +153,7 @@ func (p *place) syncNames(dir string) error {
 		if done {
 			return nil
 		}
-		if err := syncDir(filepath.Dir(dir)); err != nil {
+		if err := durable.Sync(filepath.Dir(dir)); err != nil {
 			return err
 		}
 		p.mu.Lock()
@@ -160,14 +162,6 @@ func (p *place) syncNames(dir string) error {
 		dir = filepath.Dir(dir)
 	}
 	return nil
-}
-
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }
 
 // GetBlob reads once. Kopia's own tries ten times over seconds when a sector is bad.

@@ -18,6 +18,7 @@ import (
 
 	"github.com/digitalocean/go-libvirt"
 
+	"github.com/musterdr/muster/internal/durable"
 	"github.com/musterdr/muster/internal/vm"
 )
 
@@ -165,7 +166,7 @@ func (h *Hypervisor) accelerator(ctx context.Context) (verdict, error) {
 		h.kvm = &kept
 		return kept, nil
 	}
-	now.Reason, err = probeKVM(ctx, h.emulator)
+	now.Reason, err = ProbeKVM(ctx, h.emulator)
 	if err != nil {
 		return verdict{}, err // not an answer: ask again the next time
 	}
@@ -189,15 +190,12 @@ func writeVerdict(path string, v verdict) error {
 	if err != nil {
 		return err
 	}
-	part := path + ".part"
-	if err := os.WriteFile(part, append(text, '\n'), 0o600); err != nil {
-		return err
-	}
-	return os.Rename(part, path)
+	return durable.WriteFile(path, append(text, '\n'), 0o600)
 }
 
-// probeKVM runs a guest of one sector under KVM, as our machines would run, and says why that did not work.
-func probeKVM(ctx context.Context, emulator string) (reason string, err error) {
+// ProbeKVM runs a guest of one sector under KVM, as our machines would run, and says why that did not work; "" if it did.
+// An error means that it could not be tried.
+func ProbeKVM(ctx context.Context, emulator string) (reason string, err error) {
 	f, err := os.OpenFile("/dev/kvm", os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return "/dev/kvm does not exist: the processor has no virtualisation, or it is switched off in the firmware", nil
