@@ -3,6 +3,7 @@
 //
 //	muster-agent serve              answer one conversation on standard input and output
 //	muster-agent inventory          print what this server is made of, as JSON
+//	muster-agent forget             end tracking what is written to the disks
 //	muster-agent version            print the version
 //	muster-agent watchdog COUNT     freeze and thaw the file systems open from descriptor 3 on; started by serve
 package main
@@ -22,12 +23,13 @@ import (
 
 	"github.com/musterdr/muster/internal/agent"
 	"github.com/musterdr/muster/internal/capture/linux"
+	"github.com/musterdr/muster/internal/capture/linux/track"
 )
 
 // version is set when the program is built.
 var version = "dev"
 
-const usage = "usage: muster-agent serve | inventory | version"
+const usage = "usage: muster-agent serve | inventory | forget | version"
 
 func main() {
 	if err := run(os.Args[1:]); err != nil {
@@ -61,6 +63,8 @@ func run(args []string) error {
 			return err
 		}
 		return out.Encode(inventory)
+	case "forget":
+		return track.Remove(agent.TrackDir)
 	case "version":
 		fmt.Println(version)
 		return nil

@@ -28,6 +28,7 @@ type serverFlags struct {
 	every, rto, rpo, freeze time.Duration
 	memory, cpus, keepLast  int
 	overlays, key           string
+	resident                bool
 	checks                  []string
 }
 
@@ -42,6 +43,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	fl.StringVar(&f.overlays, "overlays", "", "folder with overlays of your own for this server")
 	fl.IntVar(&f.keepLast, "keep-last", 0, "snapshots to keep besides last-known-good; 0 keeps all")
 	fl.StringVar(&f.key, "key", "", "private SSH key of the user")
+	fl.BoolVar(&f.resident, "resident", false, "with --ssh: leave programs in the server's kernel that note what is written, so that a snapshot reads only that")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
 }
 
@@ -57,8 +59,12 @@ func serverAddCommand() *cobra.Command {
 /var/cache/muster there, runs as root while a snapshot is taken, and changes nothing else. With --disk a raw disk image file
 or block device on this machine is captured as it is.
 
+With --resident small programs stay in the server's kernel (eBPF; no module, no process) and note which blocks are written, so
+that a snapshot reads only those, and file systems stand still for a moment only. They are gone after 'muster server remove'
+and after a reboot, when the next snapshot compares everything once. Without it every snapshot reads the whole disks.
+
 The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
-		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --rto 15m --rpo 24h --check shop-checks.yaml
+		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --resident --rto 15m --rpo 24h --check shop-checks.yaml
   muster server add old --disk /images/old.raw`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -86,7 +92,7 @@ The server's host key is shown on first contact and must be confirmed; afterward
 				if err != nil {
 					return withCode(exitUsage, err)
 				}
-				source.HostKey, source.FreezeLimit, source.Disks = hostKey, f.freeze, only
+				source.HostKey, source.FreezeLimit, source.Disks, source.Resident = hostKey, f.freeze, only, f.resident
 				if source.KeyFile, err = absolute(f.key); err != nil {
 					return err
 				}
@@ -323,6 +329,9 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 		if given(n.flag) {
 			*n.to = n.from
 		}
+	}
+	if given("resident") {
+		c.Resident = &f.resident
 	}
 	if given("check") {
 		checks, err := readChecks(f.checks)

@@ -85,32 +85,62 @@ func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan
 	if plan.FreezeLimit <= 0 {
 		plan.FreezeLimit = dr.DefaultFreezeLimit
 	}
-	disks, err := open(plan.Disks)
+	if len(plan.Since) > wire.MaxSince {
+		return fmt.Errorf("read the plan: %d earlier snapshots: %w", len(plan.Since), wire.ErrGarbage)
+	}
+	opened, err := open(plan.Disks)
 	if err != nil {
 		return err
 	}
-	defer closeAll(disks)
+	defer closeAll(opened)
+	var disks []*disk
+	for i, d := range opened {
+		disks = append(disks, newDisk(i, d, len(opened)))
+	}
+	stop, err := follow(plan, disks)
+	if err != nil {
+		return err
+	}
+	defer stop()
 	layout := wire.Layout{Inventory: linux.Inventory(ctx, plan.Disks)}
 	for i, d := range disks {
 		layout.Inventory.Disks[i].Size = d.Size
-		layout.Disks = append(layout.Disks, wire.Disk{Name: d.Name, Size: d.Size})
+		layout.Disks = append(layout.Disks, wire.Disk{Name: d.Name, Size: d.Size, Tracked: d.tracked, Reason: d.reason})
 	}
 	if err := w.Message(wire.KindLayout, layout); err != nil {
 		return err
 	}
-	sums, err := known(r, disks)
-	if err != nil {
+	if err := known(r, disks); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	safe := make(chan struct{})
 	go func() {
-		// The appliance says nothing more: this ends when it closes the conversation, or is gone.
-		_, _, err := r.Next(nil)
+		// The appliance says nothing more but that the snapshot is safe; then it closes the conversation, or is gone.
+		kind, _, err := r.Next(nil)
+		if err == nil && kind == wire.KindKept {
+			close(safe)
+			_, _, err = r.Next(nil)
+		}
 		cancel(fmt.Errorf("the appliance ended the conversation: %w", errors.Join(context.Canceled, err)))
 	}()
 	ended := make(chan error, 1)
-	go func() { ended <- newRun(w, plan, a.Watchdog, disks, sums).all(ctx) }()
+	go func() { ended <- newRun(w, plan, a.Watchdog, disks).all(ctx) }()
+	err = a.await(ctx, ended)
+	if err != nil || !plan.Track {
+		return err
+	}
+	select {
+	case <-safe:
+		return kept(disks, plan.Snapshot)
+	case <-ctx.Done():
+		return nil // it was not kept, or that was not heard: the next capture reads it again
+	}
+}
+
+// await waits for a capture to end, or to let go of everything after it has to.
+func (a Agent) await(ctx context.Context, ended <-chan error) (err error) {
 	select {
 	case err = <-ended:
 	case <-ctx.Done():
@@ -123,50 +153,68 @@ func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan
 	return err
 }
 
-// known reads what the appliance has: fingerprints for every disk, and the word to begin.
-func known(r *wire.Reader, disks []*linux.Disk) ([]*wire.Sums, error) {
-	sums := make([]*wire.Sums, len(disks))
+// known reads what the appliance has: fingerprints for every disk that is not read blind, and the word to begin.
+func known(r *wire.Reader, disks []*disk) error {
 	var buf []byte
 	for {
 		kind, payload, err := r.Next(buf)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		buf = payload
 		switch kind {
 		case wire.KindKnown:
 			var k wire.Known
 			if err := wire.Decode(payload, &k); err != nil {
-				return nil, err
+				return err
 			}
-			if k.Disk < 0 || k.Disk >= len(disks) || sums[k.Disk] != nil || len(k.Seed) != wire.SeedSize {
-				return nil, fmt.Errorf("read fingerprints of disk %d: %w", k.Disk, wire.ErrGarbage)
+			if k.Disk < 0 || k.Disk >= len(disks) || disks[k.Disk].block != 0 || len(k.Seed) != wire.SeedSize {
+				return fmt.Errorf("read fingerprints of disk %d: %w", k.Disk, wire.ErrGarbage)
 			}
-			if sums[k.Disk], err = wire.NewSums(wire.Seed(k.Seed), k.BlockSize, disks[k.Disk].Size); err != nil {
-				return nil, err
+			if err := disks[k.Disk].know(k); err != nil {
+				return err
 			}
 		case wire.KindSums:
 			disk, first, raw, err := wire.ParseSums(payload)
 			if err != nil {
-				return nil, err
+				return err
 			}
-			if disk >= len(disks) || sums[disk] == nil {
-				return nil, fmt.Errorf("read fingerprints of disk %d: %w", disk, wire.ErrGarbage)
+			if disk >= len(disks) || disks[disk].sums == nil {
+				return fmt.Errorf("read fingerprints of disk %d: %w", disk, wire.ErrGarbage)
 			}
-			if err := sums[disk].Fill(first, raw); err != nil {
-				return nil, err
+			if err := disks[disk].sums.Fill(first, raw); err != nil {
+				return err
 			}
 		case wire.KindGo:
-			for i, s := range sums {
-				if s == nil {
-					return nil, fmt.Errorf("begin: nothing is known of disk %d: %w", i, wire.ErrGarbage)
+			for i, d := range disks {
+				if d.block == 0 {
+					return fmt.Errorf("begin: nothing is known of disk %d: %w", i, wire.ErrGarbage)
 				}
 			}
-			return sums, nil
+			return nil
 		default:
-			return nil, fmt.Errorf("read fingerprints: %w: kind %q", wire.ErrGarbage, byte(kind))
+			return fmt.Errorf("read fingerprints: %w: kind %q", wire.ErrGarbage, byte(kind))
 		}
 	}
+}
+
+// know takes what the appliance says of a disk. Without fingerprints only what was written is read, and all of it sent.
+func (d *disk) know(k wire.Known) error {
+	sums, err := wire.NewSums(wire.Seed(k.Seed), k.BlockSize, d.Size)
+	if err != nil {
+		return err
+	}
+	d.block, d.seed = k.BlockSize, wire.Seed(k.Seed)
+	if k.Blind && !d.tracked {
+		return fmt.Errorf("read of disk %s only what was written: that is not known: %w", d.Name, wire.ErrGarbage)
+	}
+	if !k.Blind {
+		d.sums, d.whole, d.todo = sums, true, nil
+		if d.tracked {
+			d.reason = "the appliance has nothing to build on"
+		}
+	}
+	return nil
 }
 
 // choose gives the named disks, or every disk in use.

@@ -35,7 +35,7 @@ func holdSize() int64 { return min(maxHold, max(minHold, linux.Available("/")/8)
 func newHold(size int64, disks []*disk) *hold {
 	smallest := wire.MaxBlock
 	for _, d := range disks {
-		smallest = min(smallest, d.sums.BlockSize)
+		smallest = min(smallest, d.block)
 	}
 	h := &hold{buf: make([]byte, size), kept: make([]kept, 0, int(size)/smallest+wire.MaxDisks), runs: make([]wire.Zeros, 0, 64<<10)}
 	for i := 0; i < len(h.buf); i += 4096 {

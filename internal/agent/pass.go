@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/musterdr/muster/internal/capture/linux"
+	"github.com/musterdr/muster/internal/capture/linux/track"
 	"github.com/musterdr/muster/internal/capture/wire"
 )
 
@@ -24,10 +25,21 @@ const (
 type disk struct {
 	*linux.Disk
 	number  int
-	sums    *wire.Sums
+	block   int // bytes
+	seed    wire.Seed
+	sums    *wire.Sums // nil if the disk is read blind: nothing is compared
 	readers []*reader
-	next    atomic.Int64 // offset of the next chunk
-	busy    atomic.Int64 // nanoseconds of all readers in reading and comparing
+
+	track   *track.Disk    // nil: nobody notes what is written to it
+	tracked bool           // it was known at the start where it was written to
+	reason  string         // why not, or why not any more
+	whole   bool           // the next pass reads all of it
+	todo    []track.Extent // what the next pass reads otherwise
+
+	now  pieces       // of this pass
+	next atomic.Int64 // number of the next piece
+	busy atomic.Int64 // nanoseconds of all readers in reading and comparing
+	sent atomic.Int64 // blocks, in all passes
 }
 
 // reader is one of several that read a disk side by side, with memory of its own.
@@ -38,8 +50,8 @@ type reader struct {
 	zip    *zstd.Encoder
 }
 
-func newDisk(number int, d *linux.Disk, sums *wire.Sums, disks int) *disk {
-	out := &disk{Disk: d, number: number, sums: sums}
+func newDisk(number int, d *linux.Disk, disks int) *disk {
+	out := &disk{Disk: d, number: number}
 	for range min(maxReaders, max(1, allReaders/disks)) {
 		out.readers = append(out.readers, &reader{disk: out})
 	}
@@ -51,11 +63,11 @@ func (d *disk) prepare() {
 	for _, r := range d.readers {
 		if r.buf == nil {
 			r.buf = linux.AlignedBuffer(chunk)
-			r.packed = make([]byte, 0, d.sums.BlockSize+64<<10)
+			r.packed = make([]byte, 0, d.block+64<<10)
 			// The options are constants that the library accepts.
 			r.zip, _ = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
-				zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(max(zstd.MinWindowSize, d.sums.BlockSize)))
-			r.packed = r.zip.EncodeAll(r.buf[:d.sums.BlockSize], r.packed)[:0]
+				zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(max(zstd.MinWindowSize, d.block)))
+			r.packed = r.zip.EncodeAll(r.buf[:d.block], r.packed)[:0]
 		}
 	}
 }
@@ -80,16 +92,27 @@ func (r *run) announce(frozen bool) error {
 
 func (r *run) total() (n int64) {
 	for _, d := range r.disks {
-		n += d.Size
+		if d.track == nil || d.whole {
+			n += d.Size
+			continue
+		}
+		for _, e := range d.todo {
+			n += e.Length
+		}
 	}
 	return n
 }
 
-// pass reads every disk from beginning to end and sends what differs from what is known, or with a hold puts it there
+// pass reads of every disk what there is to read and sends what differs from what is known, or with a hold puts it there
 // while there is room.
 func (r *run) pass(ctx context.Context, into *hold) (found, error) {
-	p := &pass{w: r.w, into: into, total: r.total(), start: time.Now()}
+	p := &pass{w: r.w, into: into, start: time.Now()}
 	for _, d := range r.disks {
+		if d.now = everything(d.Size); d.track != nil && !d.whole {
+			d.now = only(d.todo, int64(d.block), d.Size)
+		}
+		d.whole, d.todo = false, nil
+		p.total += d.now.total
 		d.next.Store(0)
 		d.busy.Store(0)
 		d.prepare()
@@ -102,6 +125,11 @@ func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 		}
 	}
 	err := group.Wait()
+	if err != nil {
+		for _, d := range r.disks {
+			d.again()
+		}
+	}
 	r.read += p.done.Load()
 	if err == nil && into == nil {
 		err = r.w.Flush()
@@ -110,25 +138,32 @@ func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 	var busy int64
 	for _, d := range r.disks {
 		busy += d.busy.Load()
-		f.expected = max(f.expected, time.Duration(d.busy.Load()/int64(len(d.readers))))
 	}
 	f.sending = p.sending.Load() > busy/10
 	return f, err
 }
 
-// run reads chunk after chunk until the disk is at its end.
+// again has the next pass read what this one was to read.
+func (d *disk) again() {
+	if d.now.size > 0 {
+		d.whole = true
+	}
+	d.todo = append(d.todo, d.now.ranges...)
+}
+
+// run reads piece after piece until there is no more.
 func (r *reader) run(ctx context.Context, p *pass) error {
 	d := r.disk
 	for {
-		off := d.next.Add(chunk) - chunk
-		if off >= d.Size {
+		off, length, ok := d.now.at(d.next.Add(1) - 1)
+		if !ok {
 			return nil
 		}
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		began := time.Now()
-		data := r.buf[:min(chunk, d.Size-off)]
+		data := r.buf[:length]
 		if _, err := d.ReadAt(data, off); err != nil {
 			return err
 		}
@@ -145,9 +180,9 @@ func (r *reader) run(ctx context.Context, p *pass) error {
 	}
 }
 
-// compare passes on the blocks of a chunk that differ from what is known, and says how long it waited for the line.
+// compare passes on the blocks of a piece that differ from what is known, and says how long it waited for the line.
 func (r *reader) compare(p *pass, off int64, data []byte) (waited time.Duration, err error) {
-	d, size := r.disk, r.disk.sums.BlockSize
+	d, size := r.disk, r.disk.block
 	var zeros wire.Zeros // a run of blocks that have become zeros
 	flush := func() error {
 		if zeros.Count == 0 {
@@ -162,12 +197,15 @@ func (r *reader) compare(p *pass, off int64, data []byte) (waited time.Duration,
 	for at := 0; at < len(data); at += size {
 		block := data[at:min(at+size, len(data))]
 		number := (off + int64(at)) / int64(size)
-		sum := d.sums.Seed.Sum(number, block)
-		if sum == d.sums.At(number) {
-			continue
+		sum := d.seed.Sum(number, block)
+		if d.sums != nil {
+			if sum == d.sums.At(number) {
+				continue
+			}
+			d.sums.Set(number, sum)
 		}
 		p.differed.Add(int64(len(block)))
-		d.sums.Set(number, sum)
+		d.sent.Add(1)
 		if sum == (wire.Sum{}) {
 			if zeros.Count > 0 && zeros.First+zeros.Count != number {
 				if err := flush(); err != nil {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/musterdr/muster/internal/capture/linux"
@@ -15,10 +16,11 @@ import (
 
 // Limits of one capture.
 const (
-	maxLive     = 5   // passes while the server lives
-	maxFrozen   = 2   // passes under freeze: one, and one more if the first did not hold
-	worthwhile  = 0.7 // another live pass must be expected to find less than this part of the last one
-	frozenShare = 0.8 // of the freeze limit that the expected frozen pass may take
+	maxLive     = 8       // passes while the server lives
+	maxFrozen   = 2       // passes under freeze: one, and one more if the first did not hold
+	worthwhile  = 0.7     // another live pass must be expected to find less than this part of the last one
+	frozenShare = 0.8     // of the freeze limit that the expected frozen pass may take
+	enough      = 4 << 20 // bytes left to read on tracked disks for which nothing has to be read once more before the freeze
 )
 
 // run is one capture.
@@ -35,30 +37,27 @@ type run struct {
 // found is what a pass came to.
 type found struct {
 	differed int64         // bytes in blocks that differed from what was known
-	expected time.Duration // that another pass would take if nothing had to be sent
 	written  int64         // bytes that the server wrote to the disks meanwhile
 	sending  bool          // much of the time went into sending, so expected is a guess
+	left     int64         // bytes that the next pass will find, at least
+	expected time.Duration // that the next pass would take if nothing had to be sent
 }
 
-func newRun(w *wire.Writer, plan wire.Plan, watchdog []string, disks []*linux.Disk, sums []*wire.Sums) *run {
-	r := &run{w: w, plan: plan, watchdog: watchdog}
-	for i, d := range disks {
-		r.disks = append(r.disks, newDisk(i, d, sums[i], len(disks)))
-	}
-	return r
+func newRun(w *wire.Writer, plan wire.Plan, watchdog []string, disks []*disk) *run {
+	return &run{w: w, plan: plan, watchdog: watchdog, disks: disks}
 }
 
 // all makes the passes and says what they came to.
 func (r *run) all(ctx context.Context) error {
-	var last found
-	live, err := linux.Writable(r.open())
-	if err == nil && live {
-		last, err = r.live(ctx)
-	}
-	if err != nil {
-		return err
-	}
 	for attempt := 1; ; attempt++ {
+		var last found
+		live, err := linux.Writable(r.open())
+		if err == nil && live && (attempt == 1 || r.followed()) {
+			last, err = r.live(ctx)
+		}
+		if err != nil {
+			return err
+		}
 		held, err := r.frozen(ctx, last.expected)
 		if err == nil {
 			return r.done(held)
@@ -70,6 +69,11 @@ func (r *run) all(ctx context.Context) error {
 			return fmt.Errorf("read the disks at one instant, %d attempts: %w", attempt, err)
 		}
 	}
+}
+
+// followed says whether it is known of every disk what is written to it from now on.
+func (r *run) followed() bool {
+	return !slices.ContainsFunc(r.disks, func(d *disk) bool { return d.track == nil })
 }
 
 // live reads the disks while the server goes on, again and again until what is left for the frozen pass is small enough
@@ -85,17 +89,51 @@ func (r *run) live(ctx context.Context) (found, error) {
 		if err != nil {
 			return found{}, err
 		}
-		stuck := n > 1 && float64(now.written) > worthwhile*float64(last.written)
-		last = now
-		if now.written > room && !stuck {
-			continue // too much was written meanwhile to be held in memory; a shorter pass leaves less
+		if err := r.advance(ctx, &now); err != nil {
+			return found{}, err
 		}
-		if now.sending && r.tooLong(now.expected) {
+		stuck := n > 1 && float64(now.left) > worthwhile*float64(last.left)
+		last = now
+		switch {
+		case now.left > room && !stuck:
+			continue // too much was written meanwhile to be held in memory; a shorter pass leaves less
+		case r.followed() && now.left > enough && !stuck:
+			continue // the next pass is shorter than this one, and the freeze shorter for it
+		case now.sending && r.tooLong(now.expected):
 			continue // measure again without sending before giving up
 		}
 		break
 	}
 	return last, nil
+}
+
+// advance has what is in memory written, asks what was written since the pass, and reckons how long reading it will take.
+func (r *run) advance(ctx context.Context, f *found) error {
+	if slices.ContainsFunc(r.disks, func(d *disk) bool { return d.track != nil }) {
+		if err := linux.Sync(ctx, r.open()); err != nil {
+			return err
+		}
+	}
+	var todo int64
+	for _, d := range r.disks {
+		took := time.Duration(d.busy.Load() / int64(len(d.readers)))
+		if d.track == nil {
+			f.expected = max(f.expected, took)
+			f.left = max(f.left, f.written)
+			continue
+		}
+		if err := d.take(); err != nil {
+			return err
+		}
+		left := only(d.todo, int64(d.block), d.Size).total
+		if d.whole {
+			left = d.Size
+		}
+		todo += left
+		f.expected = max(f.expected, time.Duration(float64(took)*float64(left)/float64(max(d.now.total, enough))))
+	}
+	f.left += todo
+	return nil
 }
 
 func (r *run) tooLong(expected time.Duration) bool {
@@ -128,7 +166,13 @@ func (r *run) frozen(ctx context.Context, expected time.Duration) (linux.Held, e
 	if err := f.Hold(); err != nil {
 		return linux.Held{}, err
 	}
-	passErr := r.readStill(ctx, f.Needed())
+	passErr := r.rest()
+	if passErr == nil {
+		passErr = r.readStill(ctx, f.Needed())
+	}
+	if passErr == nil {
+		passErr = prove(r.disks)
+	}
 	held, err := f.Release()
 	if ctx.Err() != nil {
 		return linux.Held{}, context.Cause(ctx)
@@ -137,6 +181,23 @@ func (r *run) frozen(ctx context.Context, expected time.Duration) (linux.Held, e
 		return linux.Held{}, sendErr
 	}
 	return held, errors.Join(err, passErr)
+}
+
+// rest asks the trackers what was written until everything stood still.
+func (r *run) rest() error {
+	for _, d := range r.disks {
+		if d.track == nil {
+			continue
+		}
+		known := !d.whole
+		if err := d.take(); err != nil {
+			return err
+		}
+		if known && d.whole {
+			return fmt.Errorf("%s: %s: %w", d.Name, d.reason, linux.ErrVoid) // reading all of it would be too long for a freeze
+		}
+	}
+	return nil
 }
 
 // readStill makes the pass that counts; under freeze within the limit, and into the hold.
@@ -182,7 +243,13 @@ func (r *run) done(held linux.Held) error {
 		d.Consistency = dr.CrashConsistent
 	}
 	for _, disk := range r.disks {
-		d.Digests = append(d.Digests, disk.sums.Digest())
+		var digest []byte
+		if disk.sums != nil {
+			digest = disk.sums.Digest()
+		}
+		d.Digests = append(d.Digests, digest)
+		d.Sent = append(d.Sent, disk.sent.Load())
+		d.Reasons = append(d.Reasons, disk.reason)
 	}
 	return r.w.Message(wire.KindDone, d)
 }

@@ -25,9 +25,9 @@ import (
 type Source interface {
 	// Contact looks at the server and changes nothing that lasts.
 	Contact(ctx context.Context) (api.Contact, error)
-	// Capture reads every disk at one instant into the sink. On an error what the sink got is worth nothing. An image read
-	// while it changed is an error.
-	Capture(ctx context.Context, sink *Sink, report dr.Progress) (Outcome, error)
+	// Capture reads every disk at one instant into the sink and has it kept: nil means that Sink.Keep was. On an error
+	// what the sink got is worth nothing. An image read while it changed is an error.
+	Capture(ctx context.Context, sink *Sink, report dr.Progress) error
 	// Forget removes what captures left on the server. Nothing to remove is no error.
 	Forget(ctx context.Context) error
 	// Close lets go of the server. Nothing of a capture runs on it afterwards.
@@ -52,5 +52,6 @@ type Outcome struct {
 	Read        int64 // bytes read from disks
 	Sent        int64 // bytes over the wire from the server
 	Frozen      time.Duration
+	Reasons     []string // of each disk: why it was read as a whole, "" if only what was written was; nil: it always is
 	Notes       []string
 }

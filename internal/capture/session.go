@@ -124,8 +124,27 @@ func (s *Session) Inventory(disks []string) (dr.Inventory, error) {
 	return inv, s.expect(wire.KindInventory, &inv)
 }
 
-// Capture reads the disks into the sink.
-func (s *Session) Capture(ctx context.Context, plan wire.Plan, sink *Sink, report dr.Progress) (Outcome, error) {
+// Capture reads the disks into the sink and has them kept.
+func (s *Session) Capture(ctx context.Context, plan wire.Plan, sink *Sink, report dr.Progress) error {
+	if plan.Track {
+		plan.Snapshot, plan.Since = sink.ID(), sink.Since(ctx, wire.MaxSince)
+	}
+	out, err := s.read(ctx, plan, sink, report)
+	if err != nil {
+		return err
+	}
+	if err := sink.Keep(ctx, out); err != nil {
+		return err
+	}
+	if plan.Track {
+		// If it is not heard the agent goes on remembering what was written before this snapshot as well.
+		_ = s.w.Kept()
+	}
+	return nil
+}
+
+// read reads the disks into the sink.
+func (s *Session) read(ctx context.Context, plan wire.Plan, sink *Sink, report dr.Progress) (Outcome, error) {
 	if err := s.w.Message(wire.KindAskCapture, plan); err != nil {
 		return Outcome{}, fmt.Errorf("ask the agent: %w", err)
 	}
@@ -140,27 +159,34 @@ func (s *Session) Capture(ctx context.Context, plan wire.Plan, sink *Sink, repor
 	if err != nil {
 		return Outcome{}, err
 	}
+	rec := newReceiver(ctx, sink, sums, report)
+	defer rec.stop()
 	for i, known := range sums {
-		if err := s.tell(i, known, report); err != nil {
+		rec.blind[i] = plan.Track && layout.Disks[i].Tracked && sink.Inherits(i)
+		if err := s.tell(i, known, rec.blind[i], report); err != nil {
 			return Outcome{}, fmt.Errorf("tell the agent what is known of disk %s: %w", layout.Disks[i].Name, s.lastWord(err))
 		}
 	}
 	if err := s.w.Go(); err != nil {
 		return Outcome{}, fmt.Errorf("tell the agent to begin: %w", s.lastWord(err))
 	}
-	rec := newReceiver(ctx, sink, sums, report)
-	defer rec.stop()
 	done, err := rec.receive(s.r)
 	if err != nil {
 		return Outcome{}, err
 	}
-	return outcome(layout.Inventory, done, s.counted.n.Load())
+	out, err := outcome(layout.Inventory, done, s.counted.n.Load())
+	if plan.Track {
+		for _, reason := range done.Reasons {
+			out.Reasons = append(out.Reasons, plain(reason))
+		}
+	}
+	return out, err
 }
 
-// tell sends the fingerprints of one disk.
-func (s *Session) tell(disk int, known *wire.Sums, report dr.Progress) error {
-	k := wire.Known{Disk: disk, BlockSize: known.BlockSize, Seed: known.Seed[:]}
-	if err := s.w.Message(wire.KindKnown, k); err != nil {
+// tell sends the fingerprints of one disk. An agent that knows what was written needs none.
+func (s *Session) tell(disk int, known *wire.Sums, blind bool, report dr.Progress) error {
+	k := wire.Known{Disk: disk, BlockSize: known.BlockSize, Seed: known.Seed[:], Blind: blind}
+	if err := s.w.Message(wire.KindKnown, k); err != nil || blind {
 		return err
 	}
 	report.Report("fingerprints", 0, known.Len(), "blocks")
@@ -216,6 +242,8 @@ type receiver struct {
 	part    string
 	passes  int
 	seen    [][]uint64 // by disk, one bit a block: it came in this pass
+	blind   []bool     // by disk: the agent has no fingerprints of it
+	came    []int64    // by disk: blocks, in all passes
 }
 
 func newReceiver(ctx context.Context, sink *Sink, sums []*wire.Sums, report dr.Progress) *receiver {
@@ -225,6 +253,7 @@ func newReceiver(ctx context.Context, sink *Sink, sums []*wire.Sums, report dr.P
 	r.unzip, _ = zstd.NewReader(nil, zstd.WithDecoderConcurrency(0), zstd.WithDecoderMaxMemory(wire.MaxBlock), zstd.WithDecoderLowmem(true))
 	for _, s := range sums {
 		r.seen = append(r.seen, make([]uint64, (s.Len()+63)/64))
+		r.blind, r.came = append(r.blind, false), append(r.came, 0)
 	}
 	for range min(writersMax, max(2, runtime.GOMAXPROCS(0))) {
 		r.workers.Go(r.write)
@@ -337,6 +366,7 @@ func (r *receiver) take(disk int, first, count int64) error {
 		}
 		*word |= bit
 	}
+	r.came[disk] += count
 	return nil
 }
 
@@ -348,11 +378,11 @@ func (r *receiver) settle() error {
 
 // agree compares what both sides have now.
 func (r *receiver) agree(done wire.Done) error {
-	if len(done.Digests) != len(r.sums) {
+	if n := len(r.sums); len(done.Digests) != n || len(done.Sent) != n || len(done.Reasons) != n {
 		return fmt.Errorf("end the capture: the agent ends with %d disks: %w", len(done.Digests), wire.ErrGarbage)
 	}
 	for i, s := range r.sums {
-		if !bytes.Equal(done.Digests[i], s.Digest()) {
+		if done.Sent[i] != r.came[i] || !r.blind[i] && !bytes.Equal(done.Digests[i], s.Digest()) {
 			return fmt.Errorf("end the capture: what arrived of disk %d is not what the agent read", i)
 		}
 	}
@@ -404,6 +434,9 @@ func (r *receiver) block(payload, buf []byte) error {
 	}
 	if len(data) != s.Length(b.Number) || s.Seed.Sum(b.Number, data) != b.Sum {
 		return fmt.Errorf("receive block %d of disk %d: it was damaged on the way: %w", b.Number, b.Disk, wire.ErrGarbage)
+	}
+	if r.blind[b.Disk] && s.At(b.Number) == b.Sum {
+		return nil // written with what was there already
 	}
 	if err := r.sink.Write(r.ctx, b.Disk, b.Number, data); err != nil {
 		return err

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"strings"
 	"time"
 
 	"github.com/musterdr/muster/internal/api"
@@ -19,47 +20,93 @@ func sumsName(disk int) string { return fmt.Sprintf("sums-%d", disk) }
 
 // Take captures a server into the store as the snapshot that the task asks for. The snapshot is complete, or there is none.
 func Take(ctx context.Context, src Source, st *store.Store, task api.SnapshotTask, report dr.Progress) (dr.Snapshot, error) {
-	began := time.Now()
-	k := &Sink{store: st, id: task.ID, parent: task.Parent}
+	k := &Sink{store: st, task: task, parent: task.Parent, began: time.Now()}
 	defer k.abort(ctx)
-	out, err := src.Capture(ctx, k, report)
-	if err != nil {
+	if err := src.Capture(ctx, k, report); err != nil {
 		return dr.Snapshot{}, fmt.Errorf("capture %s: %w", task.Server.Name, err)
 	}
-	if k.writer == nil {
+	if k.kept == nil {
 		return dr.Snapshot{}, fmt.Errorf("capture %s: the source gave nothing", task.Server.Name)
+	}
+	return *k.kept, nil
+}
+
+// Keep is called once, last: it makes a snapshot of what was written. After nil the snapshot is safe.
+func (k *Sink) Keep(ctx context.Context, out Outcome) error {
+	if k.writer == nil {
+		return errors.New("keep a snapshot: none has begun")
 	}
 	for i, s := range k.sums {
 		b, err := s.MarshalBinary()
 		if err != nil {
-			return dr.Snapshot{}, err
+			return err
 		}
 		k.writer.Attach(sumsName(i), b)
 	}
-	for _, note := range out.Notes {
-		slog.Info("capture note", "server", task.Server.Name, "snapshot", task.ID, "note", note)
-	}
 	kept, err := k.writer.Commit(ctx, dr.Snapshot{
-		ID: task.ID, ServerID: task.Server.ID, Server: task.Server.Name, Parent: k.parent, Taken: out.Taken.UTC(),
-		Consistency: out.Consistency, Pass: k.pass, Inventory: out.Inventory,
-		Stats: dr.CaptureStats{Read: out.Read, Sent: out.Sent, Frozen: out.Frozen, Duration: time.Since(began)},
+		ID: k.task.ID, ServerID: k.task.Server.ID, Server: k.task.Server.Name, Parent: k.parent, Taken: out.Taken.UTC(),
+		Consistency: out.Consistency, Pass: k.passOf(out), Inventory: out.Inventory, Notes: out.Notes,
+		Stats: dr.CaptureStats{Read: out.Read, Sent: out.Sent, Frozen: out.Frozen, Duration: time.Since(k.began)},
 	})
 	if err != nil {
-		return dr.Snapshot{}, fmt.Errorf("keep snapshot of %s: %w", task.Server.Name, err)
+		return fmt.Errorf("keep the snapshot: %w", err)
 	}
-	return kept, nil
+	k.kept = &kept
+	return nil
 }
+
+// passOf says how a source found out what changed, and if it read everything, why.
+func (k *Sink) passOf(out Outcome) dr.CapturePass {
+	if k.pass.Kind != dr.PassCompare || out.Reasons == nil {
+		return k.pass
+	}
+	var why []string
+	for i, reason := range out.Reasons {
+		if reason != "" {
+			why = append(why, fmt.Sprintf("%s: %s", k.names[i], reason))
+		}
+	}
+	if len(why) == 0 {
+		return dr.CapturePass{Kind: dr.PassTracked}
+	}
+	return dr.CapturePass{Kind: dr.PassCompare, Reason: strings.Join(why, "; ")}
+}
+
+// Since names the snapshot that this one builds on, and those before it, newest first, as far as the store knows them.
+func (k *Sink) Since(ctx context.Context, most int) (ids []string) {
+	for id := k.parent; id != "" && len(ids) < most; {
+		ids = append(ids, id)
+		s, err := k.store.Snapshot(ctx, id)
+		if err != nil {
+			break
+		}
+		id = s.Parent
+	}
+	return ids
+}
+
+// ID is the snapshot's.
+func (k *Sink) ID() string { return k.task.ID }
+
+// Inherits says whether blocks that are not written stay as the parent has them, with fingerprints that say so.
+func (k *Sink) Inherits(disk int) bool { return k.inherits[disk] }
 
 // Sink is a snapshot being written. Write and Zero may be called from many goroutines, for one block by one at a time; the
 // last call for a block wins.
 type Sink struct {
 	store  *store.Store
-	id     string
+	task   api.SnapshotTask
+	began  time.Time
 	parent string // the snapshot that this is an increment of; "" for a full one
 	pass   dr.CapturePass
 	writer *store.Writer
-	disks  []*store.DiskWriter
-	sums   []*wire.Sums
+	kept   *dr.Snapshot
+
+	// One a disk.
+	names    []string
+	disks    []*store.DiskWriter
+	inherits []bool
+	sums     []*wire.Sums
 }
 
 // Begin is called once, first. For a source that compares it gives what is known of each disk, which the source keeps up
@@ -74,7 +121,7 @@ func (k *Sink) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error) {
 		k.parent, k.pass = "", dr.CapturePass{Kind: dr.PassFull, Reason: why}
 	}
 	var err error
-	if k.writer, err = k.store.Begin(ctx, k.id, k.parent); err != nil {
+	if k.writer, err = k.store.Begin(ctx, k.task.ID, k.parent); err != nil {
 		return nil, err
 	}
 	seed := wire.NewSeed()
@@ -87,12 +134,12 @@ func (k *Sink) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error) {
 		if err != nil {
 			return nil, err
 		}
-		k.disks = append(k.disks, w)
+		k.names, k.disks, k.inherits = append(k.names, disk.Name), append(k.disks, w), append(k.inherits, false)
 		if !layout.Compares {
 			continue
 		}
 		if known != nil && known[i].BlockSize == w.BlockSize() {
-			k.sums = append(k.sums, known[i])
+			k.sums, k.inherits[i] = append(k.sums, known[i]), true
 			continue
 		}
 		s, err := wire.NewSums(seed, w.BlockSize(), disk.Size)
@@ -157,10 +204,10 @@ func (k *Sink) Image(ctx context.Context, disk int, img image.Image, report dr.P
 
 // abort gives up what was not committed.
 func (k *Sink) abort(ctx context.Context) {
-	if k.writer == nil {
+	if k.writer == nil || k.kept != nil {
 		return
 	}
 	if err := k.writer.Abort(context.WithoutCancel(ctx)); err != nil {
-		slog.Warn("snapshot not given up cleanly", "snapshot", k.id, "error", err)
+		slog.Warn("snapshot not given up cleanly", "snapshot", k.task.ID, "error", err)
 	}
 }

@@ -41,6 +41,9 @@ type SSHSource struct {
 	HostKey     string        `json:"host_key"`               // authorized_keys form: "ssh-ed25519 AAAA…"; checked on every connection
 	Disks       []string      `json:"disks,omitempty"`        // kernel names or absolute paths; none: every disk in use
 	FreezeLimit time.Duration `json:"freeze_limit,omitempty"` // the longest a file system may stay frozen; 0: DefaultFreezeLimit
+	// Resident leaves the agent on the server, and programs in its kernel that note what is written, so that a snapshot
+	// reads only that.
+	Resident bool `json:"resident,omitempty"`
 }
 
 // DefaultFreezeLimit is how long a file system may stay frozen before the watchdog thaws it.

@@ -7,14 +7,15 @@ import (
 
 // Snapshot is every disk of a server at one instant, as the store keeps it: immutable, complete or absent.
 type Snapshot struct {
-	ID          string         `json:"id"`          // SnapshotID form
-	ServerID    string         `json:"server_id"`   // Server.ID
-	Server      string         `json:"server"`      // Server.Name at the time
-	Parent      string         `json:"parent"`      // snapshot this is an increment of; "" for a full one
-	Taken       time.Time      `json:"taken"`       // the instant the disks show, UTC
-	Consistency Consistency    `json:"consistency"` // what that instant promises
-	Pass        CapturePass    `json:"pass"`        // how it was read, and why so
-	Disks       []SnapshotDisk `json:"disks"`       // same order as Inventory.Disks
+	ID          string         `json:"id"`              // SnapshotID form
+	ServerID    string         `json:"server_id"`       // Server.ID
+	Server      string         `json:"server"`          // Server.Name at the time
+	Parent      string         `json:"parent"`          // snapshot this is an increment of; "" for a full one
+	Taken       time.Time      `json:"taken"`           // the instant the disks show, UTC
+	Consistency Consistency    `json:"consistency"`     // what that instant promises
+	Pass        CapturePass    `json:"pass"`            // how it was read, and why so
+	Notes       []string       `json:"notes,omitempty"` // what an operator may want to know of the capture
+	Disks       []SnapshotDisk `json:"disks"`           // same order as Inventory.Disks
 	Inventory   Inventory      `json:"inventory"`
 	Stats       CaptureStats   `json:"stats"`
 }

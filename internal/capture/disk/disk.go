@@ -55,30 +55,30 @@ func (s *Source) Contact(context.Context) (api.Contact, error) {
 }
 
 // Capture implements capture.Source.
-func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Progress) (capture.Outcome, error) {
+func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Progress) error {
 	open, err := openAll(s.paths)
 	if err != nil {
-		return capture.Outcome{}, err
+		return err
 	}
 	defer open.close()
 	layout := open.layout()
 	if _, err := sink.Begin(ctx, layout); err != nil {
-		return capture.Outcome{}, err
+		return err
 	}
 	out := capture.Outcome{Inventory: layout.Inventory, Taken: time.Now(), Consistency: dr.CrashConsistent}
 	for i, d := range open {
 		if err := sink.Image(ctx, i, d.File, report); err != nil {
-			return capture.Outcome{}, err
+			return err
 		}
 		out.Read += d.Size()
 	}
 	// All at the end: the disks are to show one instant together.
 	for _, d := range open {
 		if err := d.unchanged(); err != nil {
-			return capture.Outcome{}, err
+			return err
 		}
 	}
-	return out, nil
+	return sink.Keep(ctx, out)
 }
 
 // Forget implements capture.Source: nothing was left anywhere.

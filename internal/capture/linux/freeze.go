@@ -52,11 +52,7 @@ const answerLimit = 15 * time.Second
 // watchdog, and Hold and Release only take the time.
 func Prepare(disks []*Disk, limit time.Duration, command []string) (*Freeze, error) {
 	f := &Freeze{weaker: dr.FilesystemConsistent, limit: limit, open: disks}
-	for _, d := range disks {
-		if d.Kernel != "" {
-			f.disks = append(f.disks, d.Kernel)
-		}
-	}
+	f.disks = kernelNames(disks)
 	var err error
 	if f.systems, err = writableOn("/", f.disks); err != nil {
 		return nil, err
@@ -82,14 +78,35 @@ func Prepare(disks []*Disk, limit time.Duration, command []string) (*Freeze, err
 
 // Writable says whether any file system on the disks could be written to.
 func Writable(disks []*Disk) (bool, error) {
-	var names []string
+	systems, err := writableOn("/", kernelNames(disks))
+	return len(systems) > 0, err
+}
+
+// Sync has the writable file systems on the disks write what they hold in memory.
+func Sync(ctx context.Context, disks []*Disk) error {
+	systems, err := writableOn("/", kernelNames(disks))
+	for _, s := range systems {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		point, err := os.Open(s.Path)
+		if err == nil {
+			err = errors.Join(unix.Syncfs(int(point.Fd())), point.Close())
+		}
+		if err != nil {
+			return fmt.Errorf("sync %s: %w", s.Path, err)
+		}
+	}
+	return err
+}
+
+func kernelNames(disks []*Disk) (names []string) {
 	for _, d := range disks {
 		if d.Kernel != "" {
 			names = append(names, d.Kernel)
 		}
 	}
-	systems, err := writableOn("/", names)
-	return len(systems) > 0, err
+	return names
 }
 
 // Needed says whether anything has to stand still.

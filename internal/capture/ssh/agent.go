@@ -30,6 +30,7 @@ const (
 	exitWrite   = 73 // the agent cannot be written
 	exitDamaged = 74 // the agent is not what was sent
 	exitNoSum   = 75 // there is no sha256sum
+	exitTracked = 76 // tracking cannot be ended
 	exitNoExec  = 126
 )
 
@@ -42,7 +43,7 @@ const (
 		`t=FILE.new.$$; cat >$t || { rm -f $t; exit 73; }; set -- $(sha256sum $t); if test x$1 = xSUM; then :; else rm -f $t; exit 74; fi; ` +
 		`chmod 700 $t && mv -f $t FILE || { rm -f $t; exit 73; }; for o in DIR/agent-*; do test $o = FILE || rm -f $o; done`
 	scriptServe  = `set -- $(sha256sum FILE); test x$1 = xSUM || exit 74; exec FILE serve`
-	scriptForget = `rm -rf DIR`
+	scriptForget = `for a in DIR/agent-*; do if test -x $a; then $a forget || exit 76; fi; done; rm -rf DIR`
 )
 
 // platform is what a server answers to scriptLook.
@@ -138,6 +139,8 @@ func (s *Source) meaning(err error, problem string) error {
 		return fmt.Errorf("the agent in %s is not the one that was sent: try again; if it stays, see what changes it", s.cache)
 	case exitNoSum:
 		return errors.New("the server has no sha256sum, with which the agent is checked before it runs: install coreutils")
+	case exitTracked:
+		return fmt.Errorf("tracking cannot be ended: %s: try again when no capture is running, or restart the server", problem)
 	case exitNoExec:
 		return fmt.Errorf("programs in %s may not be run (%s): is it on a file system mounted noexec, or does a security policy forbid it? allow it there", s.cache, problem)
 	}

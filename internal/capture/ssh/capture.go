@@ -48,23 +48,21 @@ func (s *Source) Contact(ctx context.Context) (api.Contact, error) {
 }
 
 // Capture implements capture.Source.
-func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Progress) (capture.Outcome, error) {
+func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Progress) error {
 	if s.source.HostKey == "" {
-		return capture.Outcome{}, fmt.Errorf("read %s: nobody has confirmed its host key %s yet", s.source, ssh.FingerprintSHA256(s.hostKey))
+		return fmt.Errorf("read %s: nobody has confirmed its host key %s yet", s.source, ssh.FingerprintSHA256(s.hostKey))
 	}
 	p, err := s.look(ctx)
 	if err != nil {
-		return capture.Outcome{}, fmt.Errorf("read %s: %w", s.source, err)
+		return fmt.Errorf("read %s: %w", s.source, err)
 	}
-	var out capture.Outcome
 	err = s.converse(ctx, p, func(talk *capture.Session) error {
-		out, err = talk.Capture(ctx, wire.Plan{Disks: s.source.Disks, FreezeLimit: s.source.FreezeLimit}, sink, report)
-		return err
+		return talk.Capture(ctx, wire.Plan{Disks: s.source.Disks, FreezeLimit: s.source.FreezeLimit, Track: s.source.Resident}, sink, report)
 	})
 	if err != nil {
-		return capture.Outcome{}, fmt.Errorf("read %s: %w", s.source, err)
+		return fmt.Errorf("read %s: %w", s.source, err)
 	}
-	return out, nil
+	return nil
 }
 
 // Forget implements capture.Source.

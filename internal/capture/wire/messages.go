@@ -19,7 +19,15 @@ type Hello struct {
 type Plan struct {
 	Disks       []string      `json:"disks,omitempty"` // kernel names or absolute paths; none: every disk in use
 	FreezeLimit time.Duration `json:"freeze_limit"`    // the longest that file systems may stand still
+	Track       bool          `json:"track,omitempty"` // leave programs in the server's kernel that note what is written
+	Snapshot    string        `json:"snapshot,omitempty"`
+	// Since names the snapshot whose fingerprints the appliance has, and those before it, newest first: what was written
+	// since any of them covers what was written since the first.
+	Since []string `json:"since,omitempty"`
 }
+
+// MaxSince bounds Plan.Since.
+const MaxSince = 64
 
 // Layout is what the agent found to read. Inventory.Disks has the same disks in the same order.
 type Layout struct {
@@ -29,15 +37,18 @@ type Layout struct {
 
 // Disk is one disk to read.
 type Disk struct {
-	Name string `json:"name"`
-	Size int64  `json:"size"` // bytes
+	Name    string `json:"name"`
+	Size    int64  `json:"size"`              // bytes
+	Tracked bool   `json:"tracked,omitempty"` // it is known what was written since one of Plan.Since
+	Reason  string `json:"reason,omitempty"`  // why not, where Plan.Track asked for it
 }
 
 // Known opens the fingerprints of one disk, which follow in Sums frames; those that do not follow stand for zeros.
 type Known struct {
 	Disk      int    `json:"disk"`
 	BlockSize int    `json:"block_size"`
-	Seed      []byte `json:"seed"` // SeedSize bytes
+	Seed      []byte `json:"seed"`            // SeedSize bytes
+	Blind     bool   `json:"blind,omitempty"` // of a tracked disk: no fingerprints follow, only what was written is read, and all of it sent
 }
 
 // Pass announces that all disks are read from the beginning.
@@ -60,7 +71,9 @@ type Done struct {
 	Frozen      time.Duration  `json:"frozen"`
 	Read        int64          `json:"read"` // bytes, all passes
 	Passes      int            `json:"passes"`
-	Digests     [][]byte       `json:"digests"`         // Sums.Digest of each disk, as the agent has them now
+	Digests     [][]byte       `json:"digests"`         // Sums.Digest of each disk, as the agent has them now; none of a blind one
+	Sent        []int64        `json:"sent"`            // blocks of each disk, zeros included, in all passes
+	Reasons     []string       `json:"reasons"`         // of each disk: why it was read as a whole; "" if only what was written was
 	Notes       []string       `json:"notes,omitempty"` // what an operator may want to know
 }
 

@@ -14,6 +14,9 @@
 //	appliance  AskInventory                      → Inventory            (any number of times)
 //	appliance  AskCapture{Plan}                  → Layout
 //	appliance  Known, Sums … for each disk, Go   → Pass, (Block | Zeros | Tick)…, Pass, … Done
+//	appliance  Kept, once the snapshot is safe; or it ends the conversation
+//
+// Until Kept an agent that tracks the disks forgets nothing of what was written before this capture.
 //
 // The agent may send Failure instead of anything; that ends the conversation. A pass that reads under freeze is
 // announced like any other, and what it found may arrive after the thaw. Between two passes the later content of a
@@ -73,6 +76,7 @@ const (
 	KindKnown        Kind = 'k' // appliance: Known
 	KindSums         Kind = 's' // appliance: fingerprints
 	KindGo           Kind = 'g' // appliance: nothing
+	KindKept         Kind = 'e' // appliance: nothing
 )
 
 // limit is the most a frame of a kind may hold; -1 for a kind that does not exist.
@@ -86,7 +90,7 @@ func (k Kind) limit() int {
 		return zerosHeader
 	case KindSums:
 		return sumsHeader + SumsAtOnce*SumSize
-	case KindGo:
+	case KindGo, KindKept:
 		return 0
 	case KindHello, KindPass, KindTick, KindDone, KindFailure, KindAskInventory, KindAskCapture, KindKnown:
 		return MaxMessage
@@ -182,6 +186,14 @@ func (w *Writer) Message(kind Kind, value any) error {
 // Go sends a frame without content, and everything buffered before it.
 func (w *Writer) Go() error {
 	if err := w.frame(KindGo); err != nil {
+		return err
+	}
+	return w.Flush()
+}
+
+// Kept says that the snapshot is safe.
+func (w *Writer) Kept() error {
+	if err := w.frame(KindKept); err != nil {
 		return err
 	}
 	return w.Flush()

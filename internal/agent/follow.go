@@ -1,0 +1,166 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/musterdr/muster/internal/capture/linux"
+	"github.com/musterdr/muster/internal/capture/linux/track"
+	"github.com/musterdr/muster/internal/capture/wire"
+)
+
+// TrackDir is where the tracker lives on a server: in memory, because it must not outlive the boot.
+const TrackDir = "/run/muster-agent/track"
+
+// follow gives every disk its tracker, if the appliance wants one, and where the disk was written to since a snapshot whose
+// content the appliance has. That a disk cannot be tracked is no error: it says why, and is compared.
+func follow(plan wire.Plan, disks []*disk) (stop func(), err error) {
+	stop = func() {}
+	if !plan.Track {
+		// A capture that is running and tracks, or a kernel without eBPF, is no reason not to capture.
+		_ = track.Remove(TrackDir)
+		return stop, nil
+	}
+	var names []string
+	for _, d := range disks {
+		if d.Kernel != "" {
+			names = append(names, d.Kernel)
+		} else {
+			d.reason = "it is a file: only the writes to disks are tracked"
+		}
+	}
+	tracker, err := track.Start(TrackDir, names)
+	if err != nil {
+		if errors.Is(err, track.ErrBusy) {
+			return stop, fmt.Errorf("start tracking: %w: another capture of this server is running", err)
+		}
+		for _, d := range disks {
+			if d.Kernel != "" {
+				d.reason = err.Error()
+			}
+		}
+		return stop, nil
+	}
+	for _, d := range disks {
+		if d.Kernel == "" {
+			continue
+		}
+		d.track = tracker.Disk(d.Kernel)
+		if err := d.since(plan.Since); err != nil {
+			return stop, errors.Join(err, tracker.Close())
+		}
+	}
+	return func() { _ = tracker.Close() }, nil // what was not kept is put back by the next start
+}
+
+// since looks whether it is known where a disk was written to since one of the snapshots.
+func (d *disk) since(snapshots []string) error {
+	mark := d.track.Mark()
+	switch err := d.take(); {
+	case err != nil:
+		return err
+	case d.whole && d.reason != "":
+	case mark == "" || !slices.Contains(snapshots, mark):
+		d.whole, d.reason = true, "what was written is known since a snapshot that the appliance does not build on"
+	default:
+		d.tracked = true
+	}
+	return nil
+}
+
+// take adds to what the next pass has to read where the disk was written to since it was asked last. Where that is not
+// known it is everything.
+func (d *disk) take() error {
+	extents, err := d.track.Take()
+	var unknown *track.Unknown
+	if errors.As(err, &unknown) {
+		d.whole, d.todo, d.reason = true, nil, string(unknown.Reason)+": "+unknown.Detail
+		if unknown.Reason == track.Untrackable {
+			d.track = nil // now and in every later pass
+		}
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("ask what was written to %s: %w", d.Name, err)
+	}
+	if !d.whole {
+		d.todo = append(d.todo, extents...)
+	}
+	return nil
+}
+
+// prove says whether every write to the tracked disks was seen. What was not is read as a whole by the next pass, and the
+// error is linux.ErrVoid.
+func prove(disks []*disk) error {
+	var void error
+	for _, d := range disks {
+		if d.track == nil {
+			continue
+		}
+		err := d.track.Prove()
+		var unknown *track.Unknown
+		switch {
+		case errors.As(err, &unknown):
+			d.whole, d.todo, d.reason = true, nil, string(unknown.Reason)+": "+unknown.Detail
+			void = errors.Join(void, fmt.Errorf("%w: %w", linux.ErrVoid, err))
+		case err != nil:
+			return fmt.Errorf("prove that every write to %s was seen: %w", d.Name, err)
+		}
+	}
+	return void
+}
+
+// kept tells the trackers that the snapshot is safe: what is written from its instant on counts for the next one.
+func kept(disks []*disk, snapshot string) error {
+	var errs []error
+	for _, d := range disks {
+		if d.track != nil {
+			errs = append(errs, d.track.Kept(snapshot))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// pieces are the byte ranges that a pass reads of a disk: whole blocks, in chunks.
+type pieces struct {
+	size   int64          // of the disk, of which everything is read in the order of its chunks; or 0:
+	ranges []track.Extent // what is read, in chunks
+	total  int64
+}
+
+func everything(size int64) pieces { return pieces{size: size, total: size} }
+
+// at gives a piece.
+func (p *pieces) at(n int64) (off, length int64, ok bool) {
+	if p.size > 0 {
+		off = n * chunk
+		return off, min(chunk, p.size-off), off < p.size
+	}
+	if n >= int64(len(p.ranges)) {
+		return 0, 0, false
+	}
+	return p.ranges[n].Offset, p.ranges[n].Length, true
+}
+
+// only makes pieces of the blocks that extents touch, each once.
+func only(extents []track.Extent, block, size int64) pieces {
+	slices.SortFunc(extents, func(a, b track.Extent) int { return int(min(1, max(-1, a.Offset-b.Offset))) })
+	var p pieces
+	end := int64(0) // of what is in p
+	for _, e := range extents {
+		from, to := max(end, e.Offset/block*block), min(size, (e.Offset+e.Length+block-1)/block*block)
+		for from < to {
+			n := min(chunk, to-from)
+			if last := len(p.ranges) - 1; last >= 0 && from == end && p.ranges[last].Length+n <= chunk {
+				p.ranges[last].Length += n
+			} else {
+				p.ranges = append(p.ranges, track.Extent{Offset: from, Length: n})
+			}
+			p.total += n
+			from += n
+			end = from
+		}
+	}
+	return p
+}
