@@ -223,11 +223,17 @@ func (m model) check(t *testing.T, x []Extent) {
 	clear(m.must)
 }
 
+func ioctl(f *os.File, request uint, arg *[3]uint64) error {
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), uintptr(request), uintptr(unsafe.Pointer(arg))); errno != 0 {
+		return fmt.Errorf("ioctl %#x of %v: %w", request, arg, errno)
+	}
+	return nil
+}
+
 func blockIoctl(t testing.TB, f *os.File, request uint, off, n int64) {
 	t.Helper()
-	arg := [2]uint64{uint64(off), uint64(n)}
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), uintptr(request), uintptr(unsafe.Pointer(&arg))); errno != 0 {
-		t.Fatalf("ioctl %#x of %d bytes at %d: %v", request, n, off, errno)
+	if err := ioctl(f, request, &[3]uint64{uint64(off), uint64(n)}); err != nil {
+		t.Fatal(err)
 	}
 }
 
