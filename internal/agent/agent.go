@@ -133,7 +133,7 @@ func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan
 	}
 	select {
 	case <-safe:
-		return kept(disks, plan.Snapshot)
+		return settle(disks, plan.Snapshot)
 	case <-ctx.Done():
 		return nil // it was not kept, or that was not heard: the next capture reads it again
 	}

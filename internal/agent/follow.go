@@ -111,8 +111,8 @@ func prove(disks []*disk) error {
 	return void
 }
 
-// kept tells the trackers that the snapshot is safe: what is written from its instant on counts for the next one.
-func kept(disks []*disk, snapshot string) error {
+// settle tells the trackers that the snapshot is safe: what is written from its instant on counts for the next one.
+func settle(disks []*disk, snapshot string) error {
 	var errs []error
 	for _, d := range disks {
 		if d.track != nil {

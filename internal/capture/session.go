@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -175,7 +176,10 @@ func (s *Session) read(ctx context.Context, plan wire.Plan, sink *Sink, report d
 		return Outcome{}, err
 	}
 	out, err := outcome(layout.Inventory, done, s.counted.n.Load())
-	if plan.Track {
+	if plan.Track && err == nil {
+		if len(done.Reasons) != len(sums) {
+			return Outcome{}, fmt.Errorf("end the capture: the agent gives %d reasons: %w", len(done.Reasons), wire.ErrGarbage)
+		}
 		for _, reason := range done.Reasons {
 			out.Reasons = append(out.Reasons, plain(reason))
 		}
@@ -378,11 +382,11 @@ func (r *receiver) settle() error {
 
 // agree compares what both sides have now.
 func (r *receiver) agree(done wire.Done) error {
-	if n := len(r.sums); len(done.Digests) != n || len(done.Sent) != n || len(done.Reasons) != n {
+	if n := len(r.sums); len(done.Digests) != n || slices.Contains(r.blind, true) && len(done.Sent) != n {
 		return fmt.Errorf("end the capture: the agent ends with %d disks: %w", len(done.Digests), wire.ErrGarbage)
 	}
 	for i, s := range r.sums {
-		if done.Sent[i] != r.came[i] || !r.blind[i] && !bytes.Equal(done.Digests[i], s.Digest()) {
+		if r.blind[i] && done.Sent[i] != r.came[i] || !r.blind[i] && !bytes.Equal(done.Digests[i], s.Digest()) {
 			return fmt.Errorf("end the capture: what arrived of disk %d is not what the agent read", i)
 		}
 	}

@@ -53,7 +53,7 @@ func (p *played) Contact(context.Context) (api.Contact, error) { return api.Cont
 func (p *played) Forget(context.Context) error                 { return nil }
 func (p *played) Close() error                                 { return nil }
 
-func (p *played) Capture(ctx context.Context, sink *Sink, report dr.Progress) (Outcome, error) {
+func (p *played) Capture(ctx context.Context, sink *Sink, report dr.Progress) error {
 	fromAgent, agentOut := io.Pipe()
 	agentIn, toAgent := io.Pipe()
 	go func() {
@@ -64,7 +64,7 @@ func (p *played) Capture(ctx context.Context, sink *Sink, report dr.Progress) (O
 	defer fromAgent.Close()
 	s, err := NewSession(fromAgent, toAgent)
 	if err != nil {
-		return Outcome{}, err
+		return err
 	}
 	return s.Capture(ctx, wire.Plan{}, sink, report)
 }

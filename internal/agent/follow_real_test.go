@@ -1,0 +1,136 @@
+package agent
+
+import (
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/musterdr/muster/internal/capture/linux/track"
+	"github.com/musterdr/muster/internal/capture/wire"
+	"github.com/musterdr/muster/internal/dr"
+)
+
+// chainOf is a volume captured again and again by agents that track it, each in a process of its own.
+type chainOf struct {
+	v     *volume
+	w     *writer
+	image []byte
+	sums  *wire.Sums
+	kept  []string // newest first
+	n     int
+}
+
+func newChain(t *testing.T, fstype string, size int64) *chainOf {
+	t.Helper()
+	if err := track.Supported(); err != nil {
+		t.Fatalf("this machine runs the real tests, so it tracks: %v", err)
+	}
+	v := newVolume(t, fstype, size)
+	t.Cleanup(func() {
+		if err := track.Remove(TrackDir); err != nil {
+			t.Error(err)
+		}
+	})
+	return &chainOf{v: v, w: v.write(t), image: make([]byte, size), sums: v.sums(t)}
+}
+
+// capture takes a snapshot and examines it. Without keep the appliance goes away before it says that the snapshot is safe.
+func (c *chainOf) capture(t *testing.T, keep bool) (wire.Disk, wire.Done) {
+	t.Helper()
+	agent := start(t)
+	c.n++
+	id, before := fmt.Sprintf("snap-%d", c.n), c.w.acked.Load()
+	plan := wire.Plan{Disks: []string{c.v.device}, FreezeLimit: 20 * time.Second, Track: true, Snapshot: id, Since: c.kept}
+	image := append([]byte(nil), c.image...)
+	disk := agent.follow(t, plan, c.sums)
+	_, done := agent.receive(t, image, c.sums)
+	after := c.w.acked.Load()
+	if done.Consistency != dr.FilesystemConsistent || len(done.Reasons) != 1 {
+		t.Errorf("done: %+v", done)
+	}
+	if keep {
+		if err := agent.w.Kept(); err != nil {
+			t.Fatal(err)
+		}
+		if err := agent.cmd.Wait(); err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
+		c.image, c.kept = image, append([]string{id}, c.kept...)
+	} else {
+		agent.in.Close()
+		_ = agent.cmd.Wait()
+		c.sums = c.v.sums(t) // what was received is thrown away, and nothing is compared with it
+	}
+	c.v.examine(t, image, before, after)
+	return disk, done
+}
+
+// follow begins a capture, blind where the agent knows what was written.
+func (c *child) follow(t *testing.T, plan wire.Plan, sums *wire.Sums) wire.Disk {
+	t.Helper()
+	if err := c.w.Message(wire.KindAskCapture, plan); err != nil {
+		t.Fatal(err)
+	}
+	var layout wire.Layout
+	c.hear(t, wire.KindLayout, &layout)
+	d := layout.Disks[0]
+	c.blind = d.Tracked
+	if err := c.w.Message(wire.KindKnown, wire.Known{BlockSize: sums.BlockSize, Seed: sums.Seed[:], Blind: d.Tracked}); err != nil {
+		t.Fatal(err)
+	}
+	if !d.Tracked {
+		if err := c.w.Sums(0, sums); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.w.Go(); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+func TestRealIncrementsReadOnlyWhatWasWrittenAndHoldAllOfIt(t *testing.T) {
+	real(t)
+	for _, fstype := range []string{"ext4", "xfs"} {
+		t.Run(fstype, func(t *testing.T) {
+			c := newChain(t, fstype, 400<<20)
+			if disk, done := c.capture(t, true); disk.Tracked || done.Reasons[0] == "" {
+				t.Errorf("the first capture: tracked %v, %q", disk.Tracked, done.Reasons)
+			}
+			var worst time.Duration
+			for n := range 20 {
+				c.w.await(t, 20)
+				keep := n%5 != 3 // now and then a snapshot is not kept: the next one holds what it would have held
+				disk, done := c.capture(t, keep)
+				if !disk.Tracked || done.Reasons[0] != "" || done.Read > 64<<20 {
+					t.Errorf("increment %d: tracked %v (%s), %q, %d MiB read", n, disk.Tracked, disk.Reason, done.Reasons[0], done.Read>>20)
+				}
+				worst = max(worst, done.Frozen)
+			}
+			t.Logf("20 increments, the longest freeze %s; the writer stood still for at most %s", worst, time.Duration(c.w.worst.Load()))
+		})
+	}
+}
+
+func TestRealWhatIsNotKnownIsComparedAsAWhole(t *testing.T) {
+	real(t)
+	c := newChain(t, "ext4", 200<<20)
+	c.capture(t, true)
+	if err := track.Remove(TrackDir); err != nil { // as a reboot does
+		t.Fatal(err)
+	}
+	c.w.await(t, 20)
+	if disk, done := c.capture(t, true); disk.Tracked || disk.Reason == "" || done.Reasons[0] == "" {
+		t.Errorf("after a reboot: %+v, %q", disk, done.Reasons)
+	}
+	c.w.await(t, 20)
+	if disk, done := c.capture(t, true); !disk.Tracked || done.Reasons[0] != "" {
+		t.Errorf("the next one: %+v, %q", disk, done.Reasons)
+	}
+	// The appliance builds on a snapshot of which the server knows nothing.
+	c.kept, c.sums = []string{"snap-of-another-time"}, c.v.sums(t)
+	c.w.await(t, 20)
+	if disk, _ := c.capture(t, true); disk.Tracked || disk.Reason == "" {
+		t.Errorf("on a foreign snapshot: %+v", disk)
+	}
+}
