@@ -88,14 +88,12 @@ func mark(l layout, words []uint64, first, last int64) {
 			words[base+n/64] |= 1 << (n % 64)
 		}
 	}
-	from, to := first, last
+	from, to := first, first-1 // that are marked as regions
 	if last-first >= 2*region {
 		from, to = (first+region-1)/region*region, (last+1)/region*region-1
 		for r := from / region; r <= to/region; r++ {
 			set(0, r)
 		}
-	} else {
-		to = from - 1
 	}
 	for g := first; g <= last; g++ {
 		if g < from || g > to {
