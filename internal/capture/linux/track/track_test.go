@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"math/rand/v2"
 	"os"
@@ -481,11 +482,11 @@ func FuzzDecodeRecord(f *testing.F) {
 				t.Fatalf("a map of %d words", l.words())
 			}
 		}
-		again := t.TempDir() + "/record.json"
-		if err := rec.write(again); err != nil {
+		again, err := json.Marshal(rec)
+		if err != nil {
 			t.Fatal(err)
 		}
-		if back, err := readRecord(again); err != nil || len(back.Disks) != len(rec.Disks) {
+		if back, err := decodeRecord(bytes.NewReader(again)); err != nil || !reflect.DeepEqual(back.Disks, rec.Disks) {
 			t.Fatalf("not the same when written: %v", err)
 		}
 	})
