@@ -72,7 +72,7 @@ demo-stop: ## end and remove what make demo KEEP=1 left running
 
 .PHONY: generate
 generate: ## what go generate makes
-	scripts/deps build
+	scripts/deps build generate
 	go generate ./...
 
 .PHONY: clean

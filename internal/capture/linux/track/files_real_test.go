@@ -3,6 +3,7 @@ package track
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -12,7 +13,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -170,7 +170,10 @@ func writers(ctx context.Context, dir string, wait *sync.WaitGroup, failed *atom
 		switch r.IntN(40) {
 		case 0:
 			arg := [3]uint64{0, ^uint64(0), 0}
-			return ioctl(f, fiTrim, &arg)
+			if err := ioctl(f, fiTrim, &arg); !errors.Is(err, unix.EOPNOTSUPP) {
+				return err
+			}
+			return nil
 		case 1:
 			return f.Sync()
 		case 2, 3, 4:
@@ -228,7 +231,8 @@ func TestACopyThatFollowsTheTakesIsTheDisk(t *testing.T) {
 			unknown(t, err, FirstContact)
 			copied := pages(size)
 			read(t, f, copied, 0)
-			for snapshot := range 4 {
+			provedOnes := 0
+			for snapshot := range 12 {
 				var sent int64
 				for range 5 {
 					x := take(t, d)
@@ -239,9 +243,17 @@ func TestACopyThatFollowsTheTakesIsTheDisk(t *testing.T) {
 					x := take(t, d)
 					sent += total(x)
 					replica(t, f, copied, x)
-					proved(t, d)
-					if now := content(t, disk); !bytes.Equal(now, copied) {
-						t.Fatalf("snapshot %d: the copy differs from byte %d on", snapshot, outside(now, copied, nil))
+					err := d.Prove()
+					now := content(t, disk)
+					if err != nil {
+						// Some kernels do not run programs in every interrupt. Then not knowing is right, and all is read.
+						unknown(t, err, Unbalanced)
+						t.Logf("snapshot %d: %v (it differs from byte %d on)", snapshot, err, outside(now, copied, nil))
+						copy(copied, now)
+						return
+					}
+					if provedOnes++; !bytes.Equal(now, copied) {
+						t.Fatalf("snapshot %d: it was proved, and the copy differs from byte %d on", snapshot, outside(now, copied, nil))
 					}
 				})
 				kept(t, d, fmt.Sprint(snapshot))
@@ -249,7 +261,12 @@ func TestACopyThatFollowsTheTakesIsTheDisk(t *testing.T) {
 				if sent == 0 {
 					t.Error("nothing was written meanwhile: this proves nothing")
 				}
-				time.Sleep(200 * time.Millisecond) // let them write
+				if provedOnes == 4 {
+					break
+				}
+			}
+			if provedOnes < 3 {
+				t.Errorf("only %d of 12 snapshots could be proved", provedOnes)
 			}
 			stop()
 		})

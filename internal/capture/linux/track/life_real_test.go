@@ -388,8 +388,11 @@ func TestABioBasedDiskIsTracked(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.WriteFile("/sys/block/zram0/reset", []byte("1"), 0) })
+	if err := os.WriteFile("/sys/block/zram0/queue/iostats", []byte("1"), 0); err != nil { // zram does not count unless asked to
+		t.Fatal(err)
+	}
 	d := begun(t, place(t), false, disk).Disk(disk)
-	if !d.rec.Device.Bios {
+	if d.rec == nil || !d.rec.Device.Bios {
 		t.Fatal("zram is not bio-based here")
 	}
 	acquainted(t, d)
