@@ -278,46 +278,48 @@ func TestLittleMoreIsTakenThanWhatChanged(t *testing.T) {
 	real(t)
 	for _, mkfs := range [][]string{{"mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0"}, {"mkfs.xfs", "-q"}} {
 		t.Run(mkfs[0], func(t *testing.T) {
-			disk := loop(t, filepath.Join(memory(t), "disk"), 600<<20)
-			dir := mounted(t, "/dev/"+disk, mkfs...)
-			for i := range 400 {
-				if err := os.WriteFile(fmt.Sprintf("%s/%d", dir, i), bytes.Repeat([]byte{1}, 1<<20), 0o600); err != nil {
-					t.Fatal(err)
+			again(t, func() {
+				disk := loop(t, filepath.Join(memory(t), "disk"), 600<<20)
+				dir := mounted(t, "/dev/"+disk, mkfs...)
+				for i := range 400 {
+					if err := os.WriteFile(fmt.Sprintf("%s/%d", dir, i), bytes.Repeat([]byte{1}, 1<<20), 0o600); err != nil {
+						t.Fatal(err)
+					}
 				}
-			}
-			tr := begun(t, place(t), false, disk)
-			d := tr.Disk(disk)
-			_, err := d.Take()
-			unknown(t, err, FirstContact)
-			var before []byte
-			still(t, dir, func() { take(t, d); proved(t, d); before = content(t, disk) })
-			kept(t, d, "")
-			for i := 0; i < 400; i += 10 {
-				f, err := os.OpenFile(fmt.Sprintf("%s/%d", dir, i), os.O_WRONLY, 0)
-				if err != nil {
-					t.Fatal(err)
+				tr := begun(t, place(t), false, disk)
+				d := tr.Disk(disk)
+				_, err := d.Take()
+				unknown(t, err, FirstContact)
+				var before []byte
+				still(t, dir, func() { take(t, d); proved(t, d); before = content(t, disk) })
+				kept(t, d, "")
+				for i := 0; i < 400; i += 10 {
+					f, err := os.OpenFile(fmt.Sprintf("%s/%d", dir, i), os.O_WRONLY, 0)
+					if err != nil {
+						t.Fatal(err)
+					}
+					if _, err := f.WriteAt(bytes.Repeat([]byte{2}, 1<<19), 1<<18); err != nil {
+						t.Fatal(err)
+					}
+					f.Close()
 				}
-				if _, err := f.WriteAt(bytes.Repeat([]byte{2}, 1<<19), 1<<18); err != nil {
-					t.Fatal(err)
+				var x []Extent
+				var after []byte
+				still(t, dir, func() { x = take(t, d); proved(t, d); after = content(t, disk) })
+				if at := outside(before, after, x); at >= 0 {
+					t.Fatalf("byte %d changed and is not in the extents", at)
 				}
-				f.Close()
-			}
-			var x []Extent
-			var after []byte
-			still(t, dir, func() { x = take(t, d); proved(t, d); after = content(t, disk) })
-			if at := outside(before, after, x); at >= 0 {
-				t.Fatalf("byte %d changed and is not in the extents", at)
-			}
-			var changed int64
-			for at := 0; at < len(before); at += minGranule {
-				if end := min(at+minGranule, len(before)); !bytes.Equal(before[at:end], after[at:end]) {
-					changed += int64(end - at)
+				var changed int64
+				for at := 0; at < len(before); at += minGranule {
+					if end := min(at+minGranule, len(before)); !bytes.Equal(before[at:end], after[at:end]) {
+						changed += int64(end - at)
+					}
 				}
-			}
-			t.Logf("taken %d KiB in %d extents, changed %d KiB: %.3f", total(x)>>10, len(x), changed>>10, float64(total(x))/float64(changed))
-			if changed < 20<<20 || float64(total(x)) > 1.2*float64(changed) {
-				t.Error("too much was taken")
-			}
+				t.Logf("taken %d KiB in %d extents, changed %d KiB: %.3f", total(x)>>10, len(x), changed>>10, float64(total(x))/float64(changed))
+				if changed < 20<<20 || float64(total(x)) > 1.2*float64(changed) {
+					t.Error("too much was taken")
+				}
+			})
 		})
 	}
 }
@@ -325,42 +327,44 @@ func TestLittleMoreIsTakenThanWhatChanged(t *testing.T) {
 // A file system in a file on a tracked disk: its writes reach the disk through the file system below.
 func TestALoopOnATrackedDiskIsSeenThroughIt(t *testing.T) {
 	real(t)
-	const size = 400 << 20
-	disk := loop(t, filepath.Join(memory(t), "disk"), size)
-	outer := mounted(t, "/dev/"+disk, "mkfs.ext4", "-q")
-	inner := loop(t, filepath.Join(outer, "inner"), 100<<20)
-	dir := mounted(t, "/dev/"+inner, "mkfs.ext4", "-q")
-	tr := begun(t, place(t), false, disk, inner)
-	both := []*Disk{tr.Disk(disk), tr.Disk(inner)}
-	before := make([][]byte, 2)
-	for round := range 4 {
-		name := filepath.Join(dir, fmt.Sprint(round))
-		if err := os.WriteFile(name, bytes.Repeat([]byte{byte(round), 7}, 1<<20), 0o600); err != nil {
-			t.Fatal(err)
-		}
-		still(t, dir, func() {
-			still(t, outer, func() {
-				for i, d := range both {
-					x, err := d.Take()
-					now := content(t, d.name)
-					if round == 0 {
-						unknown(t, err, FirstContact)
-					} else if err != nil {
-						t.Fatal(err)
-					} else if at := outside(before[i], now, x); at >= 0 {
-						t.Fatalf("round %d, %s: byte %d changed and is not in the extents", round, d.name, at)
-					} else if n := total(x); n < 2<<20 || n > 40<<20 {
-						t.Errorf("round %d, %s: %d KiB were taken for 2 MiB written", round, d.name, n>>10)
+	again(t, func() {
+		const size = 400 << 20
+		disk := loop(t, filepath.Join(memory(t), "disk"), size)
+		outer := mounted(t, "/dev/"+disk, "mkfs.ext4", "-q")
+		inner := loop(t, filepath.Join(outer, "inner"), 100<<20)
+		dir := mounted(t, "/dev/"+inner, "mkfs.ext4", "-q")
+		tr := begun(t, place(t), false, disk, inner)
+		both := []*Disk{tr.Disk(disk), tr.Disk(inner)}
+		before := make([][]byte, 2)
+		for round := range 4 {
+			name := filepath.Join(dir, fmt.Sprint(round))
+			if err := os.WriteFile(name, bytes.Repeat([]byte{byte(round), 7}, 1<<20), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			still(t, dir, func() {
+				still(t, outer, func() {
+					for i, d := range both {
+						x, err := d.Take()
+						now := content(t, d.name)
+						if round == 0 {
+							unknown(t, err, FirstContact)
+						} else if err != nil {
+							t.Fatal(err)
+						} else if at := outside(before[i], now, x); at >= 0 {
+							t.Fatalf("round %d, %s: byte %d changed and is not in the extents", round, d.name, at)
+						} else if n := total(x); n < 2<<20 || n > 40<<20 {
+							t.Errorf("round %d, %s: %d KiB were taken for 2 MiB written", round, d.name, n>>10)
+						}
+						before[i] = now
+						if round > 0 {
+							proved(t, d)
+						}
 					}
-					before[i] = now
-					if round > 0 {
-						proved(t, d)
-					}
-				}
+				})
 			})
-		})
-		for _, d := range both {
-			kept(t, d, "")
+			for _, d := range both {
+				kept(t, d, "")
+			}
 		}
-	}
+	})
 }

@@ -96,9 +96,42 @@ func take(t testing.TB, d *Disk) []Extent {
 	return x
 }
 
+// unseen is the panic of a test under which the kernel left out writes; see again.
+type unseen struct{ error }
+
+// again begins a test anew under which the kernel did not run the programs for every write, which some kernels do not in
+// some interrupts. That the tracker says so is what it promises; the test has to be made in another moment.
+func again(t testing.TB, test func()) {
+	t.Helper()
+	for range 5 {
+		err := func() (err error) {
+			defer func() {
+				switch p := recover().(type) {
+				case nil:
+				case unseen:
+					err = p
+				default:
+					panic(p)
+				}
+			}()
+			test()
+			return nil
+		}()
+		if err == nil || t.Failed() {
+			return
+		}
+		t.Logf("once more: %v", err)
+	}
+	t.Error("the kernel left out writes five times: nothing was proved")
+}
+
 func proved(t testing.TB, d *Disk) {
 	t.Helper()
-	if err := d.Prove(); err != nil {
+	err := d.Prove()
+	if u := (*Unknown)(nil); errors.As(err, &u) && u.Reason == Unbalanced {
+		panic(unseen{err})
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 }
@@ -246,77 +279,81 @@ func TestExactlyTheGranulesThatWereWrittenAreTaken(t *testing.T) {
 	real(t)
 	for _, byteMode := range []bool{false, true} {
 		t.Run(fmt.Sprintf("bytes=%v", byteMode), func(t *testing.T) {
-			const size = 200<<20 + 4096 // the last granule is a part of one
-			disk := loop(t, filepath.Join(memory(t), "disk"), size)
-			tr := begun(t, place(t), byteMode, disk)
-			d := tr.Disk(disk)
-			acquainted(t, d)
-			f, err := os.OpenFile("/dev/"+disk, os.O_RDWR|unix.O_DIRECT, 0)
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer f.Close()
-			seed := uint64(os.Getpid())
-			t.Logf("seed %d", seed)
-			random := rand.New(rand.NewPCG(seed, 1))
-			m := model{layout: newLayout(size, byteMode), must: map[int64]bool{}}
-			buf := pages(4 << 20)
-			before := content(t, disk)
-			for round := range 40 {
-				for range 1 + random.IntN(30) {
-					limit := int64(1) << (12 + random.IntN(11)) // to 4 MiB
-					n := min(4096*(1+random.Int64N(limit/4096)), size)
-					if random.IntN(8) == 0 {
-						n = min(n*64, size)
-					}
-					off := 4096 * random.Int64N((size-n)/4096+1)
-					if random.IntN(8) == 0 {
-						off = size - n
-					}
-					switch {
-					case n > 4<<20 || random.IntN(6) == 0:
-						blockIoctl(t, f, []uint{blkDiscard, blkZeroOut}[random.IntN(2)], off, n)
-					default:
-						for i := 0; i < int(n); i += 512 {
-							buf[i] = byte(random.Uint32())
-						}
-						if _, err := f.WriteAt(buf[:n], off); err != nil {
-							t.Fatal(err)
-						}
-					}
-					m.wrote(off, n)
+			again(t, func() {
+				const size = 200<<20 + 4096 // the last granule is a part of one
+				disk := loop(t, filepath.Join(memory(t), "disk"), size)
+				tr := begun(t, place(t), byteMode, disk)
+				d := tr.Disk(disk)
+				acquainted(t, d)
+				f, err := os.OpenFile("/dev/"+disk, os.O_RDWR|unix.O_DIRECT, 0)
+				if err != nil {
+					t.Fatal(err)
 				}
-				x := take(t, d)
-				m.check(t, x)
-				proved(t, d)
-				after := content(t, disk)
-				if at := outside(before, after, x); at >= 0 {
-					t.Fatalf("byte %d changed and is not in the extents", at)
+				defer f.Close()
+				seed := uint64(os.Getpid())
+				t.Logf("seed %d", seed)
+				random := rand.New(rand.NewPCG(seed, 1))
+				m := model{layout: newLayout(size, byteMode), must: map[int64]bool{}}
+				buf := pages(4 << 20)
+				before := content(t, disk)
+				for round := range 40 {
+					for range 1 + random.IntN(30) {
+						limit := int64(1) << (12 + random.IntN(11)) // to 4 MiB
+						n := min(4096*(1+random.Int64N(limit/4096)), size)
+						if random.IntN(8) == 0 {
+							n = min(n*64, size)
+						}
+						off := 4096 * random.Int64N((size-n)/4096+1)
+						if random.IntN(8) == 0 {
+							off = size - n
+						}
+						switch {
+						case n > 4<<20 || random.IntN(6) == 0:
+							blockIoctl(t, f, []uint{blkDiscard, blkZeroOut}[random.IntN(2)], off, n)
+						default:
+							for i := 0; i < int(n); i += 512 {
+								buf[i] = byte(random.Uint32())
+							}
+							if _, err := f.WriteAt(buf[:n], off); err != nil {
+								t.Fatal(err)
+							}
+						}
+						m.wrote(off, n)
+					}
+					x := take(t, d)
+					m.check(t, x)
+					proved(t, d)
+					after := content(t, disk)
+					if at := outside(before, after, x); at >= 0 {
+						t.Fatalf("byte %d changed and is not in the extents", at)
+					}
+					before = after
+					kept(t, d, strconv.Itoa(round))
 				}
-				before = after
-				kept(t, d, strconv.Itoa(round))
-			}
+			})
 		})
 	}
 }
 
 func TestOneOperationOverTheWholeDiskMarksTheWholeDisk(t *testing.T) {
 	real(t)
-	const size = 6 << 30 // more than one request can be
-	disk := loop(t, filepath.Join(memory(t), "disk"), size)
-	d := begun(t, place(t), false, disk).Disk(disk)
-	acquainted(t, d)
-	f, err := os.OpenFile("/dev/"+disk, os.O_RDWR, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	for _, at := range []Extent{{0, size}, {16384 * 3, size - 16384*5}, {5 << 20, 4<<30 - 16384}} {
-		blockIoctl(t, f, blkDiscard, at.Offset, at.Length)
-		if x := take(t, d); !slices.Equal(x, []Extent{at}) {
-			t.Fatalf("a discard of %+v gave %+v", at, x)
+	again(t, func() {
+		const size = 6 << 30 // more than one request can be
+		disk := loop(t, filepath.Join(memory(t), "disk"), size)
+		d := begun(t, place(t), false, disk).Disk(disk)
+		acquainted(t, d)
+		f, err := os.OpenFile("/dev/"+disk, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
 		}
-		proved(t, d)
-		kept(t, d, "")
-	}
+		defer f.Close()
+		for _, at := range []Extent{{0, size}, {16384 * 3, size - 16384*5}, {5 << 20, 4<<30 - 16384}} {
+			blockIoctl(t, f, blkDiscard, at.Offset, at.Length)
+			if x := take(t, d); !slices.Equal(x, []Extent{at}) {
+				t.Fatalf("a discard of %+v gave %+v", at, x)
+			}
+			proved(t, d)
+			kept(t, d, "")
+		}
+	})
 }
