@@ -18,7 +18,7 @@ const (
 	checksAtOnce = 8                      // the customer's
 	checkGrace   = 20 * time.Second       // beyond a check's own limit, for its answer to arrive
 	samples      = 3                      // alike, of a machine that is stable
-	briefEvery   = 300 * time.Millisecond // between samples of one that is not
+	briefEvery   = 700 * time.Millisecond // between samples of one that is not
 )
 
 // Attend waits until a machine that runs is booted and stable, compares it with the baseline, and asks the customer's

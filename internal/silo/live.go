@@ -103,12 +103,6 @@ func (s *Silo) liveLayers(ctx context.Context, task api.InvokeTask) ([]vm.Disk, 
 	if err != nil {
 		return nil, err
 	}
-	// qemu-img opens the whole chain below a new layer by the names that are written in the layers.
-	_, _, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
-	if err != nil {
-		return nil, err
-	}
-	defer release()
 	dir := s.liveDir(task.ID)
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make folder for live layers: %w", err)

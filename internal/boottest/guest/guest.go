@@ -45,7 +45,8 @@ type Agent struct {
 	Try     func(ctx context.Context, c dr.Check) dr.CheckResult // nil: Check
 
 	once  sync.Once
-	id    string       // see probe.Hello.Agent
+	id    string // see probe.Hello.Agent
+	brief memo
 	asked atomic.Int64 // when it was asked something last, Unix nanoseconds
 }
 
@@ -110,6 +111,39 @@ func (a *Agent) announce(ctx context.Context, out *mouth) {
 	}
 }
 
+// memo is the last brief status of a machine that was starting. Looking costs the machine some of its processors, and just
+// then it needs them: the better part of the time between two looks belongs to the machine.
+type memo struct {
+	mu    sync.Mutex
+	last  *probe.Status
+	until time.Time
+}
+
+// Limits of a memo.
+const (
+	memoShare = 8 // times what looking took
+	memoLimit = 3 * time.Second
+)
+
+func (m *memo) status(ctx context.Context, look func(context.Context, bool) probe.Status, brief bool) probe.Status {
+	if !brief {
+		return look(ctx, false)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.last != nil && time.Now().Before(m.until) {
+		again := *m.last
+		again.Uptime, again.Now = uptime(), time.Now()
+		return again
+	}
+	began := time.Now()
+	now := look(ctx, true)
+	if m.last = nil; now.Jobs > 0 || now.InitState == "starting" || now.InitState == "initializing" {
+		m.last, m.until = &now, time.Now().Add(min(memoLimit, memoShare*time.Since(began)))
+	}
+	return now
+}
+
 // reply answers one question.
 func (a *Agent) reply(ctx context.Context, out *mouth, ask probe.Ask) {
 	answer := probe.Answer{Answer: ask.Ask, Challenge: ask.Challenge, ID: ask.ID}
@@ -128,7 +162,7 @@ func (a *Agent) reply(ctx context.Context, out *mouth, ask probe.Ask) {
 			look = a.Look
 		}
 		limited, cancel := context.WithTimeout(ctx, statusLimit)
-		status := look(limited, ask.Brief)
+		status := a.brief.status(limited, look, ask.Brief)
 		cancel()
 		answer.Status = &status
 	case probe.AskCheck:

@@ -19,6 +19,7 @@ import (
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -214,6 +215,34 @@ not json
 			t.Errorf("%q: %q", record, line)
 		}
 	}
+}
+
+func TestAMachineThatStartsIsNotLookedAtMoreThanItCanBear(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		looks, state := 0, "starting"
+		look := func(context.Context, bool) probe.Status {
+			looks++
+			time.Sleep(200 * time.Millisecond)
+			return probe.Status{InitState: state}
+		}
+		var m memo
+		ask := func(brief bool, want int) {
+			t.Helper()
+			if s := m.status(t.Context(), look, brief); looks != want || s.InitState == "" {
+				t.Errorf("%d looks, want %d; %+v", looks, want, s)
+			}
+		}
+		ask(true, 1)
+		ask(true, 1)
+		ask(false, 2) // everything is asked for: nothing is remembered
+		time.Sleep(time.Second)
+		ask(true, 2)
+		time.Sleep(time.Second)
+		state = "running"
+		ask(true, 3)
+		ask(true, 4) // of a machine that is up every look counts
+	})
 }
 
 func TestStatusOfThisMachineFitsALine(t *testing.T) {
