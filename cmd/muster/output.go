@@ -113,6 +113,9 @@ func printRecord(w io.Writer, r dr.Record) {
 		pass += ": " + tame(s.Pass.Reason)
 	}
 	fmt.Fprintf(w, "pass         %s\n", pass)
+	for _, note := range s.Notes {
+		fmt.Fprintf(w, "note         %s\n", tame(note))
+	}
 	fmt.Fprintf(w, "disks        %d, %s in all\n", len(s.Disks), size(s.Size()))
 	st := s.Stats
 	fmt.Fprintf(w, "bytes        read %s, changed %s, sent %s, new %s, stored %s\n", size(st.Read), size(st.Changed), size(st.Sent), size(st.New), size(st.Stored))

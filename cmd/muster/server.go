@@ -259,6 +259,9 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "server       %s (%s)\n", s.Server.Name, s.Server.ID)
 	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
+	if ssh := s.Server.Source.SSH; ssh != nil {
+		fmt.Fprintf(out, "read         %s\n", howRead(*ssh, s.Newest))
+	}
 	fmt.Fprintf(out, "schedule     every %s, next %s\n", span(s.Server.Schedule.Every), ago(s.Due))
 	if o := s.Server.Objectives; o.RTO > 0 || o.RPO > 0 {
 		fmt.Fprintf(out, "promised     RTO %s, RPO %s\n", span(o.RTO), span(o.RPO))
@@ -283,6 +286,19 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 		fmt.Fprintln(out, "\nNewest:")
 		printRecord(out, *s.Newest)
 	}
+}
+
+// howRead says which way of capturing is in use, and why no better one.
+func howRead(ssh dr.SSHSource, newest *dr.Record) string {
+	switch {
+	case !ssh.Resident:
+		return "every disk in full, twice; 'muster server set NAME --resident' has its kernel note what is written"
+	case newest == nil || newest.Snapshot.Pass.Kind == dr.PassFull:
+		return "its kernel notes what is written; the first snapshot is a full one"
+	case newest.Snapshot.Pass.Kind == dr.PassTracked:
+		return "only what was written, which its kernel notes"
+	}
+	return "compared as a whole the last time: " + tame(newest.Snapshot.Pass.Reason)
 }
 
 func serverSetCommand() *cobra.Command {
