@@ -64,7 +64,7 @@ func run(args []string) error {
 		}
 		return out.Encode(inventory)
 	case "forget":
-		return track.Remove(agent.TrackDir)
+		return track.Remove(agent.DefaultTrackDir)
 	case "version":
 		fmt.Println(version)
 		return nil
@@ -81,7 +81,7 @@ func serve() error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer stop()
 	signal.Ignore(syscall.SIGPIPE)
-	a := agent.Agent{Version: version, Watchdog: []string{"/proc/self/exe", "watchdog"}}
+	a := agent.Agent{Version: version, Watchdog: []string{"/proc/self/exe", "watchdog"}, TrackDir: agent.DefaultTrackDir}
 	return a.Serve(ctx, os.Stdin, os.Stdout)
 }
 

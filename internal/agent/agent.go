@@ -30,6 +30,7 @@ import (
 type Agent struct {
 	Version  string
 	Watchdog []string // program and arguments that run linux.Watchdog; the number of file systems is added
+	TrackDir string   // the tracker's folder
 }
 
 // unwindLimit is how long a capture may take to thaw and let go after its appliance is gone.
@@ -97,7 +98,7 @@ func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan
 	for i, d := range opened {
 		disks = append(disks, newDisk(i, d, len(opened)))
 	}
-	stop, err := follow(plan, disks)
+	stop, err := follow(a.TrackDir, plan, disks)
 	if err != nil {
 		return err
 	}

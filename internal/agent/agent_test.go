@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 	}
 	switch {
 	case len(os.Args) == 2 && os.Args[1] == "serve":
-		a := Agent{Version: "test", Watchdog: []string{"/proc/self/exe", "watchdog"}}
+		a := Agent{Version: "test", Watchdog: []string{"/proc/self/exe", "watchdog"}, TrackDir: os.Getenv("MUSTER_TEST_TRACK")}
 		if err := a.Serve(context.Background(), os.Stdin, os.Stdout); err != nil {
 			os.Exit(1)
 		}
@@ -60,6 +60,8 @@ func start(t *testing.T) *child {
 		t.Fatal(err)
 	}
 	c := &child{cmd: exec.Command(self, "serve"), announced: make(chan struct{})}
+	// A folder of the test's own: every agent that tracks nothing ends what others track.
+	c.cmd.Env = append(os.Environ(), "MUSTER_TEST_TRACK="+trackDir())
 	c.cmd.Stderr = os.Stderr
 	if c.in, err = c.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)

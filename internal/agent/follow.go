@@ -10,16 +10,16 @@ import (
 	"github.com/musterdr/muster/internal/capture/wire"
 )
 
-// TrackDir is where the tracker lives on a server: in memory, because it must not outlive the boot.
-const TrackDir = "/run/muster-agent/track"
+// DefaultTrackDir is where the tracker lives on a server: in memory, because it must not outlive the boot.
+const DefaultTrackDir = "/run/muster-agent/track"
 
 // follow gives every disk its tracker, if the appliance wants one, and where the disk was written to since a snapshot whose
 // content the appliance has. That a disk cannot be tracked is no error: it says why, and is compared.
-func follow(plan wire.Plan, disks []*disk) (stop func(), err error) {
+func follow(dir string, plan wire.Plan, disks []*disk) (stop func(), err error) {
 	stop = func() {}
 	if !plan.Track {
 		// A capture that is running and tracks, or a kernel without eBPF, is no reason not to capture.
-		_ = track.Remove(TrackDir)
+		_ = track.Remove(dir)
 		return stop, nil
 	}
 	var names []string
@@ -30,7 +30,7 @@ func follow(plan wire.Plan, disks []*disk) (stop func(), err error) {
 			d.reason = "it is a file: only the writes to disks are tracked"
 		}
 	}
-	tracker, err := track.Start(TrackDir, names)
+	tracker, err := track.Start(dir, names)
 	if err != nil {
 		if errors.Is(err, track.ErrBusy) {
 			return stop, fmt.Errorf("start tracking: %w: another capture of this server is running", err)
@@ -141,6 +141,27 @@ func (p *pieces) at(n int64) (off, length int64, ok bool) {
 		return 0, 0, false
 	}
 	return p.ranges[n].Offset, p.ranges[n].Length, true
+}
+
+// used is everything but what file systems say is free. It may be left out only where it is noted what is written from now
+// on: what is free now may be in use before the capture ends.
+func (d *disk) used() pieces {
+	free, err := linux.Free(d.Kernel)
+	if err != nil || len(free) == 0 {
+		return everything(d.Size)
+	}
+	var used []track.Extent
+	at := int64(0)
+	for _, f := range free {
+		if f.Offset > at {
+			used = append(used, track.Extent{Offset: at, Length: f.Offset - at})
+		}
+		at = max(at, f.Offset+f.Length)
+	}
+	if at < d.Size {
+		used = append(used, track.Extent{Offset: at, Length: d.Size - at})
+	}
+	return only(used, int64(d.block), d.Size)
 }
 
 // only makes pieces of the blocks that extents touch, each once.

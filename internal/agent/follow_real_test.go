@@ -1,15 +1,27 @@
 package agent
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/linux/track"
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
 )
+
+// trackDir is where the agents of these tests have their tracker.
+func trackDir() string {
+	return filepath.Join(os.TempDir(), "muster-track-"+strconv.Itoa(os.Getpid()))
+}
 
 // chainOf is a volume captured again and again by agents that track it, each in a process of its own.
 type chainOf struct {
@@ -28,7 +40,7 @@ func newChain(t *testing.T, fstype string, size int64) *chainOf {
 	}
 	v := newVolume(t, fstype, size)
 	t.Cleanup(func() {
-		if err := track.Remove(TrackDir); err != nil {
+		if err := track.Remove(trackDir()); err != nil {
 			t.Error(err)
 		}
 	})
@@ -125,7 +137,7 @@ func TestRealWhatIsNotKnownIsComparedAsAWhole(t *testing.T) {
 	real(t)
 	c := newChain(t, "ext4", 200<<20)
 	c.capture(t, true)
-	if err := track.Remove(TrackDir); err != nil { // as a reboot does
+	if err := track.Remove(trackDir()); err != nil { // as a reboot does
 		t.Fatal(err)
 	}
 	c.w.await(t, 20)
@@ -141,5 +153,69 @@ func TestRealWhatIsNotKnownIsComparedAsAWhole(t *testing.T) {
 	c.w.await(t, 20)
 	if disk, _ := c.capture(t, true); disk.Tracked || disk.Reason == "" {
 		t.Errorf("on a foreign snapshot: %+v", disk)
+	}
+}
+
+// What is free may be anything: garbage there changes nothing that the file system holds.
+func TestRealWhatIsFreeHoldsNothing(t *testing.T) {
+	real(t)
+	for _, fstype := range []string{"ext4", "xfs"} {
+		t.Run(fstype, func(t *testing.T) {
+			v := newVolume(t, fstype, 400<<20)
+			want := map[string][]byte{}
+			random := rand.New(rand.NewPCG(1, 2))
+			for i := range 200 {
+				name, data := fmt.Sprintf("dir-%d/file-%d", i%7, i), make([]byte, random.IntN(600<<10))
+				for j := range data {
+					data[j] = byte(random.Uint32())
+				}
+				path := filepath.Join(v.mount, name)
+				if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, data, 0o644)); err != nil {
+					t.Fatal(err)
+				}
+				if want[name] = data; i%3 == 0 { // what was there and is gone
+					if err := os.Remove(path); err != nil {
+						t.Fatal(err)
+					}
+					delete(want, name)
+				}
+			}
+			command(t, "sync", "-f", v.mount)
+			free, err := linux.Free(filepath.Base(v.device))
+			if err != nil {
+				t.Fatal(err)
+			}
+			command(t, "fsfreeze", "-f", v.mount)
+			image, err := os.ReadFile(v.device)
+			command(t, "fsfreeze", "-u", v.mount)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var total int64
+			for _, f := range free {
+				total += f.Length
+				copy(image[f.Offset:f.Offset+f.Length], bytes.Repeat([]byte("garbage."), int(f.Length)/8))
+			}
+			if total < 200<<20 {
+				t.Errorf("only %d MiB of %d are free, in %d pieces", total>>20, v.size>>20, len(free))
+			}
+			file, at := filepath.Join(t.TempDir(), "image"), filepath.Join(t.TempDir(), "mnt")
+			if err := errors.Join(os.WriteFile(file, image, 0o600), os.Mkdir(at, 0o755)); err != nil {
+				t.Fatal(err)
+			}
+			options := "loop"
+			if fstype == "xfs" {
+				options += ",nouuid"
+			} else {
+				command(t, "e2fsck", "-fn", file)
+			}
+			command(t, "mount", "-o", options, file, at)
+			defer command(t, "umount", at)
+			for name, data := range want {
+				if got, err := os.ReadFile(filepath.Join(at, name)); err != nil || !bytes.Equal(got, data) {
+					t.Errorf("%s is not what was written: %v", name, err)
+				}
+			}
+		})
 	}
 }

@@ -108,8 +108,11 @@ func (r *run) total() (n int64) {
 func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 	p := &pass{w: r.w, into: into, start: time.Now()}
 	for _, d := range r.disks {
-		if d.now = everything(d.Size); d.track != nil && !d.whole {
+		switch d.now = everything(d.Size); {
+		case d.track != nil && !d.whole:
 			d.now = only(d.todo, int64(d.block), d.Size)
+		case d.track != nil:
+			d.now = d.used()
 		}
 		d.whole, d.todo = false, nil
 		p.total += d.now.total
@@ -147,6 +150,7 @@ func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 func (d *disk) again() {
 	if d.now.size > 0 {
 		d.whole = true
+		return
 	}
 	d.todo = append(d.todo, d.now.ranges...)
 }
