@@ -98,7 +98,7 @@ func (b *bench) newBusy(ctx context.Context, fstype string, files int) (w *busy,
 			err = errors.Join(err, w.close())
 		}
 	}()
-	if w.dir, err = b.fresh("busy"); err != nil {
+	if w.dir, err = b.fresh("busy-" + fstype + fmt.Sprint(files)); err != nil {
 		return w, err
 	}
 	w.undo = append(w.undo, func() error { return os.RemoveAll(w.dir) })
@@ -121,7 +121,7 @@ func (b *bench) newBusy(ctx context.Context, fstype string, files int) (w *busy,
 		return w, fmt.Errorf("mount: %w", err)
 	}
 	w.undo = append(w.undo, func() error { return unix.Unmount(w.mount, unix.MNT_DETACH) })
-	st, _, err := b.newStore(ctx, "busy-store")
+	st, _, err := b.newStore(ctx, "busy-store-"+fstype+fmt.Sprint(files))
 	if err != nil {
 		return w, err
 	}

@@ -10,7 +10,7 @@ import (
 // Limits of what a frozen pass may put aside, in bytes.
 const (
 	minHold = 16 << 20
-	maxHold = 256 << 20
+	maxHold = 64 << 20
 )
 
 // hold is memory taken before the freeze, into which a frozen pass puts what differs. What has no more room is sent at once.
