@@ -526,7 +526,7 @@ func TestAServiceThatStartsLateIsWaitedForAndOneThatFailedIsNot(t *testing.T) {
 		switch {
 		case n < 5:
 			s.InitState, s.Jobs, s.Listening = "starting", 5-n, nil
-		case n < 200: // a minute in which PostgreSQL replays its log
+		case n < int(time.Minute/briefEvery): // a minute in which PostgreSQL replays its log
 			s.Listening = s.Listening[:2]
 		}
 		return s
