@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"runtime/debug"
 	"strconv"
 	"strings"
@@ -64,7 +65,11 @@ func run(args []string) error {
 		}
 		return out.Encode(inventory)
 	case "forget":
-		return track.Remove(agent.DefaultTrackDir)
+		if err := track.Remove(agent.DefaultTrackDir); err != nil {
+			return err
+		}
+		_ = os.Remove(filepath.Dir(agent.DefaultTrackDir)) // unless somebody put something there
+		return nil
 	case "version":
 		fmt.Println(version)
 		return nil

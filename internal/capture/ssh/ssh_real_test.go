@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -15,6 +16,7 @@ import (
 
 	"golang.org/x/crypto/ssh"
 
+	"github.com/musterdr/muster/internal/agent"
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture"
 	"github.com/musterdr/muster/internal/dr"
@@ -151,5 +153,32 @@ func TestRealServerIsCapturedThroughItsOwnSSH(t *testing.T) {
 	write("later", 1<<10)
 	if left, err := os.ReadDir(cache); err != nil || len(left) != 1 {
 		t.Errorf("left on the server: %v, %v", left, err)
+	}
+
+	// With what is written noted in its kernel the next one compares, and the one after it reads only that.
+	source.Resident = true
+	third := capture1(second.ID)
+	if third.Pass.Kind != dr.PassCompare || third.Pass.Reason == "" {
+		t.Errorf("third: pass %+v", third.Pass)
+	}
+	write("tracked", 1<<20)
+	fourth := capture1(third.ID)
+	// Some kernels leave out writes; then everything is compared, and that is said.
+	if fourth.Pass.Kind != dr.PassTracked && !strings.Contains(fourth.Pass.Reason, "unbalanced") || fourth.Pass.Kind == dr.PassTracked && fourth.Stats.Read > 50<<20 {
+		t.Errorf("fourth: pass %+v, %+v", fourth.Pass, fourth.Stats)
+	}
+	s, err := Open(t.Context(), source, program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.cache = cache
+	if err := s.Forget(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range []string{cache, filepath.Dir(agent.DefaultTrackDir)} {
+		if _, err := os.Stat(path); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("%s is left on the server: %v", path, err)
+		}
 	}
 }
