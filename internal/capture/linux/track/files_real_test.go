@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -65,7 +66,7 @@ func still(t testing.TB, dir string, do func()) {
 // of a frozen file system stops all others of a Go program as soon as memory is collected. The function ends it.
 func writing(t *testing.T, dir string) (stop func()) {
 	t.Helper()
-	child := exec.Command(os.Args[0], "-test.run=^TestChildWrites$", "-test.v")
+	child := exec.Command(os.Args[0])
 	child.Env = append(os.Environ(), "MUSTER_TRACK_WRITE="+dir)
 	var out bytes.Buffer
 	child.Stdout, child.Stderr = &out, &out
@@ -84,26 +85,42 @@ func writing(t *testing.T, dir string) (stop func()) {
 	})
 }
 
-func TestChildWrites(t *testing.T) {
-	dir := os.Getenv("MUSTER_TRACK_WRITE")
-	if dir == "" {
-		t.Skip("this is the process that other tests start")
+// TestMain runs a test's other process, or the tests.
+func TestMain(m *testing.M) {
+	var err error
+	switch write, take := os.Getenv("MUSTER_TRACK_WRITE"), os.Getenv("MUSTER_TRACK_TAKE"); {
+	case write != "":
+		err = childWrites(write)
+	case take != "":
+		dir, disk, _ := strings.Cut(take, " ")
+		err = childTakesAndIsKilled(dir, disk)
+	default:
+		os.Exit(m.Run())
 	}
-	ctx, stop := context.WithCancel(t.Context())
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+}
+
+// childWrites writes until its input ends.
+func childWrites(dir string) error {
+	ctx, stop := context.WithCancel(context.Background())
 	var wait sync.WaitGroup
 	var failed atomic.Value
 	times := writers(ctx, dir, &wait, &failed)
 	_, _ = io.Copy(io.Discard, os.Stdin)
 	stop()
 	wait.Wait()
-	if err := failed.Load(); err != nil {
-		t.Error(err)
+	if err, ok := failed.Load().(error); ok {
+		return err
 	}
 	for i := range times {
 		if times[i].Load() < 3 {
-			t.Errorf("writer %d wrote %d times only", i, times[i].Load())
+			return fmt.Errorf("writer %d wrote %d times only", i, times[i].Load())
 		}
 	}
+	return nil
 }
 
 // writers write to files in a folder in every way there is until the context ends. They give how often each of them wrote.
