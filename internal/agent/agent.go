@@ -128,7 +128,7 @@ func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan
 	}()
 	ended := make(chan error, 1)
 	go func() { ended <- newRun(w, plan, a.Watchdog, disks).all(ctx) }()
-	err = a.await(ctx, ended)
+	err = await(ctx, ended)
 	if err != nil || !plan.Track {
 		return err
 	}
@@ -141,7 +141,7 @@ func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan
 }
 
 // await waits for a capture to end, or to let go of everything after it has to.
-func (a Agent) await(ctx context.Context, ended <-chan error) (err error) {
+func await(ctx context.Context, ended <-chan error) (err error) {
 	select {
 	case err = <-ended:
 	case <-ctx.Done():

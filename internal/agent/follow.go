@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -73,9 +74,7 @@ func (d *disk) since(snapshots []string) error {
 // known it is everything.
 func (d *disk) take() error {
 	extents, err := d.track.Take()
-	var unknown *track.Unknown
-	if errors.As(err, &unknown) {
-		d.whole, d.todo, d.reason = true, nil, string(unknown.Reason)+": "+unknown.Detail
+	if unknown := d.unknown(err); unknown != nil {
 		if unknown.Reason == track.Untrackable {
 			d.track = nil // now and in every later pass
 		}
@@ -90,6 +89,24 @@ func (d *disk) take() error {
 	return nil
 }
 
+// unknown has the next pass read everything if a tracker's error says that it is not known what was written, and gives it
+// then; nil for any other error and none.
+func (d *disk) unknown(err error) *track.Unknown {
+	var unknown *track.Unknown
+	if errors.As(err, &unknown) {
+		d.whole, d.todo, d.reason = true, nil, string(unknown.Reason)+": "+unknown.Detail
+	}
+	return unknown
+}
+
+// left gives how many bytes the next pass reads, at most.
+func (d *disk) left() int64 {
+	if d.track == nil || d.whole {
+		return d.Size
+	}
+	return only(d.todo, int64(d.block), d.Size).total
+}
+
 // prove says whether every write to the tracked disks was seen. What was not is read as a whole by the next pass, and the
 // error is linux.ErrVoid.
 func prove(disks []*disk) error {
@@ -99,10 +116,8 @@ func prove(disks []*disk) error {
 			continue
 		}
 		err := d.track.Prove()
-		var unknown *track.Unknown
 		switch {
-		case errors.As(err, &unknown):
-			d.whole, d.todo, d.reason = true, nil, string(unknown.Reason)+": "+unknown.Detail
+		case d.unknown(err) != nil:
 			void = errors.Join(void, fmt.Errorf("%w: %w", linux.ErrVoid, err))
 		case err != nil:
 			return fmt.Errorf("prove that every write to %s was seen: %w", d.Name, err)
@@ -166,7 +181,7 @@ func (d *disk) used() pieces {
 
 // only makes pieces of the blocks that extents touch, each once.
 func only(extents []track.Extent, block, size int64) pieces {
-	slices.SortFunc(extents, func(a, b track.Extent) int { return int(min(1, max(-1, a.Offset-b.Offset))) })
+	slices.SortFunc(extents, func(a, b track.Extent) int { return cmp.Compare(a.Offset, b.Offset) })
 	var p pieces
 	end := int64(0) // of what is in p
 	for _, e := range extents {

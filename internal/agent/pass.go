@@ -92,13 +92,7 @@ func (r *run) announce(frozen bool) error {
 
 func (r *run) total() (n int64) {
 	for _, d := range r.disks {
-		if d.track == nil || d.whole {
-			n += d.Size
-			continue
-		}
-		for _, e := range d.todo {
-			n += e.Length
-		}
+		n += d.left()
 	}
 	return n
 }

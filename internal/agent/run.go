@@ -125,10 +125,7 @@ func (r *run) advance(ctx context.Context, f *found) error {
 		if err := d.take(); err != nil {
 			return err
 		}
-		left := only(d.todo, int64(d.block), d.Size).total
-		if d.whole {
-			left = d.Size
-		}
+		left := d.left()
 		todo += left
 		f.expected = max(f.expected, time.Duration(float64(took)*float64(left)/float64(max(d.now.total, enough))))
 	}

@@ -1,6 +1,7 @@
 package linux
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -47,7 +48,7 @@ func Free(disk string) ([]Range, error) {
 			out = append(out, Range{start + f.Offset, f.Length})
 		}
 	}
-	slices.SortFunc(out, func(a, b Range) int { return int(min(1, max(-1, a.Offset-b.Offset))) })
+	slices.SortFunc(out, func(a, b Range) int { return cmp.Compare(a.Offset, b.Offset) })
 	return out, nil
 }
 
