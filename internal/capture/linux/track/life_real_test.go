@@ -52,6 +52,7 @@ func small(t *testing.T) (dir, disk string, tr *Tracker) {
 func want(t testing.TB, d *Disk, x ...Extent) {
 	t.Helper()
 	if got := take(t, d); !slices.Equal(got, x) {
+		proved(t, d)
 		t.Fatalf("took %+v, want %+v", got, x)
 	}
 }
