@@ -52,6 +52,8 @@ type Outcome struct {
 	Read        int64 // bytes read from disks
 	Sent        int64 // bytes over the wire from the server
 	Frozen      time.Duration
+	Provider    dr.Provider
+	PassedOver  []dr.PassedOver
 	Reasons     []string // of each disk: why it was read as a whole, "" if only what was written was; nil: it always is
 	Notes       []string
 }

@@ -55,10 +55,12 @@ func (k *Sink) Keep(ctx context.Context, out Outcome) error {
 	return nil
 }
 
-// passOf says how a source found out what changed, and if it read everything, why.
+// passOf says how a source saw the disks and found out what changed, and if it read everything, why.
 func (k *Sink) passOf(out Outcome) dr.CapturePass {
-	if k.pass.Kind != dr.PassCompare || out.Reasons == nil {
-		return k.pass
+	pass := k.pass
+	pass.Provider, pass.PassedOver = out.Provider, out.PassedOver
+	if pass.Kind != dr.PassCompare || out.Reasons == nil {
+		return pass
 	}
 	var why []string
 	for i, reason := range out.Reasons {
@@ -66,10 +68,11 @@ func (k *Sink) passOf(out Outcome) dr.CapturePass {
 			why = append(why, fmt.Sprintf("%s: %s", k.names[i], reason))
 		}
 	}
+	pass.Reason = strings.Join(why, "; ")
 	if len(why) == 0 {
-		return dr.CapturePass{Kind: dr.PassTracked}
+		pass.Kind = dr.PassTracked
 	}
-	return dr.CapturePass{Kind: dr.PassCompare, Reason: strings.Join(why, "; ")}
+	return pass
 }
 
 // Since names the snapshot that this one builds on, and those before it, newest first, as far as the store knows them.

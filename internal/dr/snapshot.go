@@ -47,10 +47,34 @@ const (
 	ApplicationConsistent Consistency = "application" // the applications' own hooks ran as well
 )
 
-// CapturePass says how a capture found out what changed.
+// CapturePass says how a capture saw the disks at one instant, and how it found out what changed.
 type CapturePass struct {
-	Kind   PassKind `json:"kind"`
-	Reason string   `json:"reason,omitempty"` // why not a cheaper kind
+	Kind       PassKind     `json:"kind"`
+	Reason     string       `json:"reason,omitempty"`      // why not a cheaper kind
+	Provider   Provider     `json:"provider,omitempty"`    // "" in snapshots of releases before there were several
+	PassedOver []PassedOver `json:"passed_over,omitempty"` // the providers before it in the order of preference, in that order
+}
+
+// Provider is a way to see every disk of a server at one instant.
+type Provider string
+
+// The providers. Of those that a server's source allows, the first that works is used.
+const (
+	ProviderTracking Provider = "ebpf"    // tracked in the running kernel, copied while the server goes on, then a short freeze
+	ProviderLVM      Provider = "lvm"     // snapshots of the logical volumes, thin or thick
+	ProviderZFS      Provider = "zfs"     // snapshots of volumes (zvol)
+	ProviderFreeze   Provider = "freeze"  // everything compared, then the file systems frozen for a last pass
+	ProviderCrash    Provider = "crash"   // everything compared in a moment in which nobody wrote, without a freeze
+	ProviderQEMU     Provider = "qemu"    // dirty bitmaps and a backup export of the hypervisor, from outside
+	ProviderVSS      Provider = "vss"     // shadow copies of Windows
+	ProviderReflink  Provider = "reflink" // a clone of an image file, made by its file system (btrfs, xfs)
+	ProviderRest     Provider = "rest"    // an image file or device that nobody wrote to
+)
+
+// PassedOver says why a provider was not used.
+type PassedOver struct {
+	Provider Provider `json:"provider"`
+	Reason   string   `json:"reason"`
 }
 
 // PassKind is a way of finding what changed.
