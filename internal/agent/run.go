@@ -12,6 +12,7 @@ import (
 	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/signs"
 )
 
 // Limits of one capture.
@@ -32,6 +33,8 @@ type run struct {
 	hold     *hold
 	read     int64
 	passes   int
+	listing  *signs.Listing // of names; nil: noNames says why not
+	noNames  string
 }
 
 // found is what a pass came to.
@@ -49,6 +52,7 @@ func newRun(w *wire.Writer, plan wire.Plan, watchdog []string, disks []*disk) *r
 
 // all makes the passes and says what they came to.
 func (r *run) all(ctx context.Context) error {
+	listed := r.names(ctx)
 	for attempt := 1; ; attempt++ {
 		var last found
 		live, err := linux.Writable(r.open())
@@ -58,6 +62,7 @@ func (r *run) all(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		listed()
 		held, err := r.frozen(ctx, last.expected)
 		if err == nil {
 			return r.done(held)
@@ -235,6 +240,7 @@ func (r *run) open() []*linux.Disk {
 func (r *run) done(held linux.Held) error {
 	d := wire.Done{
 		Age: time.Since(held.Since), Consistency: held.Consistency, Frozen: held.Frozen, Read: r.read, Passes: r.passes, Notes: held.Notes,
+		NoNames: r.noNames,
 	}
 	if d.Consistency == "" {
 		d.Consistency = dr.CrashConsistent
@@ -247,6 +253,9 @@ func (r *run) done(held linux.Held) error {
 		d.Digests = append(d.Digests, digest)
 		d.Sent = append(d.Sent, disk.sent.Load())
 		d.Reasons = append(d.Reasons, disk.reason)
+	}
+	if err := r.tellNames(); err != nil {
+		return err
 	}
 	return r.w.Message(wire.KindDone, d)
 }

@@ -18,6 +18,7 @@ type Snapshot struct {
 	Disks       []SnapshotDisk `json:"disks"`           // same order as Inventory.Disks
 	Inventory   Inventory      `json:"inventory"`
 	Stats       CaptureStats   `json:"stats"`
+	Signs       *Signs         `json:"signs,omitempty"` // of tampering; nil in snapshots of releases that did not look
 }
 
 // SnapshotDisk is one disk's image.

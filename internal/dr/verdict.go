@@ -1,9 +1,6 @@
 package dr
 
-import (
-	"sort"
-	"time"
-)
+import "time"
 
 // Outcome is a verdict in one word.
 type Outcome string
@@ -148,6 +145,8 @@ type Record struct {
 	PreRecovery *PreRecovery `json:"pre_recovery,omitempty"` // the newest
 	Verdict     *Verdict     `json:"verdict,omitempty"`      // the newest
 	LKG         bool         `json:"lkg"`
+	HeldBy      string       `json:"held_by,omitempty"` // the suspicious snapshot for whose sake it is held, itself or an earlier one; see Holds
+	Ruling      *Ruling      `json:"ruling,omitempty"`  // of a person who looked at it
 }
 
 // Promotion is one move of last-known-good.
@@ -160,18 +159,22 @@ type Promotion struct {
 }
 
 // Promotes says whether a verdict moves last-known-good to the snapshot it tested: only a PASS, and only forward in
-// the time the disks show. The present one may be empty. Testing the present one again and passing does not move.
-func Promotes(v Verdict, tested Snapshot, present *Snapshot) bool {
-	if v.Outcome != Pass || v.SnapshotID != tested.ID {
+// the time the disks show, and not if the tested one is held. The present one may be empty. Testing the present one again
+// and passing does not move.
+func Promotes(v Verdict, tested Snapshot, heldBy string, present *Snapshot) bool {
+	if v.Outcome != Pass || v.SnapshotID != tested.ID || heldBy != "" {
 		return false
 	}
 	return present == nil || (tested.ID != present.ID && tested.Taken.After(present.Taken))
 }
 
-// StateAfter says what a verdict proves of the snapshot it tested.
-func StateAfter(v Verdict, before State) State {
+// StateAfter says what a verdict proves of the snapshot it tested. What a person refused stays rejected.
+func StateAfter(v Verdict, before State, ruling *Ruling) State {
 	switch v.Outcome {
 	case Pass:
+		if ruling != nil && !ruling.Accept {
+			return Rejected
+		}
 		return Verified
 	case Fail:
 		return Rejected
@@ -262,7 +265,8 @@ type Event struct {
 }
 
 // Expirable lists the snapshots a retention rule lets go, oldest first. It never lists last-known-good, the newest
-// snapshot, one that is booted (pinned), or one that is still being worked on.
+// snapshot, one that is booted (pinned), or one that is still being worked on; nor, while a person has to decide, the
+// evidence and the last snapshot from before it.
 func Expirable(records []Record, keep Retention, lkg string, pinned map[string]bool) []string {
 	if keep.KeepLast <= 0 {
 		return nil
@@ -273,11 +277,12 @@ func Expirable(records []Record, keep Retention, lkg string, pinned map[string]b
 			live = append(live, r)
 		}
 	}
-	sort.Slice(live, func(i, j int) bool { return live[i].Snapshot.Taken.Before(live[j].Snapshot.Taken) })
+	live = oldestFirst(live)
 	var out []string
+	spared := spared(live)
 	for i := 0; i < len(live)-keep.KeepLast && i < len(live)-1; i++ {
 		id := live[i].Snapshot.ID
-		if id == lkg || pinned[id] || live[i].State == Kept || live[i].State == Replicated {
+		if id == lkg || spared[id] || pinned[id] || live[i].State == Kept || live[i].State == Replicated {
 			continue
 		}
 		out = append(out, id)

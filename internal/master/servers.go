@@ -72,6 +72,7 @@ func apply(server *dr.Server, c api.ServerChange) {
 	set(&server.CPUs, c.CPUs)
 	set(&server.Overlays, c.Overlays)
 	set(&server.Retention.KeepLast, c.KeepLast)
+	set(&server.Signs, c.Signs)
 	if ssh := server.Source.SSH; ssh != nil {
 		set(&ssh.KeyFile, c.KeyFile)
 		set(&ssh.HostKey, c.HostKey)

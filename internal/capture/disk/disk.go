@@ -65,7 +65,8 @@ func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Prog
 	if _, err := sink.Begin(ctx, layout); err != nil {
 		return err
 	}
-	out := capture.Outcome{Inventory: layout.Inventory, Taken: time.Now(), Consistency: dr.CrashConsistent, Provider: dr.ProviderRest}
+	out := capture.Outcome{Inventory: layout.Inventory, Taken: time.Now(), Consistency: dr.CrashConsistent, Provider: dr.ProviderRest,
+		NoNames: "an image or device shows no names, only blocks"}
 	for i, d := range open {
 		if err := sink.Image(ctx, i, d.File, report); err != nil {
 			return err

@@ -20,6 +20,7 @@ type Plan struct {
 	Disks       []string      `json:"disks,omitempty"` // kernel names or absolute paths; none: every disk in use
 	FreezeLimit time.Duration `json:"freeze_limit"`    // the longest that file systems may stand still
 	Track       bool          `json:"track,omitempty"` // leave programs in the server's kernel that note what is written
+	Names       bool          `json:"names,omitempty"` // list the names of the server's files
 	Snapshot    string        `json:"snapshot,omitempty"`
 	// Since names the snapshot whose fingerprints the appliance has, and those before it, newest first: what was written
 	// since any of them covers what was written since the first.
@@ -71,10 +72,11 @@ type Done struct {
 	Frozen      time.Duration  `json:"frozen"`
 	Read        int64          `json:"read"` // bytes, all passes
 	Passes      int            `json:"passes"`
-	Digests     [][]byte       `json:"digests"`         // Sums.Digest of each disk, as the agent has them now; none of a blind one
-	Sent        []int64        `json:"sent"`            // blocks of each disk, zeros included, in all passes
-	Reasons     []string       `json:"reasons"`         // of each disk: why it was read as a whole; "" if only what was written was
-	Notes       []string       `json:"notes,omitempty"` // what an operator may want to know
+	Digests     [][]byte       `json:"digests"`            // Sums.Digest of each disk, as the agent has them now; none of a blind one
+	Sent        []int64        `json:"sent"`               // blocks of each disk, zeros included, in all passes
+	Reasons     []string       `json:"reasons"`            // of each disk: why it was read as a whole; "" if only what was written was
+	Notes       []string       `json:"notes,omitempty"`    // what an operator may want to know
+	NoNames     string         `json:"no_names,omitempty"` // why no names were listed, where Plan.Names asked for them
 }
 
 // Failure says why there will be no Done.

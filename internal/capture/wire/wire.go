@@ -13,7 +13,7 @@
 //	agent      "MUSTER-AGENT/1\n" Hello
 //	appliance  AskInventory                      → Inventory            (any number of times)
 //	appliance  AskCapture{Plan}                  → Layout
-//	appliance  Known, Sums … for each disk, Go   → Pass, (Block | Zeros | Tick)…, Pass, … Done
+//	appliance  Known, Sums … for each disk, Go   → Pass, (Block | Zeros | Tick)…, Pass, …, Names once, Done
 //	appliance  Kept, once the snapshot is safe; or it ends the conversation
 //
 // Until Kept an agent that tracks the disks forgets nothing of what was written before this capture.
@@ -47,6 +47,7 @@ const (
 	MaxNoise    = 64 << 10 // before the greeting
 	MaxMessage  = 256 << 10
 	MaxFacts    = 16 << 20 // of a message that holds an inventory
+	MaxNames    = 1 << 20  // of one that holds a listing of names
 	MinBlock    = 4 << 10
 	MaxBlock    = 1 << 20
 	MaxDisks    = 32
@@ -68,6 +69,7 @@ const (
 	KindBlock     Kind = 'B' // agent: Block
 	KindZeros     Kind = 'Z' // agent: Zeros
 	KindTick      Kind = 'T' // agent: Tick
+	KindNames     Kind = 'N' // agent: signs.Listing
 	KindDone      Kind = 'D' // agent: Done
 	KindFailure   Kind = 'F' // agent: Failure
 
@@ -84,6 +86,8 @@ func (k Kind) limit() int {
 	switch k {
 	case KindInventory, KindLayout:
 		return MaxFacts
+	case KindNames:
+		return MaxNames
 	case KindBlock:
 		return blockHeader + MaxBlock
 	case KindZeros:
