@@ -27,7 +27,7 @@ func serverCommand() *cobra.Command {
 type serverFlags struct {
 	every, rto, rpo, freeze time.Duration
 	memory, cpus, keepLast  int
-	overlays, key           string
+	overlays, key, signs    string
 	resident                bool
 	checks                  []string
 }
@@ -42,6 +42,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	fl.IntVar(&f.cpus, "cpus", 0, "processors of the rescue machine; 0: as the original, within this host's limits")
 	fl.StringVar(&f.overlays, "overlays", "", "folder with overlays of your own for this server")
 	fl.IntVar(&f.keepLast, "keep-last", 0, "snapshots to keep besides last-known-good; 0 keeps all")
+	fl.StringVar(&f.signs, "signs", string(dr.SignsNormal), "how soon a snapshot is held for signs of tampering: off, low, normal or high")
 	fl.StringVar(&f.key, "key", "", "private SSH key of the user")
 	fl.BoolVar(&f.resident, "resident", false, "with --ssh: leave programs in the server's kernel that note what is written, so that a snapshot reads only that")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
@@ -69,7 +70,7 @@ The server's host key is shown on first contact and must be confirmed; afterward
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s := dr.Server{Name: args[0], Schedule: dr.Schedule{Every: f.every}, Objectives: dr.Objectives{RTO: f.rto, RPO: f.rpo},
-				Memory: f.memory, CPUs: f.cpus, Retention: dr.Retention{KeepLast: f.keepLast}}
+				Memory: f.memory, CPUs: f.cpus, Retention: dr.Retention{KeepLast: f.keepLast}, Signs: dr.SignLevel(f.signs)}
 			if err := dr.ValidateName(s.Name); err != nil {
 				return withCode(exitUsage, err)
 			}
@@ -225,6 +226,9 @@ func serverListCommand() *cobra.Command {
 			}
 			if s.Newest != nil {
 				newest = string(s.Newest.State) + ", " + ago(s.Newest.Snapshot.Taken)
+				if s.Newest.HeldBy != "" {
+					newest += ", HELD"
+				}
 			}
 			if s.Operation != nil {
 				doing = s.Operation.Kind
@@ -268,6 +272,14 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	}
 	for _, c := range s.Server.Checks {
 		fmt.Fprintf(out, "check        %s (%s)\n", c.Name, c.Kind)
+	}
+	level := s.Server.Signs
+	if level == "" {
+		level = dr.SignsNormal
+	}
+	fmt.Fprintf(out, "tampering    looked for, sensitivity %s\n", level)
+	if level == dr.SignsOff {
+		fmt.Fprintln(out, "             nothing is held for it: 'muster server set NAME --signs normal' switches it on")
 	}
 	fmt.Fprintf(out, "tickets      %d open\n", s.Tickets)
 	if s.Operation != nil {
@@ -345,6 +357,13 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 		if given(n.flag) {
 			*n.to = n.from
 		}
+	}
+	if given("signs") {
+		level := dr.SignLevel(f.signs)
+		if err := level.Validate(); err != nil {
+			return c, err
+		}
+		c.Signs = &level
 	}
 	if given("resident") {
 		c.Resident = &f.resident

@@ -47,7 +47,16 @@ func started(cmd *cobra.Command, op api.Operation) error {
 func snapshotCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "snapshot NAME", Short: "Take a snapshot now, and prepare, test and promote it", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers,
 		Long: `Take a snapshot of a server now. What is kept is pre-recovered and boot-tested at once; if it passes it becomes
-last-known-good. The exit code tells a test that failed (6) from one that could not decide (7).`}
+last-known-good. The exit code tells a test that failed (6) from one that could not decide (7).
+
+A snapshot that shows signs of tampering (much that was readable became random, files renamed or gone, ransom notes) is kept and
+tested as well, but is held: last-known-good stays until a person accepts or refuses it. Those after it are held too, unless
+they show the damage undone.`,
+		Example: `  muster snapshot shop
+  muster snapshot accept snap-20260101t020000-k3mq2a7x --reason "we encrypted the archive ourselves"
+  muster snapshot refuse snap-20260101t020000-k3mq2a7x`}
+	cmd.AddCommand(rulingCommand("accept", "Accept a held snapshot: if it passed its test it becomes last-known-good", true),
+		rulingCommand("refuse", "Refuse a held snapshot: it is rejected, last-known-good stays", false))
 	noWait := noWaitFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		c := client(cmd)
