@@ -273,14 +273,7 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	for _, c := range s.Server.Checks {
 		fmt.Fprintf(out, "check        %s (%s)\n", c.Name, c.Kind)
 	}
-	level := s.Server.Signs
-	if level == "" {
-		level = dr.SignsNormal
-	}
-	fmt.Fprintf(out, "tampering    looked for, sensitivity %s\n", level)
-	if level == dr.SignsOff {
-		fmt.Fprintln(out, "             nothing is held for it: 'muster server set NAME --signs normal' switches it on")
-	}
+	fmt.Fprintf(out, "tampering    %s\n", howWatched(s.Server.Signs))
 	fmt.Fprintf(out, "tickets      %d open\n", s.Tickets)
 	if s.Operation != nil {
 		fmt.Fprintf(out, "doing        %s: %s %s\n", s.Operation.Kind, s.Operation.Step, s.Operation.Part)
@@ -298,6 +291,17 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 		fmt.Fprintln(out, "\nNewest:")
 		printRecord(out, *s.Newest)
 	}
+}
+
+// howWatched says what becomes of signs of tampering.
+func howWatched(level dr.SignLevel) string {
+	switch level {
+	case dr.SignsOff:
+		return "signs are measured, and nothing is held for them; 'muster server set NAME --signs normal' changes that"
+	case "":
+		level = dr.SignsNormal
+	}
+	return "a snapshot that shows signs of it is held until somebody decides; sensitivity " + string(level)
 }
 
 // howRead says which way of capturing is in use, and why no better one.

@@ -35,7 +35,7 @@ const (
 	bothDistinct  = 86
 	// Chi-square of bytes by chance is 255 ± 22.6, however many there are.
 	maxChi = 360
-	spread = 4 // of dense cells one byte in so many is counted, unless the answer matters
+	spread = 8 // of dense cells one byte in so many is counted, unless the answer matters
 )
 
 // Map says what each cell of a disk holds, 8 bytes a block. Different blocks may be looked at at once.
@@ -175,14 +175,18 @@ func (m *Map) chi(data []byte, which uint64, spread int) float64 {
 		at := bits.TrailingZeros64(which) / 2 * size
 		cell := data[at:min(at+size, len(data))]
 		for off := 0; off+line <= len(cell); off += line * spread {
-			for j := off; j < off+line; j += 4 {
-				b := cell[j : j+4 : j+4]
-				h[0][b[0]]++
-				h[1][b[1]]++
-				h[2][b[2]]++
-				h[3][b[3]]++
-			}
 			n += line
+			for run := cell[off : off+line]; len(run) >= 8; run = run[8:] {
+				v := binary.LittleEndian.Uint64(run)
+				h[0][byte(v)]++
+				h[1][byte(v>>8)]++
+				h[2][byte(v>>16)]++
+				h[3][byte(v>>24)]++
+				h[0][byte(v>>32)]++
+				h[1][byte(v>>40)]++
+				h[2][byte(v>>48)]++
+				h[3][byte(v>>56)]++
+			}
 		}
 	}
 	if n == 0 {
