@@ -79,8 +79,10 @@ func printSigns(w io.Writer, r dr.Record) {
 	} else {
 		fmt.Fprintf(w, "signs        %s\n", changed(*s.Last, s.NoNames))
 	}
-	for _, sign := range r.Snapshot.Evidence() {
-		fmt.Fprintf(w, "SUSPICIOUS   %s\n", tame(sign.Text))
+	if r.HeldBy != "" || r.Ruling != nil {
+		for _, sign := range r.Snapshot.Evidence() {
+			fmt.Fprintf(w, "SUSPICIOUS   %s\n", tame(sign.Text))
+		}
 	}
 	switch {
 	case r.Ruling != nil:
