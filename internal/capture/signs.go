@@ -80,6 +80,11 @@ func (b *base) at(disk, block int, size int64) *signs.Map {
 
 // begin starts the map of the next disk: as the last snapshot left it where blocks that are not written stay, else empty.
 func (w *watch) begin(disk, block int, size int64, stays bool) error {
+	for _, b := range w.bases {
+		if b.maps[disk] != nil && b.maps[disk].BlockSize() != block {
+			b.maps[disk] = nil // its cells are others
+		}
+	}
 	if before := w.last.at(disk, block, size); stays && before != nil {
 		w.maps = append(w.maps, before.Clone())
 		return nil
@@ -125,7 +130,7 @@ func (l looked) ReadAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
-// keep attaches what the next snapshot is compared with, and says what this one shows.
+// keepSigns attaches what the next snapshot is compared with, and says what this one shows.
 func (k *Sink) keepSigns(out Outcome) (*dr.Signs, error) {
 	w := &k.watch
 	if w.maps == nil {

@@ -54,6 +54,9 @@ func NewMap(block int, size int64) (*Map, error) {
 	return &Map{block: block, size: size, words: make([]uint64, (size+int64(block)-1)/int64(block))}, nil
 }
 
+// BlockSize is that of the disk, in bytes.
+func (m *Map) BlockSize() int { return m.block }
+
 // Fits says whether the map is one of a disk of that shape.
 func (m *Map) Fits(block int, size int64) bool { return m.block == block && m.size == size }
 
