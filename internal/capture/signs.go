@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/musterdr/muster/internal/capture/wire"
@@ -33,8 +34,8 @@ type base struct {
 	names *signs.Listing
 }
 
-// newBase reads what an earlier snapshot has of today's disks, by their names: a server that lost a disk, or got one that
-// is larger, is compared all the same. nil if it has nothing.
+// newBase reads what an earlier snapshot has of today's disks, by their names or else their places: a server of which the
+// disks were renamed, added to or made larger is compared all the same. nil if it has nothing.
 func newBase(ctx context.Context, st *store.Store, id string, disks []Disk) *base {
 	if id == "" {
 		return nil
@@ -46,16 +47,16 @@ func newBase(ctx context.Context, st *store.Store, id string, disks []Disk) *bas
 	b := &base{id: id, maps: make([]*signs.Map, len(disks))}
 	any := false
 	for i, now := range disks {
-		for j, before := range snap.Disks {
-			if before.Name != now.Name {
-				continue
-			}
-			raw, err := st.Attachment(ctx, id, signsName(j))
-			if err == nil {
-				if b.maps[i], err = signs.UnmarshalMap(raw); err == nil {
-					any = true
-				}
-			}
+		j := slices.IndexFunc(snap.Disks, func(before dr.SnapshotDisk) bool { return before.Name == now.Name })
+		if j < 0 {
+			j = i
+		}
+		raw, err := st.Attachment(ctx, id, signsName(j))
+		if err != nil {
+			continue
+		}
+		if b.maps[i], err = signs.UnmarshalMap(raw); err == nil {
+			any = true
 		}
 	}
 	if raw, err := st.Attachment(ctx, id, namesName); err == nil {

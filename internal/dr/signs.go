@@ -99,8 +99,8 @@ func (l SignLevel) Validate() error {
 const (
 	StruckShare   = 0.40 // of changed blocks: something readable in them became random
 	StruckBlocks  = 256  // 32 MiB in blocks of the usual size
-	BecameShare   = 0.05 // of all that was readable
-	BecameBytes   = 16 << 20
+	BecameShare   = 0.10 // of all that was readable
+	BecameBytes   = 32 << 20
 	RenamedShare  = 0.20 // of names gone, and of names come
 	GoneShare     = 0.40 // of names gone
 	ChangedFiles  = 50   // renamed or gone

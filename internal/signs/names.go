@@ -22,7 +22,7 @@ const (
 	maxEndings   = 512  // different ones that are told apart
 	maxCounted   = 64 << 10
 	maxEnding    = 16 // bytes; what is longer is no ending
-	maxNoteNames = 5
+	maxNoteNames = 3
 	maxName      = 255
 	MaxFiles     = 5_000_000 // more are not listed
 )
