@@ -73,7 +73,7 @@ func (w *watched) Capture(ctx context.Context, sink *capture.Sink, report dr.Pro
 func newWatched(t *testing.T) *watched {
 	t.Helper()
 	real(t)
-	w := &watched{volume: newVolume(t, "ext4", 450<<20)}
+	w := &watched{volume: newVolume(t, "ext4", 520<<20)} // from 512 MiB on with blocks of 4 KiB: parts of files lie in cells as they do in files
 	w.file = command(t, "losetup", "--noheadings", "--output", "BACK-FILE", w.device)
 	drv := folder.Driver{Path: filepath.Join(t.TempDir(), "store")}
 	if err := store.Create(t.Context(), drv, "x"); err != nil {
