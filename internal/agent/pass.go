@@ -65,7 +65,7 @@ func (d *disk) prepare() {
 			r.buf = linux.AlignedBuffer(chunk)
 			r.packed = make([]byte, 0, d.block+64<<10)
 			// The options are constants that the library accepts.
-			r.zip, _ = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
+			r.zip, _ = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderConcurrency(1),
 				zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(max(zstd.MinWindowSize, d.block)))
 			r.packed = r.zip.EncodeAll(r.buf[:d.block], r.packed)[:0]
 		}
@@ -228,7 +228,7 @@ func (r *reader) compare(p *pass, off int64, data []byte) (waited time.Duration,
 	return waited, flush()
 }
 
-// send sends a block, compressed where that makes it at least a sixteenth smaller.
+// send sends a block, compressed where that makes it at least a sixteenth smaller. The store keeps it as it is compressed here.
 func (r *reader) send(w *wire.Writer, number int64, sum wire.Sum, block []byte) error {
 	b := wire.Block{Disk: r.disk.number, Number: number, Sum: sum, Data: block}
 	r.packed = r.zip.EncodeAll(block, r.packed[:0])
