@@ -8,14 +8,15 @@ import (
 	"github.com/musterdr/muster/internal/signs"
 )
 
-// names lists the files of the server, beside the live passes; nobody walks over a file system that stands still.
-func (r *run) names(ctx context.Context) (wait func()) {
+// list lists the files of the server, beside the first live pass.
+func (r *run) list(ctx context.Context) {
+	r.listed = make(chan struct{})
 	if !r.plan.Names {
-		return func() {}
+		close(r.listed)
+		return
 	}
-	done := make(chan struct{})
 	go func() {
-		defer close(done)
+		defer close(r.listed)
 		lister := signs.NewLister()
 		if err := linux.Names(ctx, r.open(), lister.Add); err != nil {
 			r.noNames = err.Error()
@@ -24,7 +25,6 @@ func (r *run) names(ctx context.Context) (wait func()) {
 		listing := lister.Listing()
 		r.listing = &listing
 	}()
-	return func() { <-done }
 }
 
 // tellNames sends the listing.
