@@ -32,7 +32,7 @@ const (
 const (
 	// Of 64 bytes by chance 57 are different, ±2.5; of 128, 101 ± 3.7. Text has 30 and 40, programs up to 45 and 75.
 	firstDistinct = 44
-	bothDistinct  = 86
+	bothDistinct  = 84
 	// Chi-square of bytes by chance is 255 ± 22.6, however many there are.
 	maxChi = 360
 	spread = 8 // of dense cells one byte in so many is counted, unless the answer matters
