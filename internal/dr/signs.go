@@ -18,7 +18,7 @@ type Signs struct {
 	Content Content       `json:"content"`
 	Files   int64         `json:"files,omitempty"`    // listed; 0 with NoNames
 	NoNames string        `json:"no_names,omitempty"` // why no names were listed, "" if they were
-	Took    time.Duration `json:"took"`               // of all processors, in looking at blocks
+	Took    time.Duration `json:"took"`               // in looking at blocks, of all that looked, waiting for a processor included
 }
 
 // Content is what the disks hold, in bytes, as far as a sample of it shows.

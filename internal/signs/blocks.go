@@ -63,7 +63,7 @@ func (m *Map) Fits(block int, size int64) bool { return m.block == block && m.si
 // Clone gives a copy to go on with.
 func (m *Map) Clone() *Map { return &Map{block: m.block, size: m.size, words: slices.Clone(m.words)} }
 
-// Took is the time spent in Look, of all processors.
+// Took is the time spent in Look, of all that looked.
 func (m *Map) Took() time.Duration { return time.Duration(m.took.Load()) }
 
 func (m *Map) cell() int { return max(minCell, m.block/cells) }
