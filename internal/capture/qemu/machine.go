@@ -76,6 +76,30 @@ func (s *Source) look(ctx context.Context) (m machine, err error) {
 	return m, nil
 }
 
+// maxMachines bounds how many machines are listed.
+const maxMachines = 4096
+
+// Machines names the machines that a libvirt knows, running or not; only the URI of the source counts.
+func Machines(ctx context.Context, vm dr.VMSource) (names []string, err error) {
+	s, err := Open(vm, Host{})
+	if err != nil {
+		return nil, err
+	}
+	defer s.Close() //nolint:errcheck // only asked
+	err = s.conn.ask(ctx, func(l *libvirt.Libvirt) error {
+		all, _, err := l.ConnectListAllDomains(1, 0)
+		names = nil
+		for _, d := range all[:min(len(all), maxMachines)] {
+			names = append(names, d.Name)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("list machines: %w", err)
+	}
+	return names, nil
+}
+
 // find finds a machine by name, or by UUID if none has that name.
 func find(l *libvirt.Libvirt, name string) (libvirt.Domain, error) {
 	dom, err := l.DomainLookupByName(name)
