@@ -93,6 +93,11 @@ func (r *Remote) Size() int64 { return r.size }
 
 // Close ends the connection. What is under way fails.
 func (r *Remote) Close() error {
+	r.mu.Lock()
+	if r.err == nil {
+		r.err = net.ErrClosed
+	}
+	r.mu.Unlock()
 	r.out.Lock()
 	_ = r.conn.SetWriteDeadline(time.Now().Add(time.Second))
 	_, _ = r.conn.Write(appendRequest(nil, request{kind: cmdDisconnect})) // a courtesy

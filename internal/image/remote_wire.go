@@ -3,6 +3,7 @@ package image
 import (
 	"bufio"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -275,7 +276,7 @@ func (c *call) fail(errno uint32, text string) {
 
 // cutShort turns an end in the middle of an answer into an unexpected one.
 func cutShort(err error) error {
-	if err == io.EOF {
+	if errors.Is(err, io.EOF) {
 		return io.ErrUnexpectedEOF
 	}
 	return err

@@ -65,7 +65,7 @@ func (c *connection) once(ctx context.Context, call func(*libvirt.Libvirt) error
 	case err = <-done:
 	case <-ctx.Done():
 		_ = c.close()
-		<-done // what is called writes its results until then
+		_ = <-done // what is called writes its results until then
 		return context.Cause(ctx)
 	}
 	if err != nil && code(err) == 0 {
