@@ -27,9 +27,8 @@ b=/bin/busybox
 $b mount -t proc proc /proc; $b mount -t sysfs sysfs /sys; $b mount -t devtmpfs dev /dev
 for m in virtio virtio_ring virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk virtio_console; do $b insmod /modules/$m.ko; done
 $b mount -t ext4 /dev/vda /data || echo NO DATA
-for p in /sys/class/virtio-ports/*; do
-	if [ "$($b cat $p/name)" = org.qemu.guest_agent.0 ]; then /bin/qemu-ga -t /run -p /dev/${p##*/} & fi
-done
+until [ -e /sys/class/virtio-ports/vport*p1/name ] && [ -e /dev/vport*p1 ]; do $b usleep 10000; done
+/bin/qemu-ga -t /run -p /dev/vport*p1 &
 i=0
 while :; do
 	i=$((i+1))
@@ -134,7 +133,7 @@ func (r *rig) awaitAgent(t *testing.T) {
 	t.Helper()
 	for until := time.Now().Add(time.Minute); !strings.Contains(virsh(t, "dumpxml", r.name), "state='connected'"); {
 		if time.Now().After(until) {
-			t.Fatalf("no agent: %s", tool(t, "tail", "-c", "2000", r.dir+"/serial"))
+			t.Fatalf("no agent: %s", tool(t, "head", "-c", "2000", r.dir+"/serial"))
 		}
 	}
 }
