@@ -69,7 +69,8 @@ everything once. Without it they are there while a snapshot is taken, and every 
 Either way file systems stand still for a moment only, where the server's kernel can run them (5.8 or newer, with BTF).
 
 A virtual machine's qcow2 disks get a dirty bitmap, which QEMU keeps in them, so that a snapshot reads only what was written
-since the last one, over restarts too; 'muster server remove' takes it out again. Raw disks hold none and are read as a whole. If
+since the last one, over restarts too; 'muster server remove' takes it out again. While it is there libvirt refuses to make an
+external snapshot of the machine or to go back to one ('virsh checkpoint-delete' makes way). Raw disks hold none and are read as a whole. If
 qemu-guest-agent runs in the machine, its file systems are frozen for the moment in which a backup begins; otherwise a snapshot is
 as after a power cut. While it is read QEMU puts aside what the machine overwrites, in a file beside each image.
 
@@ -212,6 +213,8 @@ func addServer(cmd *cobra.Command, s dr.Server, accept bool) error {
 	fmt.Fprintf(out, "%s is protected.\n", added.Name)
 	if inv.Distro.Name != "" {
 		fmt.Fprintf(out, "  %s, kernel %s, %s firmware, %d processors, %s memory\n", tame(inv.Distro.Name), tame(inv.Kernel), inv.Firmware, inv.CPU.Count, size(inv.Memory))
+	} else if inv.CPU.Count > 0 {
+		fmt.Fprintf(out, "  %s firmware, %d processors, %s memory\n", inv.Firmware, inv.CPU.Count, size(inv.Memory))
 	}
 	for _, d := range inv.Disks {
 		fmt.Fprintf(out, "  disk %s, %s\n", tame(d.Name), size(d.Size))
