@@ -16,6 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/capture"
 	"github.com/musterdr/muster/internal/capture/capturetest"
 	"github.com/musterdr/muster/internal/dr"
 )
@@ -281,6 +283,39 @@ func TestAMachineThatIsStartedWhileItIsReadGoesFirst(t *testing.T) {
 		t.Errorf("started %v: %v, want ErrChanged", started, err)
 	}
 	r.take(t, "")
+}
+
+func TestOnlyTheDisksThatWereNamedAreTouched(t *testing.T) {
+	real(t)
+	t.Parallel()
+	r := newRig(t, "qcow2", "qcow2").start(t)
+	take := func(parent string, disks ...string) (dr.Snapshot, error) {
+		src, err := Open(dr.VMSource{Domain: r.name, Disks: disks}, r.host)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer src.Close()
+		return capture.Take(t.Context(), src, shared, api.SnapshotTask{ID: dr.NewSnapshotID(time.Now()), Server: dr.Server{ID: "srv-1", Name: "web"}, Parent: parent}, nil)
+	}
+	if _, err := take("", "vdb", "vdx"); err == nil || !strings.Contains(err.Error(), "no disk vdx") {
+		t.Errorf("a disk that is not there: %v", err)
+	}
+	first, err := take("", "vdb")
+	if err != nil || len(first.Disks) != 1 || first.Disks[0].Name != "vdb" {
+		t.Fatalf("%+v, %v", first.Disks, err)
+	}
+	r.write(t, 1, 0, []byte("new"))
+	snap, err := take(first.ID, "vdb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantPass(t, snap, dr.PassTracked)
+	want := r.content(t, 1)
+	r.same(t, snap, 0, want)
+	virsh(t, "destroy", r.name)
+	if other, ours := r.bitmaps(t, 0), r.bitmaps(t, 1); len(other) != 0 || len(ours) != 1 {
+		t.Errorf("bitmaps %v in the other disk, %v in ours", other, ours)
+	}
 }
 
 func TestATransientMachineIsReadWithoutCheckpoints(t *testing.T) {

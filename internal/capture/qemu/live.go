@@ -32,9 +32,7 @@ func (p *pass) live(ctx context.Context) error {
 	kept := false
 	defer func() {
 		clean := context.WithoutCancel(ctx)
-		if err := j.end(clean); err != nil && !kept {
-			p.note("%v", err)
-		}
+		_ = j.end(clean) // or the next capture does
 		if !kept && j.marked {
 			_ = p.removeCheckpoints(clean, p.m, func(c checkpoint) bool { return c.name == name }) // or the next capture does
 		}
