@@ -65,7 +65,9 @@ func (c *connection) once(ctx context.Context, call func(*libvirt.Libvirt) error
 	case err = <-done:
 	case <-ctx.Done():
 		_ = c.close()
-		_ = <-done // what is called writes its results until then
+		if err := <-done; code(err) != 0 { // what is called writes its results until then
+			return err
+		}
 		return context.Cause(ctx)
 	}
 	if err != nil && code(err) == 0 {

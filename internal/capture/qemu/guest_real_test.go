@@ -25,8 +25,8 @@ import (
 const writer = `#!/bin/busybox sh
 b=/bin/busybox
 $b mount -t proc proc /proc; $b mount -t sysfs sysfs /sys; $b mount -t devtmpfs dev /dev
-for m in virtio virtio_ring virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk virtio_console; do $b insmod /modules/$m.ko; done
-$b mount -t ext4 /dev/vda /data || echo NO DATA
+for m in virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk virtio_console; do $b insmod /modules/$m.ko; done
+$b mount -t ext4 /dev/vda /data || { echo no data; $b sleep 1000; }
 until [ -e /sys/class/virtio-ports/vport*p1/name ] && [ -e /dev/vport*p1 ]; do $b usleep 10000; done
 /bin/qemu-ga -t /run -p /dev/vport*p1 &
 i=0
