@@ -130,7 +130,7 @@ The server's host key is shown on first contact and must be confirmed; afterward
 	cmd.Flags().BoolVar(&accept, "accept-host-key", false, "accept the host key shown on first contact without asking")
 	cmd.MarkFlagsMutuallyExclusive("ssh", "disk", "vm")
 	cmd.MarkFlagsOneRequired("ssh", "disk", "vm")
-	for _, other := range []string{"key", "host-key", "accept-host-key", "resident", "freeze-limit"} {
+	for _, other := range []string{"key", "host-key", "accept-host-key", "resident", "freeze-limit", "read-limit"} {
 		cmd.MarkFlagsMutuallyExclusive("vm", other)
 	}
 	for _, other := range []string{"ssh", "disk"} {

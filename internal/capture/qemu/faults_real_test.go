@@ -285,6 +285,36 @@ func TestAMachineThatIsStartedWhileItIsReadGoesFirst(t *testing.T) {
 	r.take(t, "")
 }
 
+func TestAnIncrementReadsWhatWasWrittenAndLittleMore(t *testing.T) {
+	real(t)
+	t.Parallel()
+	r := newRig(t, "qcow2")
+	raw := filepath.Join(r.dir, "raw")
+	tool(t, "dd", "if=/dev/urandom", "of="+raw, "bs=1M", "count=192", "status=none")
+	tool(t, "truncate", "-s", "256M", raw)
+	tool(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, r.path(0))
+	_ = os.Remove(raw)
+	r.start(t)
+	first := r.take(t, "")
+	if first.Stats.Read > 193<<20 {
+		t.Errorf("a full one read %d bytes of 192 MiB: holes were read", first.Stats.Read)
+	}
+	rnd := rand.New(rand.NewPCG(3, 4))
+	for range 60 {
+		r.io(t, 0, "write -P 9 "+strconv.FormatInt(rnd.Int64N(190<<20/4096)*4096, 10)+" 4k")
+	}
+	r.io(t, 0, "write -P 8 100M 8M")
+	r.io(t, 0, "discard 20M 16M")
+	snap := r.take(t, first.ID)
+	wantPass(t, snap, dr.PassTracked)
+	ratio := float64(snap.Stats.Read) / float64(snap.Stats.Changed)
+	t.Logf("full: read %d in %s; increment: read %d, changed %d, ratio %.3f, in %s", first.Stats.Read, first.Stats.Duration, snap.Stats.Read,
+		snap.Stats.Changed, ratio, snap.Stats.Duration)
+	if ratio > 1.1 {
+		t.Errorf("bytes read / bytes in changed blocks: %.2f, want at most 1.1", ratio)
+	}
+}
+
 func TestOnlyTheDisksThatWereNamedAreTouched(t *testing.T) {
 	real(t)
 	t.Parallel()
