@@ -10,6 +10,7 @@ import (
 	"github.com/digitalocean/go-libvirt"
 
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/image"
 )
 
 // live captures a machine that runs.
@@ -102,7 +103,13 @@ func (p *pass) readJob(ctx context.Context, j *job) error {
 		if j.tracked[i] {
 			bitmap = exportBitmap
 		}
-		if err := p.read(ctx, i, j.socket(), d.target, bitmap); err != nil {
+		r, err := image.Dial(ctx, j.socket(), d.target, bitmap)
+		if err != nil {
+			return fmt.Errorf("read disk %s: %w", d.target, err)
+		}
+		err = p.read(ctx, i, r, bitmap != "")
+		_ = r.Close()
+		if err != nil {
 			return err
 		}
 	}

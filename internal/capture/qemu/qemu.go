@@ -201,24 +201,17 @@ func (p *pass) judge(base checkpoint) (tracked []bool) {
 	return tracked
 }
 
-// read reads one disk from an export: what its bitmap calls dirty, or, without a bitmap's name, all that is not known to be
-// zeros.
-func (p *pass) read(ctx context.Context, disk int, socket, export, bitmap string) error {
+// read reads one disk from an export: what its bitmap calls dirty, or all that is not known to be zeros. It is cut off when the
+// context ends.
+func (p *pass) read(ctx context.Context, disk int, r *image.Remote, tracked bool) (err error) {
 	d := p.m.disks[disk]
-	r, err := image.Dial(ctx, socket, export, bitmap)
-	if err != nil {
-		return fmt.Errorf("read disk %s: %w", d.target, err)
-	}
 	stop := context.AfterFunc(ctx, func() { _ = r.Close() })
-	defer func() {
-		stop()
-		_ = r.Close()
-	}()
+	defer stop()
 	if r.Size() != d.size {
 		return fmt.Errorf("read disk %s: it has %d bytes and had %d a moment ago: it was resized, try again", d.target, r.Size(), d.size)
 	}
 	counted := &counted{Remote: r}
-	if bitmap == "" {
+	if !tracked {
 		err = p.sink.Image(ctx, disk, counted, p.report)
 	} else {
 		var dirty []image.Extent

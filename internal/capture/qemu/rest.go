@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -80,13 +79,14 @@ func (p *pass) readFile(ctx context.Context, i int, bitmap string) error {
 		return fmt.Errorf("read disk %s: %w", d.target, err)
 	}
 	defer n.stop()
-	return p.read(ctx, i, n.socket, d.target, bitmap)
+	return p.read(ctx, i, n.disk, bitmap != "")
 }
 
 // nbd is a qemu-nbd that serves one image to one client.
 type nbd struct {
 	cmd    *exec.Cmd
 	socket string
+	disk   *image.Remote
 	said   words
 	ended  chan struct{}
 }
@@ -101,7 +101,7 @@ func (w *words) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// serve starts qemu-nbd on an image and waits until it can be connected to.
+// serve starts qemu-nbd on an image and waits until it serves.
 func (p *pass) serve(ctx context.Context, d disk, bitmap string) (*nbd, error) {
 	place, err := placeOf(d, true)
 	if err != nil {
@@ -127,8 +127,8 @@ func (p *pass) serve(ctx context.Context, d disk, bitmap string) (*nbd, error) {
 	}()
 	deadline := time.After(nbdStart)
 	for {
-		if conn, err := net.DialTimeout("unix", n.socket, time.Second); err == nil {
-			_ = conn.Close()
+		// It may listen before it has found the bitmap in order: only a whole handshake says that it serves.
+		if n.disk, err = image.Dial(ctx, n.socket, d.target, bitmap); err == nil {
 			return n, nil
 		}
 		select {
@@ -146,6 +146,9 @@ func (p *pass) serve(ctx context.Context, d disk, bitmap string) (*nbd, error) {
 }
 
 func (n *nbd) stop() {
+	if n.disk != nil {
+		_ = n.disk.Close()
+	}
 	_ = n.cmd.Process.Kill()
 	<-n.ended
 	_ = os.Remove(n.socket)
