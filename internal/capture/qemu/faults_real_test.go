@@ -237,6 +237,9 @@ func TestOtherPeoplesCheckpointsAndBackupsAreLeftAlone(t *testing.T) {
 		t.Error("the other backup is gone")
 	}
 	virsh(t, "domjobabort", r.name)
+	waitFor(t, func() bool { // libvirt ends it beside us
+		return exec.Command("virsh", "-q", "-c", "qemu:///system", "backup-dumpxml", r.name).Run() != nil
+	})
 	src := r.open(t)
 	defer src.Close()
 	if err := src.Forget(t.Context()); err != nil {
