@@ -179,9 +179,6 @@ func (s *Session) read(ctx context.Context, plan wire.Plan, sink *Sink, report d
 	}
 	out, err := outcome(layout.Inventory, done, s.counted.n.Load())
 	out.Names, out.NoNames = rec.names, plain(done.NoNames)
-	if out.Names == nil && out.NoNames == "" {
-		out.NoNames = "the agent listed none"
-	}
 	if plan.Track && err == nil {
 		if len(done.Reasons) != len(sums) {
 			return Outcome{}, fmt.Errorf("end the capture: the agent gives %d reasons: %w", len(done.Reasons), wire.ErrGarbage)

@@ -138,6 +138,9 @@ func (k *Sink) keepSigns(out Outcome) (*dr.Signs, error) {
 		return nil, nil //nolint:nilnil // none were looked for
 	}
 	found := &dr.Signs{NoNames: out.NoNames}
+	if out.Names == nil && out.NoNames == "" {
+		found.NoNames = "this source shows no names of files, only blocks"
+	}
 	var took time.Duration
 	for i, m := range w.maps {
 		b, err := m.MarshalBinary()

@@ -95,6 +95,9 @@ func (k *Sink) Since(ctx context.Context, most int) (ids []string) {
 // ID is the snapshot's.
 func (k *Sink) ID() string { return k.task.ID }
 
+// Server is the identifier of the server that the snapshot is taken of.
+func (k *Sink) Server() string { return k.task.Server.ID }
+
 // Inherits says whether blocks that are not written stay as the parent has them, with fingerprints that say so.
 func (k *Sink) Inherits(disk int) bool { return k.inherits[disk] }
 
@@ -230,6 +233,18 @@ func (k *Sink) Image(ctx context.Context, disk int, img image.Image, report dr.P
 	d := k.disks[disk]
 	k.watch.zero(disk, 0, d.Blocks()) // what is not read is zeros
 	return d.Ingest(ctx, looked{img, &k.watch, disk, int64(d.BlockSize())}, nil, report)
+}
+
+// Part takes some extents of a disk that does not change. The rest stays as the parent has it.
+func (k *Sink) Part(ctx context.Context, disk int, img image.Image, extents []image.Extent, report dr.Progress) error {
+	d := k.disks[disk]
+	size := int64(d.BlockSize())
+	for _, e := range extents {
+		if first, stop := (e.Offset+size-1)/size, (e.Offset+e.Length)/size; e.Zero && first < stop {
+			k.watch.zero(disk, first, stop-first)
+		}
+	}
+	return d.Ingest(ctx, looked{img, &k.watch, disk, size}, append([]image.Extent{}, extents...), report)
 }
 
 // abort gives up what was not committed.
