@@ -331,7 +331,7 @@ func FuzzAppliance(f *testing.F) {
 		if err := known(wire.NewReader(bytes.NewReader(in)), disks); err != nil {
 			return
 		}
-		if err := newRun(wire.NewWriter(io.Discard), wire.Plan{FreezeLimit: time.Second}, nil, disks).all(t.Context()); err != nil {
+		if err := newRun(wire.NewWriter(io.Discard), wire.Plan{FreezeLimit: time.Second}, Agent{}, disks).all(t.Context()); err != nil {
 			t.Errorf("capture: %v", err)
 		}
 	})
@@ -350,7 +350,7 @@ func TestAHoldGivesBackWhatWasPutAside(t *testing.T) {
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
-	r := newRun(wire.NewWriter(&out), wire.Plan{}, nil, disks)
+	r := newRun(wire.NewWriter(&out), wire.Plan{}, Agent{}, disks)
 	r.disks[0].prepare()
 	r.hold = newHold(5*blockSize, r.disks) // too small for all: the rest is sent while reading
 	if _, err := r.pass(t.Context(), r.hold); err != nil {
@@ -359,7 +359,7 @@ func TestAHoldGivesBackWhatWasPutAside(t *testing.T) {
 	if len(r.hold.kept) != 5 {
 		t.Errorf("%d blocks were put aside where 5 fit", len(r.hold.kept))
 	}
-	if err := errors.Join(r.hold.send(r.w, r.disks), r.done(linux.Held{Since: time.Now()})); err != nil {
+	if err := errors.Join(r.hold.send(r.w, r.disks), r.done(t.Context(), linux.Held{Since: time.Now()})); err != nil {
 		t.Fatal(err)
 	}
 	image, have := make([]byte, len(content)), &child{r: wire.NewReader(&out)}

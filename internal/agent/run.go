@@ -28,6 +28,7 @@ type run struct {
 	w        *wire.Writer
 	plan     wire.Plan
 	watchdog []string
+	apps     applications
 	disks    []*disk
 	hold     *hold
 	read     int64
@@ -43,12 +44,13 @@ type found struct {
 	expected time.Duration // that the next pass would take if nothing had to be sent
 }
 
-func newRun(w *wire.Writer, plan wire.Plan, watchdog []string, disks []*disk) *run {
-	return &run{w: w, plan: plan, watchdog: watchdog, disks: disks}
+func newRun(w *wire.Writer, plan wire.Plan, a Agent, disks []*disk) *run {
+	return &run{w: w, plan: plan, watchdog: a.Watchdog, apps: applications{command: a.Hooks, settings: plan.Hooks}, disks: disks}
 }
 
 // all makes the passes and says what they came to.
 func (r *run) all(ctx context.Context) error {
+	defer r.apps.close()
 	for attempt := 1; ; attempt++ {
 		var last found
 		live, err := linux.Writable(r.open())
@@ -58,9 +60,18 @@ func (r *run) all(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if attempt == 1 && live {
+			wrote, err := r.apps.begin(ctx)
+			if err == nil && wrote && r.followed() {
+				last, err = r.live(ctx) // a checkpoint is not left for the freeze
+			}
+			if err != nil {
+				return err
+			}
+		}
 		held, err := r.frozen(ctx, last.expected)
 		if err == nil {
-			return r.done(held)
+			return r.done(ctx, held)
 		}
 		if !errors.Is(err, linux.ErrVoid) {
 			return err
@@ -140,7 +151,7 @@ func (r *run) tooLong(expected time.Duration) bool {
 // frozen reads the disks while their file systems stand still. ErrVoid if they did not until the end; what was sent is of
 // use all the same, because the next pass replaces what is wrong.
 func (r *run) frozen(ctx context.Context, expected time.Duration) (linux.Held, error) {
-	f, err := linux.Prepare(r.open(), r.plan.FreezeLimit, r.watchdog)
+	f, err := linux.Prepare(r.open(), r.plan.FreezeLimit, r.watchdog, r.apps.thaw())
 	if err != nil {
 		return linux.Held{}, err
 	}
@@ -160,7 +171,11 @@ func (r *run) frozen(ctx context.Context, expected time.Duration) (linux.Held, e
 	// From Hold to Release the program touches no file system and takes no memory that it does not have yet.
 	runtime.GC()
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	if err := r.apps.lock(ctx, r.plan.FreezeLimit); err != nil {
+		return linux.Held{}, err
+	}
 	if err := f.Hold(); err != nil {
+		r.apps.unlock()
 		return linux.Held{}, err
 	}
 	passErr := r.rest()
@@ -171,6 +186,11 @@ func (r *run) frozen(ctx context.Context, expected time.Duration) (linux.Held, e
 		passErr = prove(r.disks)
 	}
 	held, err := f.Release()
+	if err == nil && passErr == nil {
+		r.apps.end()
+	} else {
+		r.apps.unlock()
+	}
 	if ctx.Err() != nil {
 		return linux.Held{}, context.Cause(ctx)
 	}
@@ -232,12 +252,20 @@ func (r *run) open() []*linux.Disk {
 }
 
 // done says what the capture came to.
-func (r *run) done(held linux.Held) error {
-	d := wire.Done{
-		Age: time.Since(held.Since), Consistency: held.Consistency, Frozen: held.Frozen, Read: r.read, Passes: r.passes, Notes: held.Notes,
+func (r *run) done(ctx context.Context, held linux.Held) error {
+	apps, err := r.apps.last(ctx)
+	if err != nil {
+		return err
 	}
-	if d.Consistency == "" {
+	d := wire.Done{
+		Age: time.Since(held.Since), Consistency: held.Consistency, Frozen: held.Frozen, Read: r.read, Passes: r.passes,
+		Applications: apps.All(), Notes: append(held.Notes, apps.Notes...),
+	}
+	switch {
+	case d.Consistency == "":
 		d.Consistency = dr.CrashConsistent
+	case d.Consistency == dr.FilesystemConsistent && apps.Rested():
+		d.Consistency = dr.ApplicationConsistent
 	}
 	for _, disk := range r.disks {
 		var digest []byte
