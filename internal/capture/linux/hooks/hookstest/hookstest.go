@@ -21,7 +21,7 @@ import (
 )
 
 // patience is how long a server may take to start, stop or answer.
-const patience = 90 * time.Second
+const patience = 60 * time.Second
 
 // Database is a running server. It runs as its package's own user.
 type Database struct {
@@ -71,7 +71,7 @@ func MariaDB(t *testing.T, dir string, settings ...string) *Database {
 	small := []string{"--innodb-log-file-size=8M", "--innodb-buffer-pool-size=16M", "--innodb-data-file-path=ibdata1:12M:autoextend"}
 	if _, err := os.Stat(filepath.Join(dir, "mysql")); err != nil {
 		d.run(t, "mariadb-install-db", append([]string{"--no-defaults", "--datadir=" + dir, "--auth-root-authentication-method=socket",
-			"--auth-root-socket-user=mysql", "--skip-test-db"}, small...)...)
+			"--user=mysql", "--skip-test-db"}, small...)...)
 	}
 	d.Socket = filepath.Join(sockets, "m.sock")
 	args := append([]string{"--no-defaults", "--datadir=" + dir, "--socket=" + d.Socket, "--pid-file=" + filepath.Join(sockets, "pid"), "--skip-networking",
@@ -148,8 +148,8 @@ func (d *Database) start(t *testing.T, cmd *exec.Cmd) {
 			return
 		}
 		if time.Now().After(limit) || d.cmd.Process.Signal(syscall.Signal(0)) != nil {
-			said, _ := os.ReadFile(log.Name())
-			t.Fatalf("the server in %s does not come up: %s %v\n%s", d.Dir, out, err, said)
+			said := d.Log()
+			t.Fatalf("the server in %s does not come up: %s %v\n%s", d.Dir, out, err, said[max(0, len(said)-2000):])
 		}
 	}
 }
@@ -175,8 +175,17 @@ func (d *Database) Stop(t *testing.T) {
 	})
 }
 
+// speak is a client, as the database's administrator: of MariaDB that is root.
+func (d *Database) speak() *exec.Cmd {
+	cmd := exec.Command(d.client[0], d.client[1:]...)
+	if d.user.Username == "postgres" {
+		d.as(cmd)
+	}
+	return cmd
+}
+
 func (d *Database) try(statement string) (string, error) {
-	cmd := d.as(exec.Command(d.client[0], d.client[1:]...))
+	cmd := d.speak()
 	cmd.Stdin = strings.NewReader(statement + "\n")
 	out, err := cmd.CombinedOutput()
 	return string(out), err
@@ -203,7 +212,7 @@ type Session struct {
 // Open opens a session.
 func (d *Database) Open(t *testing.T) *Session {
 	t.Helper()
-	s := &Session{cmd: d.as(exec.Command(d.client[0], d.client[1:]...))}
+	s := &Session{cmd: d.speak()}
 	in, err := s.cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
