@@ -320,6 +320,9 @@ func TestRealAStandbyIsHeldLikeItsPrimary(t *testing.T) {
 	pg := hookstest.Postgres(t, filepath.Join(dir, "primary"))
 	w := pg.Write(t)
 	copyOf := filepath.Join(dir, "standby")
+	if out, err := exec.Command("install", "-d", "-o", "postgres", "-m", "700", copyOf).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
 	// As a standby is made: a base backup, which follows its primary over the socket.
 	if out, err := exec.Command("setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "pg_basebackup", "-h", filepath.Dir(pg.Socket), "-D", copyOf, "-R", "-c", "fast").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
@@ -345,7 +348,7 @@ func TestRealAClusterThatArchivesNothingStillGetsItsCheckpoint(t *testing.T) {
 	k := hold(t, "")
 	k.begun(t, 20*time.Second)
 	k.locked(t)
-	if r := k.ended(t); !r.Rested() || len(r.Notes) != 1 || !strings.Contains(r.Notes[0], "wal_level") {
+	if r := k.ended(t); !r.Rested() || len(r.Notes) != 1 || !strings.Contains(r.Notes[0], "WAL level") {
 		t.Errorf("%+v", r)
 	}
 	free(t, pg, postgresSessions)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -117,10 +118,7 @@ func (m *mysql) lock(ctx context.Context, limit time.Duration) error {
 		name, _, _ := m.server.account()
 		err = fmt.Errorf("%w: GRANT RELOAD, PROCESS ON *.* TO %s@localhost", err, name)
 	}
-	if m.release(ctx) != nil {
-		m.talk.close() // what was got ends with its connection
-		m.talk = nil
-	}
+	_ = m.release(ctx) // a stage that failed may have ended all of them
 	return err
 }
 
@@ -166,14 +164,19 @@ func (m *mysql) quiet(ctx context.Context, until time.Time) error {
 	}
 }
 
-// release lets go of whatever is held; nil if something was, and in this connection all the time.
-func (m *mysql) release(ctx context.Context) error {
+// release lets go of whatever is held. It was held all the time if that works, and in this connection.
+func (m *mysql) release(ctx context.Context) (held error) {
 	end := "UNLOCK TABLES;"
 	if m.stages {
 		end = "BACKUP STAGE END;"
 	}
+	same := done + " " + m.id
 	answer, err := m.talk.ask(ctx, unlockLimit, end+"\nSELECT CONCAT('"+done+" ', CONNECTION_ID());")
-	if err == nil && (len(answer) != 1 || answer[0] != done+" "+m.id) {
+	if err != nil || !slices.Contains(answer, same) {
+		m.talk.close() // whatever it still holds ends with its connection
+		m.talk = nil
+	}
+	if err == nil && (len(answer) != 1 || answer[0] != same) {
 		err = trouble(answer)
 	}
 	return err
@@ -183,12 +186,7 @@ func (m *mysql) unlock(ctx context.Context) error {
 	if m.talk == nil {
 		return errGone
 	}
-	err := m.release(ctx)
-	if err != nil {
-		m.talk.close() // whatever it still holds ends with its connection
-		m.talk = nil
-	}
-	return err
+	return m.release(ctx)
 }
 
 func (m *mysql) end(context.Context, time.Duration) error {
