@@ -17,6 +17,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/musterdr/muster/internal/capture/linux"
+	"github.com/musterdr/muster/internal/capture/linux/hooks"
 	"github.com/musterdr/muster/internal/capture/wire"
 )
 
@@ -28,7 +29,15 @@ func TestMain(m *testing.M) {
 	switch {
 	case len(os.Args) == 2 && os.Args[1] == "serve":
 		a := Agent{Version: "test", Watchdog: []string{"/proc/self/exe", "watchdog"}, TrackDir: os.Getenv("MUSTER_TEST_TRACK")}
+		if os.Getenv("MUSTER_TEST_HOOKS") != "" {
+			a.Hooks = []string{"/proc/self/exe", "hooks"}
+		}
 		if err := a.Serve(context.Background(), os.Stdin, os.Stdout); err != nil {
+			os.Exit(1)
+		}
+		os.Exit(0)
+	case len(os.Args) == 2 && os.Args[1] == "hooks":
+		if hooks.Keep(os.Getenv("MUSTER_TEST_HOOKS"), os.Stdin, os.Stdout, os.NewFile(3, "thaw")) != nil {
 			os.Exit(1)
 		}
 		os.Exit(0)
