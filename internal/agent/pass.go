@@ -2,6 +2,8 @@ package agent
 
 import (
 	"context"
+	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -47,7 +49,6 @@ type reader struct {
 	disk   *disk
 	buf    []byte
 	packed []byte
-	zip    *zstd.Encoder
 }
 
 func newDisk(number int, d *linux.Disk, disks int) *disk {
@@ -58,16 +59,22 @@ func newDisk(number int, d *linux.Disk, disks int) *disk {
 	return out
 }
 
+// zip compresses for all readers: as many at once as there are processors, since each needs memory of more than a megabyte that
+// has to stay in a processor's cache to be fast.
+var zip = sync.OnceValue(func() *zstd.Encoder {
+	// The options are constants that the library accepts.
+	e, _ := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderConcurrency(min(maxReaders, runtime.GOMAXPROCS(0))),
+		zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(wire.MaxBlock))
+	return e
+})
+
 // prepare takes the memory that the readers need.
 func (d *disk) prepare() {
 	for _, r := range d.readers {
 		if r.buf == nil {
 			r.buf = linux.AlignedBuffer(chunk)
 			r.packed = make([]byte, 0, d.block+64<<10)
-			// The options are constants that the library accepts.
-			r.zip, _ = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
-				zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(max(zstd.MinWindowSize, d.block)))
-			r.packed = r.zip.EncodeAll(r.buf[:d.block], r.packed)[:0]
+			r.packed = zip().EncodeAll(r.buf[:d.block], r.packed)[:0]
 		}
 	}
 }
@@ -228,10 +235,10 @@ func (r *reader) compare(p *pass, off int64, data []byte) (waited time.Duration,
 	return waited, flush()
 }
 
-// send sends a block, compressed where that makes it at least a sixteenth smaller.
+// send sends a block, compressed where that makes it at least a sixteenth smaller. The store keeps it as it is compressed here.
 func (r *reader) send(w *wire.Writer, number int64, sum wire.Sum, block []byte) error {
 	b := wire.Block{Disk: r.disk.number, Number: number, Sum: sum, Data: block}
-	r.packed = r.zip.EncodeAll(block, r.packed[:0])
+	r.packed = zip().EncodeAll(block, r.packed[:0])
 	if len(r.packed) < len(block)-len(block)/16 {
 		b.Zstd, b.Data = true, r.packed
 	}
