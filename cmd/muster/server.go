@@ -30,6 +30,7 @@ type serverFlags struct {
 	overlays, key           string
 	resident                bool
 	checks                  []string
+	hooks                   hookFlags
 }
 
 func (f *serverFlags) register(cmd *cobra.Command) {
@@ -45,6 +46,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	fl.StringVar(&f.key, "key", "", "private SSH key of the user")
 	fl.BoolVar(&f.resident, "resident", false, "with --ssh: leave programs in the server's kernel that note what is written, so that a snapshot reads only that")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
+	f.hooks.register(cmd)
 }
 
 func serverAddCommand() *cobra.Command {
@@ -62,6 +64,9 @@ or block device on this machine is captured as it is.
 With --resident small programs stay in the server's kernel (eBPF; no module, no process) and note which blocks are written, so
 that a snapshot reads only those, and file systems stand still for a moment only. They are gone after 'muster server remove'
 and after a reboot, when the next snapshot compares everything once. Without it every snapshot reads the whole disks.
+
+PostgreSQL, MySQL and MariaDB that run on it are brought to rest for the moment of a snapshot, which is then application-consistent,
+and so is whatever has a hook in /etc/muster/hooks.d there: an executable file of root's, run with "pre" before and "post" after.
 
 The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
 		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --resident --rto 15m --rpo 24h --check shop-checks.yaml
@@ -95,6 +100,9 @@ The server's host key is shown on first contact and must be confirmed; afterward
 				source.HostKey, source.FreezeLimit, source.Disks, source.Resident = hostKey, f.freeze, only, f.resident
 				if source.KeyFile, err = absolute(f.key); err != nil {
 					return err
+				}
+				if source.Hooks, err = f.hooks.settings(); err != nil {
+					return withCode(exitUsage, err)
 				}
 				s.Source.SSH = &source
 			}
@@ -261,6 +269,7 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
 	if ssh := s.Server.Source.SSH; ssh != nil {
 		fmt.Fprintf(out, "read         %s\n", howRead(*ssh, s.Newest))
+		fmt.Fprintf(out, "hooks        %s\n", hooksOf(ssh.Hooks))
 	}
 	fmt.Fprintf(out, "schedule     every %s, next %s\n", span(s.Server.Schedule.Every), ago(s.Due))
 	if o := s.Server.Objectives; o.RTO > 0 || o.RPO > 0 {
@@ -304,7 +313,7 @@ func howRead(ssh dr.SSHSource, newest *dr.Record) string {
 func serverSetCommand() *cobra.Command {
 	var f serverFlags
 	cmd := &cobra.Command{Use: "set NAME", Short: "Change a server's settings; what is not named stays", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers,
-		Example: "  muster server set shop --every 4h --rto 30m",
+		Example: "  muster server set shop --every 4h --rto 30m\n  muster server set shop --hook-limit 5m --hooks-required\n  muster server set shop --hooks off",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			change, err := f.change(cmd)
 			if err != nil {
@@ -348,6 +357,9 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 	}
 	if given("resident") {
 		c.Resident = &f.resident
+	}
+	if err := f.hooks.change(cmd, &c); err != nil {
+		return c, err
 	}
 	if given("check") {
 		checks, err := readChecks(f.checks)

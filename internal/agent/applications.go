@@ -12,7 +12,7 @@ import (
 )
 
 // lockSlack is by how much a lock of an application may outlast the watchdog.
-const lockSlack = 5 * time.Second
+const lockSlack = 2 * time.Second
 
 // applications are those of the server, which a keeper holds at rest. Without a keeper there are none.
 type applications struct {

@@ -77,6 +77,10 @@ type ServerChange struct {
 	HostKey    *string        `json:"host_key,omitempty"`
 	FreezeTime *time.Duration `json:"freeze_limit,omitempty"`
 	Resident   *bool          `json:"resident,omitempty"`
+
+	HooksOff      *bool          `json:"hooks_off,omitempty"`
+	HookLimit     *time.Duration `json:"hook_limit,omitempty"`
+	HooksRequired *bool          `json:"hooks_required,omitempty"`
 }
 
 // ServerStatus is a server with where it stands.

@@ -77,6 +77,9 @@ func apply(server *dr.Server, c api.ServerChange) {
 		set(&ssh.HostKey, c.HostKey)
 		set(&ssh.FreezeLimit, c.FreezeTime)
 		set(&ssh.Resident, c.Resident)
+		set(&ssh.Hooks.Off, c.HooksOff)
+		set(&ssh.Hooks.Limit, c.HookLimit)
+		set(&ssh.Hooks.Required, c.HooksRequired)
 	}
 }
 
