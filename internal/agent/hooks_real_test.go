@@ -243,14 +243,14 @@ func TestRealAnAgentKilledAtAnyStepLeavesNoLockAndNoBackup(t *testing.T) {
 	}
 }
 
-func TestRealADeadAgentsLocksEndWithTheWatchdog(t *testing.T) {
+func TestRealTheLocksOfAnAgentThatHangsEndAfterTheWatchdog(t *testing.T) {
 	real(t)
-	s := newShop(t, bigVolume)
+	s := newShop(t, 1<<30)
 	s.hook(t, "app", "")
 	w := s.v.write(t)
 	c := start(t)
 	sums := s.v.sums(t)
-	const limit = 8 * time.Second
+	const limit = 5 * time.Second
 	c.begin(t, wire.Plan{Disks: []string{s.v.device}, FreezeLimit: limit}, sums)
 	var done wire.Done
 	before := s.acked()

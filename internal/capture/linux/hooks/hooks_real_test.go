@@ -342,6 +342,72 @@ func TestRealAStandbyIsHeldLikeItsPrimary(t *testing.T) {
 	}
 }
 
+// impostor runs a copy of a program under a server's name, as nobody.
+func impostor(t *testing.T, program, name string, args ...string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "mh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if out, err := exec.Command("cp", program, filepath.Join(dir, name)).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	for i, a := range args {
+		args[i] = strings.ReplaceAll(a, "DIR", dir)
+	}
+	cmd := exec.Command(args[0], args[1:]...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		in.Close()
+		_ = syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL)
+		_ = cmd.Wait()
+	})
+	await(t, "it is found", func() bool { return len(find("/")) > 0 })
+}
+
+func TestRealADatabaseInAContainerIsNamedAndLeftAlone(t *testing.T) {
+	real(t)
+	impostor(t, "/bin/sleep", "mysqld", "unshare", "--pid", "--fork", "--kill-child", "DIR/mysqld", "1000")
+	k := hold(t, "")
+	k.begun(t, time.Second)
+	k.locked(t)
+	r := k.ended(t)
+	if len(r.Applications) != 1 || !r.Applications[0].Uncovered || !strings.Contains(r.Applications[0].Reason, "container") || r.Rested() || r.Failed() != "" {
+		t.Errorf("%+v", r)
+	}
+}
+
+func TestRealAServerThatNeverAnswersCostsNoMoreThanItsLimit(t *testing.T) {
+	real(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	impostor(t, self, "postgres", "setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups", "DIR/postgres", "listen", "DIR/.s.PGSQL.5432")
+	await(t, "it listens", func() bool { return find("/")[0].uncovered == "" })
+	began := time.Now()
+	k := hold(t, "")
+	r := k.begun(t, time.Minute)
+	if took := time.Since(began); len(r.Applications) != 1 || r.Failed() == "" || took > 2*connectLimit {
+		t.Errorf("after %s: %+v", took, r)
+	}
+	k.locked(t)
+	if r := k.ended(t); r.Rested() {
+		t.Errorf("%+v", r)
+	}
+}
+
 func TestRealAClusterThatArchivesNothingStillGetsItsCheckpoint(t *testing.T) {
 	real(t)
 	pg := hookstest.Postgres(t, filepath.Join(t.TempDir(), "pg"), "wal_level=minimal", "max_wal_senders=0")

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +18,17 @@ import (
 
 // The test binary is a keeper as well.
 func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == "listen" { // and a server that accepts and never answers
+		l, err := net.Listen("unix", os.Args[2])
+		if err == nil {
+			_, err = l.Accept()
+		}
+		if err == nil {
+			_, err = io.Copy(io.Discard, os.Stdin)
+		}
+		fmt.Println(err)
+		os.Exit(0)
+	}
 	if len(os.Args) == 2 && os.Args[1] == "hooks" {
 		if err := keep(os.Getenv("MUSTER_TEST_ROOT"), os.Getenv("MUSTER_TEST_HOOKS"), os.Stdin, os.Stdout, os.NewFile(3, "thaw")); err != nil {
 			os.Exit(1)

@@ -80,11 +80,12 @@ type keeper struct {
 
 // Keep is the main function of the keeper's process: it serves the commands above. Hooks of the server's own lie in dir. thawed
 // ends when the watchdog of a freeze has ended. A signal that would end it lets everything go first.
-func Keep(dir string, in io.Reader, out io.Writer, thawed io.Reader) error {
+func Keep(dir string, in io.Reader, out io.Writer, thawed *os.File) error {
 	return keep("/", dir, in, out, thawed)
 }
 
-func keep(root, dir string, in io.Reader, out io.Writer, thawed io.Reader) error {
+func keep(root, dir string, in io.Reader, out io.Writer, thawed *os.File) error {
+	unix.CloseOnExec(int(thawed.Fd()))
 	signal.Ignore(syscall.SIGHUP, syscall.SIGPIPE)
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT)
