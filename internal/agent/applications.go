@@ -23,8 +23,8 @@ type applications struct {
 	lost     error // why the keeper cannot be relied on
 }
 
-// begin does what is slow, while the server goes on, and says whether that may have written much. An error only if there
-// shall be no snapshot then.
+// begin does what is slow and holds nobody up, and says whether that may have written much. Here and below an error means
+// that there shall be no snapshot.
 func (a *applications) begin(ctx context.Context) (wrote bool, err error) {
 	if len(a.command) == 0 || a.settings.Off {
 		return false, nil
@@ -34,6 +34,16 @@ func (a *applications) begin(ctx context.Context) (wrote bool, err error) {
 		a.report, a.lost = a.keeper.Begin(ctx, a.settings.Limit)
 	}
 	return len(a.report.Applications) > 0, a.judge(ctx)
+}
+
+// ready runs the server's own hooks, and says whether that may have written much.
+func (a *applications) ready(ctx context.Context) (wrote bool, err error) {
+	if a.keeper == nil || a.lost != nil {
+		return false, nil
+	}
+	before := len(a.report.Applications)
+	a.report, a.lost = a.keeper.Ready(ctx)
+	return len(a.report.Applications) > before, a.judge(ctx)
 }
 
 // lock lets nobody write in the databases until unlock or end, but for not much longer than the freeze may take.

@@ -61,11 +61,7 @@ func (r *run) all(ctx context.Context) error {
 			return err
 		}
 		if attempt == 1 && live {
-			wrote, err := r.apps.begin(ctx)
-			if err == nil && wrote && r.followed() {
-				last, err = r.live(ctx) // a checkpoint is not left for the freeze
-			}
-			if err != nil {
+			if last, err = r.quiesce(ctx, last); err != nil {
 				return err
 			}
 		}
@@ -114,6 +110,28 @@ func (r *run) live(ctx context.Context) (found, error) {
 			continue // measure again without sending before giving up
 		}
 		break
+	}
+	return last, nil
+}
+
+// quiesce brings the applications near to rest: first what is slow, then what somebody may wait for. What that wrote is not
+// left for the freeze.
+func (r *run) quiesce(ctx context.Context, last found) (found, error) {
+	for _, step := range []func(context.Context) (bool, error){r.apps.begin, r.apps.ready} {
+		wrote, err := step(ctx)
+		if err != nil {
+			return found{}, err
+		}
+		if !wrote || !r.followed() {
+			continue
+		}
+		last = found{}
+		if err = r.advance(ctx, &last); err == nil && last.left > enough {
+			last, err = r.live(ctx)
+		}
+		if err != nil {
+			return found{}, err
+		}
 	}
 	return last, nil
 }

@@ -43,7 +43,8 @@ const (
 	lockLimit    = 3 * time.Second  // for a database to let nobody write any more; as long may its users have to wait for nothing
 	unlockLimit  = 5 * time.Second  // for a database to answer that it was let go; then its client is killed
 	thawLimit    = 15 * time.Second // for the watchdog to be gone before a hook is run with "post"
-	idleLimit    = 10 * time.Minute // for the agent to say something, while applications wait for it
+	tickEvery    = 20 * time.Second // the agent says that it lives
+	idleLimit    = 2 * time.Minute  // for the agent to say anything, while applications may wait for it
 	killGrace    = time.Second      // for the output of a killed process to end
 )
 

@@ -35,15 +35,6 @@ func hold(t *testing.T, dir string) *Keeper {
 	return k
 }
 
-func (k *Keeper) begun(t *testing.T, limit time.Duration) Report {
-	t.Helper()
-	r, err := k.Begin(t.Context(), limit)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return r
-}
-
 func (k *Keeper) locked(t *testing.T) Report {
 	t.Helper()
 	r, err := k.Lock(t.Context(), time.Minute)
@@ -405,6 +396,26 @@ func TestRealAServerThatNeverAnswersCostsNoMoreThanItsLimit(t *testing.T) {
 	k.locked(t)
 	if r := k.ended(t); r.Rested() {
 		t.Errorf("%+v", r)
+	}
+}
+
+func TestRealAnApplicationWhoseHoldWasTakenAwayWasNotAtRest(t *testing.T) {
+	real(t)
+	pg, maria := hookstest.Postgres(t, filepath.Join(t.TempDir(), "pg")), hookstest.MariaDB(t, filepath.Join(t.TempDir(), "my"))
+	w := maria.Write(t)
+	k := hold(t, "")
+	k.begun(t, 20*time.Second)
+	if r := k.locked(t); r.Failed() != "" {
+		t.Fatalf("%+v", r)
+	}
+	pg.Ask(t, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'muster';")
+	maria.Ask(t, "KILL "+maria.Ask(t, "SELECT MAX(ID) FROM INFORMATION_SCHEMA.PROCESSLIST WHERE USER = 'mysql';")+";")
+	w.Await(t, 2)
+	r := k.ended(t)
+	for _, socket := range []string{pg.Socket, maria.Socket} {
+		if a := r.about(t, socket); a.AtRest || !strings.Contains(a.Reason, "not held until the end") {
+			t.Errorf("%+v", a)
+		}
 	}
 }
 

@@ -279,6 +279,18 @@ func held(t *testing.T, dir string) *Keeper {
 	return k
 }
 
+func (k *Keeper) begun(t *testing.T, limit time.Duration) Report {
+	t.Helper()
+	if _, err := k.Begin(t.Context(), limit); err != nil {
+		t.Fatal(err)
+	}
+	r, err := k.Ready(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
 func lines(path string) string {
 	b, _ := os.ReadFile(path)
 	return strings.Join(strings.Fields(string(b)), " ")
@@ -308,8 +320,8 @@ func folder(t *testing.T, bodies ...string) (dir, log string) {
 func TestHooksRunInOrderBeforeAndInReverseAfter(t *testing.T) {
 	dir, log := folder(t, "", "test $1 = post && exit 4 || true", "")
 	k := held(t, dir)
-	if r, err := k.Begin(t.Context(), 10*time.Second); err != nil || r.Failed() != "" {
-		t.Fatalf("%+v, %v", r, err)
+	if r := k.begun(t, 10*time.Second); r.Failed() != "" {
+		t.Fatalf("%+v", r)
 	}
 	if _, err := k.Lock(t.Context(), time.Minute); err != nil {
 		t.Fatal(err)
@@ -334,9 +346,8 @@ func TestHooksRunInOrderBeforeAndInReverseAfter(t *testing.T) {
 func TestAHookThatFailedBeforeIsRunAfterAsWell(t *testing.T) {
 	dir, log := folder(t, "test $1 = post || exit 9", "")
 	k := held(t, dir)
-	r, err := k.Begin(t.Context(), 10*time.Second)
-	if err != nil || !strings.Contains(r.Failed(), "hook 0: 0 pre: exit status 9") {
-		t.Errorf("%q, %v", r.Failed(), err)
+	if r := k.begun(t, 10*time.Second); !strings.Contains(r.Failed(), "hook 0: 0 pre: exit status 9") {
+		t.Errorf("%q", r.Failed())
 	}
 	if err := k.End(); err != nil {
 		t.Fatal(err)
@@ -357,6 +368,9 @@ func TestAfterAnAgentThatIsGoneHooksWaitForTheThaw(t *testing.T) {
 	begun := make(chan error, 1)
 	go func() {
 		_, err := k.Begin(ctx, time.Minute)
+		if err == nil {
+			_, err = k.Ready(ctx)
+		}
 		begun <- err
 	}()
 	awaitLines(t, log, "0pre 1pre") // the second hangs
@@ -364,7 +378,7 @@ func TestAfterAnAgentThatIsGoneHooksWaitForTheThaw(t *testing.T) {
 	k.thaw.Close()
 	cancel()
 	if err := <-begun; err == nil {
-		t.Error("begin was answered")
+		t.Error("ready was answered")
 	}
 	select {
 	case <-time.After(300 * time.Millisecond): // long enough for a keeper that does not wait to be caught
@@ -383,9 +397,7 @@ func TestAfterAnAgentThatIsGoneHooksWaitForTheThaw(t *testing.T) {
 func TestAKeeperThatIsToldRubbishLetsGo(t *testing.T) {
 	dir, log := folder(t, "")
 	k := held(t, dir)
-	if _, err := k.Begin(t.Context(), 10*time.Second); err != nil {
-		t.Fatal(err)
-	}
+	k.begun(t, 10*time.Second)
 	if _, err := k.to.Write([]byte("rubbish\n")); err != nil {
 		t.Fatal(err)
 	}

@@ -20,12 +20,14 @@ import (
 
 // The keeper and the agent speak in lines of JSON over the keeper's standard input and output: one command, one answer.
 //
-//	begin   the slow part: checkpoints, hooks with "pre"
+//	begin   what is slow and holds nobody up: checkpoints
+//	ready   hooks with "pre"
 //	lock    nobody writes any more, for as long as the command says at most
 //	unlock  they write again
 //	end     unlock, the end of backup modes, hooks with "post"; the keeper ends
 //
-// The end of its input is an "end" that nobody hears, after the watchdog's.
+// An empty line says that the agent lives, and has no answer. The end of the input is an "end" that nobody hears, after the
+// watchdog's.
 type command struct {
 	Do    string        `json:"do"`
 	Limit time.Duration `json:"limit,omitempty"` // begin, end: of one hook; lock: of all that is held
@@ -103,7 +105,7 @@ func keep(root, dir string, in io.Reader, out io.Writer, thawed *os.File) error 
 		defer cancel(errors.New("the agent is gone"))
 		for lines := bufio.NewScanner(in); lines.Scan(); {
 			var c command
-			if json.Unmarshal(lines.Bytes(), &c) != nil {
+			if len(lines.Bytes()) > 0 && json.Unmarshal(lines.Bytes(), &c) != nil {
 				return
 			}
 			select {
@@ -139,11 +141,16 @@ func (k *keeper) serve(ctx context.Context, commands <-chan command, out *json.E
 			k.unlock(ctx, errors.New("it was held for as long as it may be, and let go"))
 			continue
 		case c, ok := <-commands:
+			idle.Reset(idleLimit)
 			switch {
 			case !ok:
 				return false
+			case c.Do == "":
+				continue
 			case c.Do == "begin":
 				k.begin(ctx, c.Limit)
+			case c.Do == "ready":
+				k.ready(ctx)
 			case c.Do == "lock":
 				k.lock(ctx)
 				held.Reset(c.Limit)
@@ -162,13 +169,11 @@ func (k *keeper) serve(ctx context.Context, commands <-chan command, out *json.E
 			if c.Do == "end" {
 				return true
 			}
-			idle.Reset(idleLimit)
 		}
 	}
 }
 
-// begin finds the applications and carries out the slow part: the databases' at once, then the server's own hooks one after
-// the other, because a hook may stop what a database waits for.
+// begin finds the databases and carries out the slow part, which holds nobody up.
 func (k *keeper) begin(ctx context.Context, limit time.Duration) {
 	if limit > 0 {
 		k.limit = min(limit, dr.MaxHookLimit)
@@ -191,6 +196,10 @@ func (k *keeper) begin(ctx context.Context, limit time.Duration) {
 	k.all(func(h *kept) {
 		h.start(ctx, k.limit)
 	})
+}
+
+// ready runs the server's own hooks, one after the other.
+func (k *keeper) ready(ctx context.Context) {
 	own, ignored := scripts(k.dir)
 	k.said = append(k.said, ignored...)
 	for _, s := range own {

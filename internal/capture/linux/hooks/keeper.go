@@ -16,7 +16,7 @@ import (
 	"github.com/musterdr/muster/internal/dr"
 )
 
-// Keeper is the agent's side of a process that holds the server's applications. It is used by one goroutine: Begin, then Lock
+// Keeper is the agent's side of a process that holds the server's applications. It is used by one goroutine: Begin, Ready, then Lock
 // and Unlock in turn, then End and Last. Close lets everything go at any time.
 type Keeper struct {
 	cmd   *exec.Cmd
@@ -63,6 +63,11 @@ func Start(command []string) (*Keeper, error) {
 			k.from <- lines.Text()
 		}
 	}()
+	go func() {
+		for _, err := k.to.Write([]byte("\n")); err == nil; _, err = k.to.Write([]byte("\n")) {
+			<-time.After(tickEvery)
+		}
+	}()
 	return k, nil
 }
 
@@ -70,10 +75,15 @@ func Start(command []string) (*Keeper, error) {
 // run with "post" before.
 func (k *Keeper) Thaw() *os.File { return k.thaw }
 
-// Begin finds the applications and does what is slow; limit is that of one hook.
+// Begin finds the databases and does what is slow and holds nobody up; limit is that of one hook.
 func (k *Keeper) Begin(ctx context.Context, limit time.Duration) (Report, error) {
 	k.limit = limit
-	return k.ask(ctx, command{Do: "begin", Limit: limit}, (maxScripts+1)*limit)
+	return k.ask(ctx, command{Do: "begin", Limit: limit}, limit)
+}
+
+// Ready runs the server's own hooks with "pre".
+func (k *Keeper) Ready(ctx context.Context) (Report, error) {
+	return k.ask(ctx, command{Do: "ready"}, maxScripts*k.limit)
 }
 
 // Lock lets nobody write any more in the databases, for limit at most.
