@@ -99,13 +99,20 @@ func keep(root, dir string, in io.Reader, out io.Writer, thawed *os.File) error 
 	}
 	ctx, cancel := context.WithCancelCause(context.Background())
 	defer cancel(nil)
-	commands := make(chan command)
+	commands, ticks := make(chan command), make(chan struct{}, 1)
 	go func() {
 		defer close(commands)
 		defer cancel(errors.New("the agent is gone"))
 		for lines := bufio.NewScanner(in); lines.Scan(); {
+			if len(lines.Bytes()) == 0 {
+				select {
+				case ticks <- struct{}{}:
+				default: // while a command is carried out nobody asks whether the agent lives, but its end must be noticed
+				}
+				continue
+			}
 			var c command
-			if len(lines.Bytes()) > 0 && json.Unmarshal(lines.Bytes(), &c) != nil {
+			if json.Unmarshal(lines.Bytes(), &c) != nil {
 				return
 			}
 			select {
@@ -120,14 +127,14 @@ func keep(root, dir string, in io.Reader, out io.Writer, thawed *os.File) error 
 		cancel(errors.New("the keeper was asked to end"))
 	}()
 	k := &keeper{root: root, dir: dir, limit: dr.DefaultHookLimit}
-	if ended := k.serve(ctx, commands, json.NewEncoder(out)); !ended {
+	if ended := k.serve(ctx, commands, ticks, json.NewEncoder(out)); !ended {
 		k.abandon(thawed)
 	}
 	return nil
 }
 
 // serve carries out commands; false if they ended, or none came, before everything was let go.
-func (k *keeper) serve(ctx context.Context, commands <-chan command, out *json.Encoder) bool {
+func (k *keeper) serve(ctx context.Context, commands <-chan command, ticks <-chan struct{}, out *json.Encoder) bool {
 	idle := time.NewTimer(idleLimit)
 	held := time.NewTimer(0)
 	<-held.C
@@ -139,14 +146,12 @@ func (k *keeper) serve(ctx context.Context, commands <-chan command, out *json.E
 			return false
 		case <-held.C:
 			k.unlock(ctx, errors.New("it was held for as long as it may be, and let go"))
-			continue
-		case c, ok := <-commands:
+		case <-ticks:
 			idle.Reset(idleLimit)
+		case c, ok := <-commands:
 			switch {
 			case !ok:
 				return false
-			case c.Do == "":
-				continue
 			case c.Do == "begin":
 				k.begin(ctx, c.Limit)
 			case c.Do == "ready":
@@ -169,6 +174,7 @@ func (k *keeper) serve(ctx context.Context, commands <-chan command, out *json.E
 			if c.Do == "end" {
 				return true
 			}
+			idle.Reset(idleLimit)
 		}
 	}
 }
