@@ -29,6 +29,7 @@ type serverFlags struct {
 	memory, cpus, keepLast  int
 	overlays, key           string
 	resident                bool
+	readLimit               int64
 	checks                  []string
 	hooks                   hookFlags
 }
@@ -45,6 +46,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	fl.IntVar(&f.keepLast, "keep-last", 0, "snapshots to keep besides last-known-good; 0 keeps all")
 	fl.StringVar(&f.key, "key", "", "private SSH key of the user")
 	fl.BoolVar(&f.resident, "resident", false, "with --ssh: leave programs in the server's kernel that note what is written, so that a snapshot reads only that")
+	fl.Int64Var(&f.readLimit, "read-limit", 0, "with --ssh: MiB a second that are read of the server's disks at most; 0: no limit. It always comes after the server's own work")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
 	f.hooks.register(cmd)
 }
@@ -62,8 +64,9 @@ func serverAddCommand() *cobra.Command {
 or block device on this machine is captured as it is.
 
 With --resident small programs stay in the server's kernel (eBPF; no module, no process) and note which blocks are written, so
-that a snapshot reads only those, and file systems stand still for a moment only. They are gone after 'muster server remove'
-and after a reboot, when the next snapshot compares everything once. Without it every snapshot reads the whole disks.
+that a snapshot reads only those. They are gone after 'muster server remove' and after a reboot, when the next snapshot compares
+everything once. Without it they are there while a snapshot is taken, and every snapshot reads all that is in use on the disks.
+Either way file systems stand still for a moment only, where the server's kernel can run them (5.8 or newer, with BTF).
 
 PostgreSQL, MySQL and MariaDB that run on it are brought to rest for the moment of a snapshot, which is then application-consistent,
 and so is whatever has a hook in /etc/muster/hooks.d there: an executable file of root's, run with "pre" before and "post" after.
@@ -97,7 +100,7 @@ The server's host key is shown on first contact and must be confirmed; afterward
 				if err != nil {
 					return withCode(exitUsage, err)
 				}
-				source.HostKey, source.FreezeLimit, source.Disks, source.Resident = hostKey, f.freeze, only, f.resident
+				source.HostKey, source.FreezeLimit, source.Disks, source.Resident, source.ReadLimit = hostKey, f.freeze, only, f.resident, f.readLimit<<20
 				if source.KeyFile, err = absolute(f.key); err != nil {
 					return err
 				}
@@ -301,7 +304,7 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 func howRead(ssh dr.SSHSource, newest *dr.Record) string {
 	switch {
 	case !ssh.Resident:
-		return "every disk in full, twice; 'muster server set NAME --resident' has its kernel note what is written"
+		return "every disk in full; 'muster server set NAME --resident' has its kernel note what is written"
 	case newest == nil || newest.Snapshot.Pass.Kind == dr.PassFull:
 		return "its kernel notes what is written; the first snapshot is a full one"
 	case newest.Snapshot.Pass.Kind == dr.PassTracked:
@@ -354,6 +357,10 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 		if given(n.flag) {
 			*n.to = n.from
 		}
+	}
+	if given("read-limit") {
+		limit := f.readLimit << 20
+		c.ReadLimit = &limit
 	}
 	if given("resident") {
 		c.Resident = &f.resident

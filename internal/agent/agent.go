@@ -31,7 +31,7 @@ type Agent struct {
 	Version  string
 	Watchdog []string // program and arguments that run linux.Watchdog; the number of file systems is added
 	Hooks    []string // program and arguments that run hooks.Keep; none: applications are left alone
-	TrackDir string   // the tracker's folder
+	TrackDir string   // the tracker's folder; "": nothing is tracked
 }
 
 // unwindLimit is how long a capture may take to thaw and let go after its appliance is gone.

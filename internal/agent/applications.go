@@ -7,6 +7,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/linux/hooks"
 	"github.com/musterdr/muster/internal/dr"
 )
@@ -30,7 +31,10 @@ func (a *applications) begin(ctx context.Context) (wrote bool, err error) {
 		return false, nil
 	}
 	a.settings.Limit = min(cmp.Or(a.settings.Limit, dr.DefaultHookLimit), dr.MaxHookLimit)
-	if a.keeper, a.lost = hooks.Start(a.command); a.lost == nil {
+	linux.Hurry() // or what the keeper starts would come last, for which others wait
+	a.keeper, a.lost = hooks.Start(a.command)
+	linux.Yield()
+	if a.lost == nil {
 		a.report, a.lost = a.keeper.Begin(ctx, a.settings.Limit)
 	}
 	return len(a.report.Applications) > 0, a.judge(ctx)

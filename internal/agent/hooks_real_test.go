@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/musterdr/muster/internal/capture/linux/hooks/hookstest"
+	"github.com/musterdr/muster/internal/capture/linux/track"
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
 )
@@ -36,6 +37,11 @@ func newShop(t *testing.T, size int64) *shop {
 		t.Fatal(err)
 	}
 	t.Setenv("MUSTER_TEST_HOOKS", s.hooks)
+	t.Cleanup(func() {
+		if err := track.Remove(trackDir()); err != nil {
+			t.Error(err)
+		}
+	})
 	f, err := os.OpenFile(s.file, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -72,7 +78,7 @@ func (s *shop) acked() acked { return acked{s.pw.Acked(), s.mw.Acked()} }
 // capture takes a snapshot, which is kept.
 func (s *shop) capture(t *testing.T, plan wire.Plan) (done wire.Done, before, after acked) {
 	t.Helper()
-	agent := start(t)
+	agent := startIn(t, trackDir())
 	id := "snap-" + string(rune('a'+len(s.kept)))
 	plan.Disks, plan.Track, plan.Snapshot, plan.Since = []string{s.v.device}, true, id, s.kept
 	before = s.acked()

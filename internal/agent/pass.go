@@ -9,6 +9,7 @@ import (
 
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 
 	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/linux/track"
@@ -37,6 +38,7 @@ type disk struct {
 	reason  string         // why not, or why not any more
 	whole   bool           // the next pass reads all of it
 	todo    []track.Extent // what the next pass reads otherwise
+	swap    []linux.Range  // where the kernel swaps to: of no use to anybody, and not read
 
 	now  pieces       // of this pass
 	next atomic.Int64 // number of the next piece
@@ -82,6 +84,7 @@ func (d *disk) prepare() {
 // pass is one reading of all disks.
 type pass struct {
 	w        *wire.Writer
+	rate     *rate.Limiter
 	into     *hold // for a frozen pass: where what differs is put
 	total    int64
 	done     atomic.Int64
@@ -108,13 +111,11 @@ func (r *run) total() (n int64) {
 // while there is room.
 func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 	p := &pass{w: r.w, into: into, start: time.Now()}
+	if into == nil {
+		p.rate = r.rate // who waits for the end of a freeze waits no longer for it
+	}
 	for _, d := range r.disks {
-		switch d.now = everything(d.Size); {
-		case d.track != nil && !d.whole:
-			d.now = only(d.todo, int64(d.block), d.Size)
-		case d.track != nil:
-			d.now = d.used()
-		}
+		d.now = d.due()
 		d.whole, d.todo = false, nil
 		p.total += d.now.total
 		d.next.Store(0)
@@ -166,6 +167,11 @@ func (r *reader) run(ctx context.Context, p *pass) error {
 		}
 		if err := ctx.Err(); err != nil {
 			return err
+		}
+		if p.rate != nil {
+			if err := p.rate.WaitN(ctx, int(length)); err != nil {
+				return err
+			}
 		}
 		began := time.Now()
 		data := r.buf[:length]

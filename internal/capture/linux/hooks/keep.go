@@ -64,7 +64,6 @@ type kept struct {
 	begun  bool // so it has to be ended
 	ready  bool // begin worked
 	locked bool
-	held   bool // from the last lock to its unlock
 	since  time.Time
 	still  time.Duration // since then, until it was let go
 	broken error         // why it is not, or was not, at rest
@@ -78,7 +77,11 @@ type keeper struct {
 	hooks []*kept
 	alone []Application // those that no hook is for
 	said  []string
+	over  bool // everything was let go as planned
 }
+
+// errNotHeld is for a capture that was not made under its last lock.
+var errNotHeld = errors.New("nothing was held while the disks were read")
 
 // Keep is the main function of the keeper's process: it serves the commands above. Hooks of the server's own lie in dir. thawed
 // ends when the watchdog of a freeze has ended. A signal that would end it lets everything go first.
@@ -161,7 +164,7 @@ func (k *keeper) serve(ctx context.Context, commands <-chan command, ticks <-cha
 				held.Reset(c.Limit)
 			case c.Do == "unlock":
 				held.Stop()
-				k.unlock(ctx, nil)
+				k.unlock(ctx, errNotHeld)
 			case c.Do == "end":
 				k.end()
 			default:
@@ -239,7 +242,7 @@ func (k *keeper) lock(ctx context.Context) {
 		if !h.ready || h.locked {
 			return
 		}
-		if h.held = false; !h.script {
+		if !h.script {
 			h.since = time.Now()
 		}
 		h.broken = h.lock(ctx, lockLimit)
@@ -260,7 +263,6 @@ func (k *keeper) unlock(ctx context.Context, why error) {
 		if h.broken = why; err != nil {
 			h.broken = fmt.Errorf("it was not held until the end: %w", err)
 		}
-		h.held = h.broken == nil
 		h.waited()
 	})
 }
@@ -275,7 +277,13 @@ func (h *kept) waited() {
 // end lets everything go: first what others wait for.
 func (k *keeper) end() {
 	ctx := context.Background()
+	for _, h := range k.hooks {
+		if !h.locked && h.broken == nil {
+			h.broken = errNotHeld
+		}
+	}
 	k.unlock(ctx, nil)
+	k.over = true
 	k.all(func(h *kept) {
 		if h.begun && !h.script {
 			h.finish(ctx, k.limit)
@@ -323,7 +331,7 @@ func (k *keeper) abandon(thawed io.Reader) {
 func (k *keeper) report() Report {
 	r := Report{Applications: k.alone, Notes: k.said}
 	for _, h := range k.hooks {
-		a := Application{Application: dr.Application{Name: plain(h.String()), AtRest: h.broken == nil && h.held, Still: h.still}}
+		a := Application{Application: dr.Application{Name: plain(h.String()), AtRest: h.broken == nil && k.over, Still: h.still}}
 		if h.broken != nil {
 			a.Reason = plain(h.broken.Error())
 		}
