@@ -23,7 +23,7 @@ func TestTheAgentLinksNothingThatItDoesNotNeed(t *testing.T) {
 		t.Fatalf("go list found only %d packages", len(deps))
 	}
 	allowed := map[string]bool{}
-	for _, p := range []string{"agent", "capture/linux", "capture/linux/track", "capture/wire", "dr"} {
+	for _, p := range []string{"agent", "capture/linux", "capture/linux/hooks", "capture/linux/track", "capture/wire", "dr"} {
 		allowed["github.com/musterdr/muster/internal/"+p] = true
 	}
 	for _, dep := range deps {

@@ -32,6 +32,7 @@ type serverFlags struct {
 	resident                bool
 	readLimit               int64
 	checks                  []string
+	hooks                   hookFlags
 }
 
 func (f *serverFlags) register(cmd *cobra.Command) {
@@ -48,6 +49,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	fl.BoolVar(&f.resident, "resident", false, "with --ssh: leave programs in the server's kernel that note what is written, so that a snapshot reads only that")
 	fl.Int64Var(&f.readLimit, "read-limit", 0, "with --ssh: MiB a second that are read of the server's disks at most; 0: no limit. It always comes after the server's own work")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
+	f.hooks.register(cmd)
 }
 
 func serverAddCommand() *cobra.Command {
@@ -73,6 +75,9 @@ since the last one, over restarts too; 'muster server remove' takes it out again
 external snapshot of the machine or to go back to one ('virsh checkpoint-delete' makes way). Raw disks hold none and are read as a whole. If
 qemu-guest-agent runs in the machine, its file systems are frozen for the moment in which a backup begins; otherwise a snapshot is
 as after a power cut. While it is read QEMU puts aside what the machine overwrites, in a file beside each image.
+
+PostgreSQL, MySQL and MariaDB that run on it are brought to rest for the moment of a snapshot, which is then application-consistent,
+and so is whatever has a hook in /etc/muster/hooks.d there: an executable file of root's, run with "pre" before and "post" after.
 
 The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
 		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --resident --rto 15m --rpo 24h --check shop-checks.yaml
@@ -108,6 +113,9 @@ The server's host key is shown on first contact and must be confirmed; afterward
 				source.HostKey, source.FreezeLimit, source.Disks, source.Resident, source.ReadLimit = hostKey, f.freeze, only, f.resident, f.readLimit<<20
 				if source.KeyFile, err = absolute(f.key); err != nil {
 					return err
+				}
+				if source.Hooks, err = f.hooks.settings(); err != nil {
+					return withCode(exitUsage, err)
 				}
 				s.Source.SSH = &source
 			}
@@ -298,6 +306,7 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
 	if ssh := s.Server.Source.SSH; ssh != nil {
 		fmt.Fprintf(out, "read         %s\n", howRead(*ssh, s.Newest))
+		fmt.Fprintf(out, "hooks        %s\n", hooksOf(ssh.Hooks))
 	}
 	if s.Server.Source.VM != nil {
 		fmt.Fprintf(out, "read         %s\n", howReadVM(s.Newest))
@@ -364,7 +373,7 @@ func howReadVM(newest *dr.Record) string {
 func serverSetCommand() *cobra.Command {
 	var f serverFlags
 	cmd := &cobra.Command{Use: "set NAME", Short: "Change a server's settings; what is not named stays", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers,
-		Example: "  muster server set shop --every 4h --rto 30m",
+		Example: "  muster server set shop --every 4h --rto 30m\n  muster server set shop --hook-limit 5m --hooks-required\n  muster server set shop --hooks off",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			change, err := f.change(cmd)
 			if err != nil {
@@ -412,6 +421,9 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 	}
 	if given("resident") {
 		c.Resident = &f.resident
+	}
+	if err := f.hooks.change(cmd, &c); err != nil {
+		return c, err
 	}
 	if given("check") {
 		checks, err := readChecks(f.checks)

@@ -56,4 +56,6 @@ type Outcome struct {
 	PassedOver  []dr.PassedOver
 	Reasons     []string // of each disk: why it was read as a whole, "" if only what was written was; nil: it always is
 	Notes       []string
+	// Applications are those that were found running; all of them at rest, and at least one, if that is the consistency.
+	Applications []dr.Application
 }

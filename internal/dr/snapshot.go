@@ -18,6 +18,8 @@ type Snapshot struct {
 	Disks       []SnapshotDisk `json:"disks"`           // same order as Inventory.Disks
 	Inventory   Inventory      `json:"inventory"`
 	Stats       CaptureStats   `json:"stats"`
+	// Applications are those that were found running, and whether they were at rest at that instant; see Hooks.
+	Applications []Application `json:"applications,omitempty"`
 }
 
 // SnapshotDisk is one disk's image.
@@ -44,7 +46,7 @@ type Consistency string
 const (
 	CrashConsistent       Consistency = "crash"       // as if the power had been cut at that instant
 	FilesystemConsistent  Consistency = "filesystem"  // every file system was frozen at that instant
-	ApplicationConsistent Consistency = "application" // the applications' own hooks ran as well
+	ApplicationConsistent Consistency = "application" // and every application that was found was at rest
 )
 
 // CapturePass says how a capture saw the disks at one instant, and how it found out what changed.
