@@ -151,10 +151,7 @@ func (f *Freeze) start(command []string, thaw *os.File) error {
 			f.from <- lines.Text()
 		}
 	}()
-	if _, err := f.answer("ready"); err != nil {
-		return err
-	}
-	_, err = f.ask("arm "+strconv.FormatInt(int64(f.limit), 10), "armed")
+	_, err = f.answer("ready")
 	return err
 }
 
@@ -174,7 +171,11 @@ func (f *Freeze) Sync(ctx context.Context) error {
 // Hold freezes. On an error everything is thawed.
 func (f *Freeze) Hold() error {
 	if f.Needed() {
-		o, err := f.ask("freeze", "frozen")
+		_, err := f.ask("arm "+strconv.FormatInt(int64(f.limit), 10), "armed")
+		o := outcome{}
+		if err == nil {
+			o, err = f.ask("freeze", "frozen")
+		}
 		if err != nil {
 			f.thawOurselves()
 			return fmt.Errorf("freeze: %w: %w", ErrVoid, err)
