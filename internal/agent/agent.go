@@ -103,6 +103,9 @@ func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan
 		return err
 	}
 	defer stop()
+	if err := linux.RemoveSnapshots(ctx); err != nil && plan.Volumes {
+		return err // left by an agent that was killed, and growing
+	}
 	layout := wire.Layout{Inventory: linux.Inventory(ctx, plan.Disks)}
 	for i, d := range disks {
 		layout.Inventory.Disks[i].Size = d.Size

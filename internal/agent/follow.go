@@ -8,6 +8,7 @@ import (
 
 	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/linux/track"
+	"github.com/musterdr/muster/internal/capture/view"
 	"github.com/musterdr/muster/internal/capture/wire"
 )
 
@@ -84,7 +85,9 @@ func (d *disk) take() error {
 		return fmt.Errorf("ask what was written to %s: %w", d.Name, err)
 	}
 	if !d.whole {
-		d.todo = append(d.todo, extents...)
+		for _, e := range extents {
+			d.todo = append(d.todo, view.Range(e))
+		}
 	}
 	return nil
 }
@@ -101,6 +104,9 @@ func (d *disk) unknown(err error) *track.Unknown {
 
 // left gives how many bytes the next pass reads, at most.
 func (d *disk) left() int64 {
+	if d.stage != nil {
+		return d.stage.total
+	}
 	if d.track == nil || d.whole {
 		return d.Size
 	}
@@ -139,8 +145,8 @@ func settle(disks []*disk, snapshot string) error {
 
 // pieces are the byte ranges that a pass reads of a disk: whole blocks, in chunks.
 type pieces struct {
-	size   int64          // of the disk, of which everything is read in the order of its chunks; or 0:
-	ranges []track.Extent // what is read, in chunks
+	size   int64        // of the disk, of which everything is read in the order of its chunks; or 0:
+	ranges []view.Range // what is read, in chunks
 	total  int64
 }
 
@@ -165,23 +171,23 @@ func (d *disk) used() pieces {
 	if err != nil || len(free) == 0 {
 		return everything(d.Size)
 	}
-	var used []track.Extent
+	var used []view.Range
 	at := int64(0)
 	for _, f := range free {
 		if f.Offset > at {
-			used = append(used, track.Extent{Offset: at, Length: f.Offset - at})
+			used = append(used, view.Range{Offset: at, Length: f.Offset - at})
 		}
 		at = max(at, f.Offset+f.Length)
 	}
 	if at < d.Size {
-		used = append(used, track.Extent{Offset: at, Length: d.Size - at})
+		used = append(used, view.Range{Offset: at, Length: d.Size - at})
 	}
 	return only(used, int64(d.block), d.Size)
 }
 
 // only makes pieces of the blocks that extents touch, each once.
-func only(extents []track.Extent, block, size int64) pieces {
-	slices.SortFunc(extents, func(a, b track.Extent) int { return cmp.Compare(a.Offset, b.Offset) })
+func only(extents []view.Range, block, size int64) pieces {
+	slices.SortFunc(extents, func(a, b view.Range) int { return cmp.Compare(a.Offset, b.Offset) })
 	var p pieces
 	end := int64(0) // of what is in p
 	for _, e := range extents {
@@ -191,7 +197,7 @@ func only(extents []track.Extent, block, size int64) pieces {
 			if last := len(p.ranges) - 1; last >= 0 && from == end && p.ranges[last].Length+n <= chunk {
 				p.ranges[last].Length += n
 			} else {
-				p.ranges = append(p.ranges, track.Extent{Offset: from, Length: n})
+				p.ranges = append(p.ranges, view.Range{Offset: from, Length: n})
 			}
 			p.total += n
 			from += n

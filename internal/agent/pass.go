@@ -10,6 +10,7 @@ import (
 
 	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/linux/track"
+	"github.com/musterdr/muster/internal/capture/view"
 	"github.com/musterdr/muster/internal/capture/wire"
 )
 
@@ -30,11 +31,13 @@ type disk struct {
 	sums    *wire.Sums // nil if the disk is read blind: nothing is compared
 	readers []*reader
 
-	track   *track.Disk    // nil: nobody notes what is written to it
-	tracked bool           // it was known at the start where it was written to
-	reason  string         // why not, or why not any more
-	whole   bool           // the next pass reads all of it
-	todo    []track.Extent // what the next pass reads otherwise
+	track   *track.Disk  // nil: nobody notes what is written to it
+	tracked bool         // it was known at the start where it was written to
+	reason  string       // why not, or why not any more
+	whole   bool         // the next pass reads all of it
+	todo    []view.Range // what the next pass reads otherwise
+	stage   *pieces      // what every pass reads until told otherwise, of a disk with snapshots
+	view    *view.View   // the disk at the instant of its snapshots; nil: there are none
 
 	now  pieces       // of this pass
 	next atomic.Int64 // number of the next piece
@@ -103,6 +106,8 @@ func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 	p := &pass{w: r.w, into: into, start: time.Now()}
 	for _, d := range r.disks {
 		switch d.now = everything(d.Size); {
+		case d.stage != nil:
+			d.now = *d.stage
 		case d.track != nil && !d.whole:
 			d.now = only(d.todo, int64(d.block), d.Size)
 		case d.track != nil:
@@ -142,7 +147,10 @@ func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 
 // again has the next pass read what this one was to read.
 func (d *disk) again() {
-	if d.now.size > 0 {
+	switch {
+	case d.stage != nil:
+		return
+	case d.now.size > 0:
 		d.whole = true
 		return
 	}

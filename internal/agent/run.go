@@ -32,6 +32,10 @@ type run struct {
 	hold     *hold
 	read     int64
 	passes   int
+
+	provider   dr.Provider
+	passedOver []dr.PassedOver
+	volumes    *linux.Snapshots // nil: the disks themselves are read
 }
 
 // found is what a pass came to.
@@ -49,18 +53,17 @@ func newRun(w *wire.Writer, plan wire.Plan, watchdog []string, disks []*disk) *r
 
 // all makes the passes and says what they came to.
 func (r *run) all(ctx context.Context) error {
+	r.choose(ctx)
 	for attempt := 1; ; attempt++ {
-		var last found
-		live, err := linux.Writable(r.open())
-		if err == nil && live && (attempt == 1 || r.followed()) {
-			last, err = r.live(ctx)
-		}
-		if err != nil {
-			return err
-		}
-		held, err := r.frozen(ctx, last.expected)
+		held, err := r.attempt(ctx, attempt)
 		if err == nil {
 			return r.done(held)
+		}
+		if errors.Is(err, linux.ErrSnapshot) && r.volumes != nil {
+			r.passedOver = append(r.passedOver, dr.PassedOver{Provider: r.provider, Reason: err.Error()})
+			r.withoutVolumes()
+			attempt = 0
+			continue
 		}
 		if !errors.Is(err, linux.ErrVoid) {
 			return err
@@ -71,9 +74,30 @@ func (r *run) all(ctx context.Context) error {
 	}
 }
 
+// attempt makes the passes once.
+func (r *run) attempt(ctx context.Context, number int) (linux.Held, error) {
+	if r.volumes != nil {
+		return r.byVolumes(ctx)
+	}
+	var last found
+	live, err := linux.Writable(r.open())
+	if err == nil && live && (number == 1 || r.followed()) {
+		last, err = r.live(ctx)
+	}
+	if err != nil {
+		return linux.Held{}, err
+	}
+	return r.frozen(ctx, last.expected)
+}
+
 // followed says whether it is known of every disk what is written to it from now on.
 func (r *run) followed() bool {
 	return !slices.ContainsFunc(r.disks, func(d *disk) bool { return d.track == nil })
+}
+
+// someFollowed says whether it is known of any disk.
+func (r *run) someFollowed() bool {
+	return slices.ContainsFunc(r.disks, func(d *disk) bool { return d.track != nil })
 }
 
 // live reads the disks while the server goes on, again and again until what is left for the frozen pass is small enough
@@ -109,7 +133,7 @@ func (r *run) live(ctx context.Context) (found, error) {
 
 // advance has what is in memory written, asks what was written since the pass, and reckons how long reading it will take.
 func (r *run) advance(ctx context.Context, f *found) error {
-	if slices.ContainsFunc(r.disks, func(d *disk) bool { return d.track != nil }) {
+	if r.someFollowed() {
 		if err := linux.Sync(ctx, r.open()); err != nil {
 			return err
 		}
@@ -140,7 +164,7 @@ func (r *run) tooLong(expected time.Duration) bool {
 // frozen reads the disks while their file systems stand still. ErrVoid if they did not until the end; what was sent is of
 // use all the same, because the next pass replaces what is wrong.
 func (r *run) frozen(ctx context.Context, expected time.Duration) (linux.Held, error) {
-	f, err := linux.Prepare(r.open(), r.plan.FreezeLimit, r.watchdog)
+	f, err := linux.PrepareApart(r.open(), r.apart(), r.plan.FreezeLimit, r.watchdog)
 	if err != nil {
 		return linux.Held{}, err
 	}
@@ -163,7 +187,7 @@ func (r *run) frozen(ctx context.Context, expected time.Duration) (linux.Held, e
 	if err := f.Hold(); err != nil {
 		return linux.Held{}, err
 	}
-	passErr := r.rest()
+	passErr := errors.Join(r.snapshot(ctx), r.rest())
 	if passErr == nil {
 		passErr = r.readStill(ctx, f.Needed())
 	}
@@ -235,9 +259,14 @@ func (r *run) open() []*linux.Disk {
 func (r *run) done(held linux.Held) error {
 	d := wire.Done{
 		Age: time.Since(held.Since), Consistency: held.Consistency, Frozen: held.Frozen, Read: r.read, Passes: r.passes, Notes: held.Notes,
+		Provider: r.provider, PassedOver: r.passedOver,
 	}
 	if d.Consistency == "" {
 		d.Consistency = dr.CrashConsistent
+	}
+	if r.provider == dr.ProviderFreeze && held.Frozen == 0 {
+		d.Provider = dr.ProviderCrash
+		d.PassedOver = append(d.PassedOver, dr.PassedOver{Provider: dr.ProviderFreeze, Reason: "no file system on these disks is mounted for writing"})
 	}
 	for _, disk := range r.disks {
 		var digest []byte

@@ -17,9 +17,10 @@ type Hello struct {
 
 // Plan says what to read. An inventory uses only Disks.
 type Plan struct {
-	Disks       []string      `json:"disks,omitempty"` // kernel names or absolute paths; none: every disk in use
-	FreezeLimit time.Duration `json:"freeze_limit"`    // the longest that file systems may stand still
-	Track       bool          `json:"track,omitempty"` // leave programs in the server's kernel that note what is written
+	Disks       []string      `json:"disks,omitempty"`   // kernel names or absolute paths; none: every disk in use
+	FreezeLimit time.Duration `json:"freeze_limit"`      // the longest that file systems may stand still
+	Track       bool          `json:"track,omitempty"`   // leave programs in the server's kernel that note what is written
+	Volumes     bool          `json:"volumes,omitempty"` // snapshots of logical volumes may be made, which go before the end
 	Snapshot    string        `json:"snapshot,omitempty"`
 	// Since names the snapshot whose fingerprints the appliance has, and those before it, newest first: what was written
 	// since any of them covers what was written since the first.
@@ -75,7 +76,13 @@ type Done struct {
 	Sent        []int64        `json:"sent"`            // blocks of each disk, zeros included, in all passes
 	Reasons     []string       `json:"reasons"`         // of each disk: why it was read as a whole; "" if only what was written was
 	Notes       []string       `json:"notes,omitempty"` // what an operator may want to know
+
+	Provider   dr.Provider     `json:"provider,omitempty"`
+	PassedOver []dr.PassedOver `json:"passed_over,omitempty"` // at most MaxProviders
 }
+
+// MaxProviders bounds Done.PassedOver.
+const MaxProviders = 16
 
 // Failure says why there will be no Done.
 type Failure struct {
