@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -28,7 +29,7 @@ type serverFlags struct {
 	every, rto, rpo, freeze time.Duration
 	memory, cpus, keepLast  int
 	overlays, key           string
-	resident                bool
+	resident, snapshots     bool
 	checks                  []string
 }
 
@@ -44,6 +45,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	fl.IntVar(&f.keepLast, "keep-last", 0, "snapshots to keep besides last-known-good; 0 keeps all")
 	fl.StringVar(&f.key, "key", "", "private SSH key of the user")
 	fl.BoolVar(&f.resident, "resident", false, "with --ssh: leave programs in the server's kernel that note what is written, so that a snapshot reads only that")
+	fl.BoolVar(&f.snapshots, "allow-snapshots", false, "with --ssh: let a capture make LVM snapshots on the server, where what is written is not noted, and remove them again")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
 }
 
@@ -62,6 +64,12 @@ or block device on this machine is captured as it is.
 With --resident small programs stay in the server's kernel (eBPF; no module, no process) and note which blocks are written, so
 that a snapshot reads only those, and file systems stand still for a moment only. They are gone after 'muster server remove'
 and after a reboot, when the next snapshot compares everything once. Without it every snapshot reads the whole disks.
+
+With --allow-snapshots a server that is not tracked is read from LVM snapshots of its logical volumes, so that its file systems
+stand still only while those are made. That writes to the server's volume groups, which Muster otherwise never does: it
+needs free room there (a fifth of a volume is good, a fiftieth and 64 MiB the least; a thin pool needs 10 % left), and
+writing is slower until the snapshots are removed, which is at the end of the capture, or if that was killed by the next one.
+'muster server show' says which way was used and why no better one.
 
 The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
 		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --resident --rto 15m --rpo 24h --check shop-checks.yaml
@@ -92,7 +100,7 @@ The server's host key is shown on first contact and must be confirmed; afterward
 				if err != nil {
 					return withCode(exitUsage, err)
 				}
-				source.HostKey, source.FreezeLimit, source.Disks, source.Resident = hostKey, f.freeze, only, f.resident
+				source.HostKey, source.FreezeLimit, source.Disks, source.Resident, source.Snapshots = hostKey, f.freeze, only, f.resident, f.snapshots
 				if source.KeyFile, err = absolute(f.key); err != nil {
 					return err
 				}
@@ -259,9 +267,7 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "server       %s (%s)\n", s.Server.Name, s.Server.ID)
 	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
-	if ssh := s.Server.Source.SSH; ssh != nil {
-		fmt.Fprintf(out, "read         %s\n", howRead(*ssh, s.Newest))
-	}
+	printProvider(out, s.Newest)
 	fmt.Fprintf(out, "schedule     every %s, next %s\n", span(s.Server.Schedule.Every), ago(s.Due))
 	if o := s.Server.Objectives; o.RTO > 0 || o.RPO > 0 {
 		fmt.Fprintf(out, "promised     RTO %s, RPO %s\n", span(o.RTO), span(o.RPO))
@@ -288,17 +294,30 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	}
 }
 
-// howRead says which way of capturing is in use, and why no better one.
-func howRead(ssh dr.SSHSource, newest *dr.Record) string {
-	switch {
-	case !ssh.Resident:
-		return "every disk in full, twice; 'muster server set NAME --resident' has its kernel note what is written"
-	case newest == nil || newest.Snapshot.Pass.Kind == dr.PassFull:
-		return "its kernel notes what is written; the first snapshot is a full one"
-	case newest.Snapshot.Pass.Kind == dr.PassTracked:
-		return "only what was written, which its kernel notes"
+// ways says in words how each provider sees the disks.
+var ways = map[dr.Provider]string{
+	dr.ProviderTracking: "its kernel notes what is written; a short freeze",
+	dr.ProviderLVM:      "snapshots of its logical volumes",
+	dr.ProviderZFS:      "snapshots of its ZFS volumes",
+	dr.ProviderFreeze:   "every disk compared as a whole, then once more while its file systems stand still",
+	dr.ProviderCrash:    "every disk compared as a whole while nobody wrote to it",
+	dr.ProviderQEMU:     "its hypervisor notes what is written",
+	dr.ProviderVSS:      "shadow copies of its volumes",
+	dr.ProviderReflink:  "a clone of its image files",
+	dr.ProviderRest:     "as it is; refused if anybody writes to it",
+}
+
+// printProvider says how a server was captured the last time, and why not in a better way.
+func printProvider(out io.Writer, newest *dr.Record) {
+	if newest == nil || newest.Snapshot.Pass.Provider == "" {
+		fmt.Fprintln(out, "read         not yet")
+		return
 	}
-	return "compared as a whole the last time: " + tame(newest.Snapshot.Pass.Reason)
+	pass := newest.Snapshot.Pass
+	fmt.Fprintf(out, "read         %s: %s\n", pass.Provider, ways[pass.Provider])
+	for _, p := range pass.PassedOver {
+		fmt.Fprintf(out, "  not %-7s %s\n", p.Provider+":", tame(p.Reason))
+	}
 }
 
 func serverSetCommand() *cobra.Command {
@@ -348,6 +367,9 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 	}
 	if given("resident") {
 		c.Resident = &f.resident
+	}
+	if given("allow-snapshots") {
+		c.Snapshots = &f.snapshots
 	}
 	if given("check") {
 		checks, err := readChecks(f.checks)

@@ -26,7 +26,7 @@ func (r *run) choose(ctx context.Context) {
 	case err != nil:
 		over(dr.ProviderLVM, "%s", err)
 	case !r.plan.Volumes:
-		over(dr.ProviderLVM, "snapshots of %s are possible, but not allowed for this server: they write to its volume groups", snapshots.Describe())
+		over(dr.ProviderLVM, "snapshots of %s are possible, but not allowed on this server, because they write to its volume groups (--allow-snapshots)", snapshots.Describe())
 	case r.someFollowed():
 		over(dr.ProviderLVM, "some of the disks are tracked, and those are read as they are")
 	default:
@@ -50,7 +50,7 @@ func (r *run) withoutVolumes() {
 // untracked says why not every disk is tracked.
 func (r *run) untracked() string {
 	if !r.plan.Track {
-		return "nothing is to stay on this server (it is not resident)"
+		return "not asked for: nothing is to stay on this server (--resident)"
 	}
 	var why []string
 	for _, d := range r.disks {
@@ -86,7 +86,12 @@ func (r *run) snapshot(ctx context.Context) error {
 // linux.ErrSnapshot, and nothing has happened.
 func (r *run) byVolumes(ctx context.Context) (held linux.Held, err error) {
 	// Whoever asked may be gone; the snapshots must go all the same.
-	defer func() { err = errors.Join(err, r.volumes.Remove(context.WithoutCancel(ctx))) }()
+	snapshots := r.volumes
+	defer func() {
+		if left := snapshots.Remove(context.WithoutCancel(ctx)); left != nil {
+			held.Notes = append(held.Notes, "the next capture will try again to "+left.Error())
+		}
+	}()
 	for _, d := range r.disks {
 		d.read(r.volumes.Rest(d.Disk))
 	}

@@ -77,6 +77,7 @@ type ServerChange struct {
 	HostKey    *string        `json:"host_key,omitempty"`
 	FreezeTime *time.Duration `json:"freeze_limit,omitempty"`
 	Resident   *bool          `json:"resident,omitempty"`
+	Snapshots  *bool          `json:"snapshots,omitempty"`
 }
 
 // ServerStatus is a server with where it stands.

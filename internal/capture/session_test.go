@@ -118,7 +118,7 @@ func block(w *wire.Writer, sums *wire.Sums, number int64, fill byte) {
 }
 
 func done(w *wire.Writer, sums *wire.Sums) {
-	_ = w.Message(wire.KindDone, wire.Done{Consistency: dr.CrashConsistent, Digests: [][]byte{sums.Digest()}})
+	_ = w.Message(wire.KindDone, wire.Done{Provider: dr.ProviderFreeze, Consistency: dr.CrashConsistent, Digests: [][]byte{sums.Digest()}})
 }
 
 // increment plays a tracked increment of a kept snapshot in which every block is of one byte.
@@ -145,7 +145,7 @@ func TestATrackedIncrementIsWhatWasWrittenOverItsParent(t *testing.T) {
 		t.Fatal(err)
 	}
 	tracked := func(sent int64, reason string) wire.Done {
-		return wire.Done{Consistency: dr.CrashConsistent, Digests: [][]byte{nil}, Sent: []int64{sent}, Reasons: []string{reason}}
+		return wire.Done{Provider: dr.ProviderFreeze, Consistency: dr.CrashConsistent, Digests: [][]byte{nil}, Sent: []int64{sent}, Reasons: []string{reason}}
 	}
 	snap, safe, err := increment(t, parent, func(w *wire.Writer, _ wire.Seed, sums *wire.Sums) {
 		block(w, sums, 2, 'b')
@@ -256,7 +256,7 @@ func TestAHostileAgentGetsNoSnapshot(t *testing.T) {
 			_ = w.Message(wire.KindFailure, wire.Failure{Text: "no\x1b[2J disk"})
 		}, "no [2J disk"},
 		"claims applications": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
-			_ = w.Message(wire.KindDone, wire.Done{Consistency: dr.ApplicationConsistent, Digests: [][]byte{s.Digest()}})
+			_ = w.Message(wire.KindDone, wire.Done{Provider: dr.ProviderFreeze, Consistency: dr.ApplicationConsistent, Digests: [][]byte{s.Digest()}})
 		}, "consistency"},
 		"endless passes": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
 			for w.Message(wire.KindPass, wire.Pass{}) == nil {
@@ -306,7 +306,7 @@ func FuzzAgent(f *testing.F) {
 	_ = w.Block(wire.Block{Data: make([]byte, 4096)})
 	_ = w.Zeros(wire.Zeros{Count: 1})
 	_ = w.Message(wire.KindTick, wire.Tick{})
-	_ = w.Message(wire.KindDone, wire.Done{Consistency: dr.CrashConsistent, Digests: [][]byte{make([]byte, 16)}})
+	_ = w.Message(wire.KindDone, wire.Done{Provider: dr.ProviderFreeze, Consistency: dr.CrashConsistent, Digests: [][]byte{make([]byte, 16)}})
 	f.Add(seed.Bytes())
 	ctx := context.Background()
 	snap, err := shared.Begin(ctx, dr.NewID("snap"), "")

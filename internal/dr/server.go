@@ -44,6 +44,9 @@ type SSHSource struct {
 	// Resident leaves the agent on the server, and programs in its kernel that note what is written, so that a snapshot
 	// reads only that.
 	Resident bool `json:"resident,omitempty"`
+	// Snapshots lets a capture make snapshots of the server's logical volumes, which it removes again. That writes to the
+	// metadata of the volume group, and as long as a snapshot lives to the group's free room.
+	Snapshots bool `json:"snapshots,omitempty"`
 }
 
 // DefaultFreezeLimit is how long a file system may stay frozen before the watchdog thaws it.

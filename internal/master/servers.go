@@ -77,6 +77,7 @@ func apply(server *dr.Server, c api.ServerChange) {
 		set(&ssh.HostKey, c.HostKey)
 		set(&ssh.FreezeLimit, c.FreezeTime)
 		set(&ssh.Resident, c.Resident)
+		set(&ssh.Snapshots, c.Snapshots)
 	}
 }
 
