@@ -1,7 +1,8 @@
+//go:build linux
+
 package agent
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -14,6 +15,11 @@ import (
 
 // DefaultTrackDir is where the tracker lives on a server: in memory, because it must not outlive the boot.
 const DefaultTrackDir = "/run/muster-agent/track"
+
+// follower is what is known of where a disk was written to.
+type follower struct {
+	track *track.Disk // nil: nobody notes it
+}
 
 // follow gives every disk its tracker, if the appliance wants one, and where the disk was written to since a snapshot whose
 // content the appliance has. That a disk cannot be tracked is no error: it says why, and is compared.
@@ -102,6 +108,19 @@ func (d *disk) unknown(err error) *track.Unknown {
 	return unknown
 }
 
+// next gives what the next pass reads.
+func (d *disk) next() pieces {
+	switch {
+	case d.stage != nil:
+		return *d.stage
+	case d.track != nil && !d.whole:
+		return only(d.todo, int64(d.block), d.Size)
+	case d.track != nil:
+		return d.used()
+	}
+	return everything(d.Size)
+}
+
 // left gives how many bytes the next pass reads, at most.
 func (d *disk) left() int64 {
 	if d.stage != nil {
@@ -143,27 +162,6 @@ func settle(disks []*disk, snapshot string) error {
 	return errors.Join(errs...)
 }
 
-// pieces are the byte ranges that a pass reads of a disk: whole blocks, in chunks.
-type pieces struct {
-	size   int64        // of the disk, of which everything is read in the order of its chunks; or 0:
-	ranges []view.Range // what is read, in chunks
-	total  int64
-}
-
-func everything(size int64) pieces { return pieces{size: size, total: size} }
-
-// at gives a piece.
-func (p *pieces) at(n int64) (off, length int64, ok bool) {
-	if p.size > 0 {
-		off = n * chunk
-		return off, min(chunk, p.size-off), off < p.size
-	}
-	if n >= int64(len(p.ranges)) {
-		return 0, 0, false
-	}
-	return p.ranges[n].Offset, p.ranges[n].Length, true
-}
-
 // used is everything but what file systems say is free. It may be left out only where it is noted what is written from now
 // on: what is free now may be in use before the capture ends.
 func (d *disk) used() pieces {
@@ -183,26 +181,4 @@ func (d *disk) used() pieces {
 		used = append(used, view.Range{Offset: at, Length: d.Size - at})
 	}
 	return only(used, int64(d.block), d.Size)
-}
-
-// only makes pieces of the blocks that extents touch, each once.
-func only(extents []view.Range, block, size int64) pieces {
-	slices.SortFunc(extents, func(a, b view.Range) int { return cmp.Compare(a.Offset, b.Offset) })
-	var p pieces
-	end := int64(0) // of what is in p
-	for _, e := range extents {
-		from, to := max(end, e.Offset/block*block), min(size, (e.Offset+e.Length+block-1)/block*block)
-		for from < to {
-			n := min(chunk, to-from)
-			if last := len(p.ranges) - 1; last >= 0 && from == end && p.ranges[last].Length+n <= chunk {
-				p.ranges[last].Length += n
-			} else {
-				p.ranges = append(p.ranges, view.Range{Offset: from, Length: n})
-			}
-			p.total += n
-			from += n
-			end = from
-		}
-	}
-	return p
 }

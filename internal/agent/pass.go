@@ -8,8 +8,6 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/musterdr/muster/internal/capture/linux"
-	"github.com/musterdr/muster/internal/capture/linux/track"
 	"github.com/musterdr/muster/internal/capture/view"
 	"github.com/musterdr/muster/internal/capture/wire"
 )
@@ -24,14 +22,14 @@ const (
 
 // disk is a disk that is read, with what the appliance has of it.
 type disk struct {
-	*linux.Disk
+	*device
 	number  int
 	block   int // bytes
 	seed    wire.Seed
 	sums    *wire.Sums // nil if the disk is read blind: nothing is compared
 	readers []*reader
 
-	track   *track.Disk  // nil: nobody notes what is written to it
+	follower
 	tracked bool         // it was known at the start where it was written to
 	reason  string       // why not, or why not any more
 	whole   bool         // the next pass reads all of it
@@ -40,7 +38,7 @@ type disk struct {
 	view    *view.View   // the disk at the instant of its snapshots; nil: there are none
 
 	now  pieces       // of this pass
-	next atomic.Int64 // number of the next piece
+	turn atomic.Int64 // number of the next piece
 	busy atomic.Int64 // nanoseconds of all readers in reading and comparing
 	sent atomic.Int64 // blocks, in all passes
 }
@@ -53,8 +51,8 @@ type reader struct {
 	zip    *zstd.Encoder
 }
 
-func newDisk(number int, d *linux.Disk, disks int) *disk {
-	out := &disk{Disk: d, number: number}
+func newDisk(number int, d *device, disks int) *disk {
+	out := &disk{device: d, number: number}
 	for range min(maxReaders, max(1, allReaders/disks)) {
 		out.readers = append(out.readers, &reader{disk: out})
 	}
@@ -65,7 +63,7 @@ func newDisk(number int, d *linux.Disk, disks int) *disk {
 func (d *disk) prepare() {
 	for _, r := range d.readers {
 		if r.buf == nil {
-			r.buf = linux.AlignedBuffer(chunk)
+			r.buf = view.Buffer(chunk)
 			r.packed = make([]byte, 0, d.block+64<<10)
 			// The options are constants that the library accepts.
 			r.zip, _ = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
@@ -87,6 +85,15 @@ type pass struct {
 	start    time.Time
 }
 
+// found is what a pass came to.
+type found struct {
+	differed int64         // bytes in blocks that differed from what was known
+	written  int64         // bytes that the server wrote to the disks meanwhile
+	sending  bool          // much of the time went into sending, so expected is a guess
+	left     int64         // bytes that the next pass will find, at least
+	expected time.Duration // that the next pass would take if nothing had to be sent
+}
+
 // announce says that a pass begins. It is said before a freeze, not under it.
 func (r *run) announce(frozen bool) error {
 	r.passes++
@@ -105,21 +112,14 @@ func (r *run) total() (n int64) {
 func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 	p := &pass{w: r.w, into: into, start: time.Now()}
 	for _, d := range r.disks {
-		switch d.now = everything(d.Size); {
-		case d.stage != nil:
-			d.now = *d.stage
-		case d.track != nil && !d.whole:
-			d.now = only(d.todo, int64(d.block), d.Size)
-		case d.track != nil:
-			d.now = d.used()
-		}
+		d.now = d.next()
 		d.whole, d.todo = false, nil
 		p.total += d.now.total
-		d.next.Store(0)
+		d.turn.Store(0)
 		d.busy.Store(0)
 		d.prepare()
 	}
-	before := linux.Written(r.open())
+	before := written(r.disks)
 	group, ctx := errgroup.WithContext(ctx)
 	for _, d := range r.disks {
 		for _, reader := range d.readers {
@@ -136,7 +136,7 @@ func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 	if err == nil && into == nil {
 		err = r.w.Flush()
 	}
-	f := found{differed: p.differed.Load(), written: linux.Written(r.open()) - before}
+	f := found{differed: p.differed.Load(), written: written(r.disks) - before}
 	var busy int64
 	for _, d := range r.disks {
 		busy += d.busy.Load()
@@ -161,7 +161,7 @@ func (d *disk) again() {
 func (r *reader) run(ctx context.Context, p *pass) error {
 	d := r.disk
 	for {
-		off, length, ok := d.now.at(d.next.Add(1) - 1)
+		off, length, ok := d.now.at(d.turn.Add(1) - 1)
 		if !ok {
 			return nil
 		}

@@ -1,3 +1,5 @@
+//go:build linux
+
 package agent
 
 import (
@@ -36,15 +38,6 @@ type run struct {
 	provider   dr.Provider
 	passedOver []dr.PassedOver
 	volumes    *linux.Snapshots // nil: the disks themselves are read
-}
-
-// found is what a pass came to.
-type found struct {
-	differed int64         // bytes in blocks that differed from what was known
-	written  int64         // bytes that the server wrote to the disks meanwhile
-	sending  bool          // much of the time went into sending, so expected is a guess
-	left     int64         // bytes that the next pass will find, at least
-	expected time.Duration // that the next pass would take if nothing had to be sent
 }
 
 func newRun(w *wire.Writer, plan wire.Plan, watchdog []string, disks []*disk) *run {
@@ -247,10 +240,10 @@ func (r *run) prepare() error {
 	return linux.Lock()
 }
 
-func (r *run) open() []*linux.Disk {
-	var out []*linux.Disk
+func (r *run) open() []*device {
+	var out []*device
 	for _, d := range r.disks {
-		out = append(out, d.Disk)
+		out = append(out, d.device)
 	}
 	return out
 }

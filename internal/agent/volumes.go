@@ -1,3 +1,5 @@
+//go:build linux
+
 package agent
 
 import (
@@ -7,7 +9,6 @@ import (
 	"strings"
 
 	"github.com/musterdr/muster/internal/capture/linux"
-	"github.com/musterdr/muster/internal/capture/view"
 	"github.com/musterdr/muster/internal/dr"
 )
 
@@ -93,7 +94,7 @@ func (r *run) byVolumes(ctx context.Context) (held linux.Held, err error) {
 		}
 	}()
 	for _, d := range r.disks {
-		d.read(r.volumes.Rest(d.Disk))
+		d.read(r.volumes.Rest(d.device))
 	}
 	last, err := r.live(ctx)
 	if err != nil {
@@ -123,23 +124,4 @@ func (r *run) byVolumes(ctx context.Context) (held linux.Held, err error) {
 		held.Consistency = dr.FilesystemConsistent
 	}
 	return held, nil
-}
-
-// read has the passes read some ranges of the disk, and the blocks that they touch, until told otherwise.
-func (d *disk) read(ranges []view.Range) {
-	stage := only(ranges, int64(d.block), d.Size)
-	d.stage = &stage
-}
-
-// readOthers has the passes read the blocks that were not read before.
-func (d *disk) readOthers() {
-	d.read(view.Without([]view.Range{{Length: d.Size}}, d.stage.ranges))
-}
-
-// ReadAt reads the disk as it is at the instant that is captured, as far as that is known.
-func (d *disk) ReadAt(p []byte, off int64) (int, error) {
-	if d.view != nil {
-		return d.view.ReadAt(p, off)
-	}
-	return d.Disk.ReadAt(p, off)
 }

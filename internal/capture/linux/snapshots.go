@@ -282,9 +282,9 @@ func (s *Snapshots) take(ctx context.Context) ([]*view.View, error) {
 func (s *Snapshots) readLabels() ([][]byte, error) {
 	var out [][]byte
 	for i, r := range s.labels {
-		from := r.Offset / alignment * alignment
-		to := min(s.labelOn[i].Size, (r.End()+alignment-1)/alignment*alignment)
-		buf := AlignedBuffer(int(to - from))
+		from := r.Offset / view.Alignment * view.Alignment
+		to := min(s.labelOn[i].Size, (r.End()+view.Alignment-1)/view.Alignment*view.Alignment)
+		buf := view.Buffer(int(to - from))
 		if _, err := s.labelOn[i].ReadAt(buf, from); err != nil {
 			return nil, err
 		}

@@ -90,6 +90,13 @@ func newGuest(t *testing.T) *guest {
 	return g
 }
 
+// in is the guest for a part of a test.
+func (g *guest) in(t *testing.T) *guest {
+	here := *g
+	here.t = t
+	return &here
+}
+
 func (g *guest) path(name string) string { return filepath.Join(g.dir, name) }
 func (g *guest) disk(n int) string       { return g.path(fmt.Sprintf("data%d.img", n)) }
 
@@ -119,7 +126,7 @@ func (g *guest) try(script string) (string, error) {
 func (g *guest) tools() {
 	g.t.Helper()
 	var files []string
-	for _, p := range []string{"lvm2", "dmsetup", "libdevmapper1.02.1", "libdevmapper-event1.02.1", "libaio1", "liblvm2cmd2.03", "libedit2", "libbsd0", "libmd0", "mdadm", "thin-provisioning-tools", "libboost-iostreams1.74.0"} {
+	for _, p := range []string{"fdisk", "libfdisk1", "lvm2", "dmsetup", "libdevmapper1.02.1", "libdevmapper-event1.02.1", "libaio1", "liblvm2cmd2.03", "libedit2", "libbsd0", "libmd0", "mdadm", "thin-provisioning-tools", "libboost-iostreams1.74.0"} {
 		out, err := exec.Command("dpkg", "-L", p).Output()
 		if err != nil {
 			continue // not installed: what needs it will say so

@@ -24,12 +24,12 @@ func TestRealVolumesOfAGuest(t *testing.T) {
 	}
 	nests := major > 6 || major == 6 && minor >= 8
 	t.Logf("kernel %s: a file system can be frozen twice: %v", kernel, nests)
-	t.Run("AThickVolumeIsReadFromItsSnapshot", func(t *testing.T) { thick(t, g) })
-	t.Run("SeveralVolumesShowOneInstantOrAreNotSnapshotted", func(t *testing.T) { several(t, g, nests) })
+	t.Run("AThickVolumeIsReadFromItsSnapshot", func(t *testing.T) { thick(t, g.in(t)) })
+	t.Run("SeveralVolumesShowOneInstantOrAreNotSnapshotted", func(t *testing.T) { several(t, g.in(t), nests) })
 	if nests {
-		t.Run("AThinPoolHoldsOneInstant", func(t *testing.T) { thin(t, g) })
+		t.Run("AThinPoolHoldsOneInstant", func(t *testing.T) { thin(t, g.in(t)) })
 	}
-	t.Run("WhatIsWrittenThroughEveryLayerIsTracked", func(t *testing.T) { layers(t, g) })
+	t.Run("WhatIsWrittenThroughEveryLayerIsTracked", func(t *testing.T) { layers(t, g.in(t)) })
 }
 
 func thick(t *testing.T, g *guest) {

@@ -17,6 +17,7 @@ import (
 	"io"
 	"slices"
 	"sort"
+	"unsafe"
 )
 
 // MaxParts bounds how many parts a view is put together from.
@@ -114,6 +115,16 @@ type Zeros struct{}
 func (Zeros) ReadAt(p []byte, _ int64) (int, error) {
 	clear(p)
 	return len(p), nil
+}
+
+// Alignment is what a disk that is read around a cache wants of offsets, lengths and memory, in bytes: no disk wants more.
+const Alignment = 4096
+
+// Buffer gives memory that any disk can be read into.
+func Buffer(size int) []byte {
+	b := make([]byte, size+Alignment)
+	shift := Alignment - int(uintptr(unsafe.Pointer(&b[0]))%Alignment)
+	return b[shift : shift+size : shift+size]
 }
 
 // Without gives what of some ranges is not in others, in order and joined. Ranges of no length are left out.
