@@ -7,15 +7,15 @@ import (
 	"github.com/musterdr/muster/internal/capture/view"
 )
 
-// read has the passes read some ranges of the disk, and the blocks that they touch, until told otherwise.
-func (d *disk) read(ranges []view.Range) {
+// only has the passes read some ranges of the disk, and the blocks that they touch, until told otherwise.
+func (d *disk) only(ranges []view.Range) {
 	stage := only(ranges, int64(d.block), d.Size)
 	d.stage = &stage
 }
 
-// readOthers has the passes read the blocks that were not read before.
-func (d *disk) readOthers() {
-	d.read(view.Without([]view.Range{{Length: d.Size}}, d.stage.ranges))
+// others has the passes read the blocks that were not read before.
+func (d *disk) others() {
+	d.only(view.Without([]view.Range{{Length: d.Size}}, d.stage.ranges))
 }
 
 // ReadAt reads the disk as it is at the instant that is captured, as far as that is known.

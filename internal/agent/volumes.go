@@ -77,7 +77,7 @@ func (r *run) snapshot(ctx context.Context) error {
 	}
 	for i, d := range r.disks {
 		d.view = views[i]
-		d.read(views[i].Rest())
+		d.only(views[i].Rest())
 	}
 	return nil
 }
@@ -94,7 +94,7 @@ func (r *run) byVolumes(ctx context.Context) (held linux.Held, err error) {
 		}
 	}()
 	for _, d := range r.disks {
-		d.read(r.volumes.Rest(d.device))
+		d.only(r.volumes.Rest(d.device))
 	}
 	last, err := r.live(ctx)
 	if err != nil {
@@ -107,7 +107,7 @@ func (r *run) byVolumes(ctx context.Context) (held linux.Held, err error) {
 		return linux.Held{}, err
 	}
 	for _, d := range r.disks {
-		d.readOthers()
+		d.others()
 	}
 	if err := r.announce(false); err != nil {
 		return linux.Held{}, err

@@ -30,7 +30,7 @@ type guest struct {
 // guestDisks is how many empty disks a guest has besides the one it boots from: vda, vdb, …
 const (
 	guestDisks    = 3
-	guestDiskSize = 600 << 20
+	guestDiskSize = 240 << 20
 )
 
 // newGuest boots a copy of the demo's server and gives it the tools of this host, which is a Debian of the same release.
@@ -201,7 +201,7 @@ func (g *guest) restore(t *testing.T, snap dr.Snapshot, disk int) {
 // writer is a program on the guest that writes numbers to two files of each folder in turn, each synced before the next, and
 // then tells the number: in every image all files hold the same number, or those before some point the next one.
 const writer = `
-import os, sys
+import os, sys, time
 folders = sys.argv[1:]
 files = [os.open(d + "/" + n, os.O_RDWR | os.O_CREAT) for d in folders for n in ("first", "second")]
 told = os.open("/run/told", os.O_RDWR | os.O_CREAT)
@@ -213,8 +213,9 @@ while not os.path.exists("/run/stop"):
         os.fsync(f)
     for d in folders:
         with open("%s/file-%d" % (d, n % 40), "wb") as f:
-            f.write(os.urandom(n % 7 * 20000))
+            f.write(os.urandom(n % 7 * 8000))
     os.pwrite(told, b"%020d" % n, 0)
+    time.sleep(0.01)
 `
 
 func (g *guest) write(folders ...string) {

@@ -35,7 +35,7 @@ func TestRealVolumesOfAGuest(t *testing.T) {
 func thick(t *testing.T, g *guest) {
 	// A partition beside the volume group is frozen, and read as it lies.
 	g.run(`printf '2048,20480\n22528,\n' | sfdisk -q /dev/vda
-		pvcreate -q /dev/vda2; vgcreate -q da-ta /dev/vda2; lvcreate -q -L 300M -n main da-ta; lvcreate -q -L 20M -n swap da-ta
+		pvcreate -q /dev/vda2; vgcreate -q da-ta /dev/vda2; lvcreate -q -L 80M -n main da-ta; lvcreate -q -L 8M -n swap da-ta
 		mkfs.ext4 -q /dev/da-ta/main; mkfs.ext4 -q /dev/vda1; mkswap -q /dev/da-ta/swap; swapon /dev/da-ta/swap
 		mkdir -p /mnt/main /mnt/boot; mount /dev/da-ta/main /mnt/main; mount /dev/vda1 /mnt/boot`)
 	g.write("/mnt/boot", "/mnt/main")
@@ -45,8 +45,8 @@ func thick(t *testing.T, g *guest) {
 		t.Errorf("nobody allowed snapshots: %+v", p)
 	}
 	// What an agent that was killed left behind goes; what looks like it and is somebody else's stays.
-	g.run(`lvcreate -q -s -L 20M -n muster_999999_1_1 --addtag muster_snapshot da-ta/main
-		lvcreate -q -s -L 20M -n theirs --addtag muster_snapshot da-ta/main; lvcreate -q -L 4M -n muster_999999_1_2 da-ta`)
+	g.run(`lvcreate -q -s -L 8M -n muster_999999_1_1 --addtag muster_snapshot da-ta/main
+		lvcreate -q -s -L 8M -n theirs --addtag muster_snapshot da-ta/main; lvcreate -q -L 4M -n muster_999999_1_2 da-ta`)
 	g.capture(t, refused.ID, "vda", allowSnapshots)
 	if left := g.run("lvs --noheadings -o lv_name da-ta | xargs"); left != "main muster_999999_1_2 swap theirs" {
 		t.Errorf("left are the volumes %s", left)
@@ -83,7 +83,7 @@ func thick(t *testing.T, g *guest) {
 }
 
 func several(t *testing.T, g *guest, nests bool) {
-	g.run(`pvcreate -q -y /dev/vda; vgcreate -q two /dev/vda; lvcreate -q -y -L 150M -n a two; lvcreate -q -y -L 150M -n b two
+	g.run(`pvcreate -q -y /dev/vda; vgcreate -q two /dev/vda; lvcreate -q -y -L 40M -n a two; lvcreate -q -y -L 40M -n b two
 		mkfs.ext4 -q /dev/two/a; mkfs.ext4 -q /dev/two/b; mkdir -p /mnt/a /mnt/b; mount /dev/two/a /mnt/a; mount /dev/two/b /mnt/b`)
 	g.write("/mnt/a", "/mnt/b")
 	before := g.told()
@@ -102,8 +102,8 @@ func several(t *testing.T, g *guest, nests bool) {
 }
 
 func thin(t *testing.T, g *guest) {
-	g.run(`pvcreate -q -y /dev/vda; vgcreate -q thin /dev/vda; lvcreate -q -y --type thin-pool -L 400M -n pool thin
-		for v in a b; do lvcreate -q -y -V 150M --thinpool pool -n $v thin; mkfs.ext4 -q /dev/thin/$v; mkdir -p /mnt/$v; mount /dev/thin/$v /mnt/$v; done`)
+	g.run(`pvcreate -q -y /dev/vda; vgcreate -q thin /dev/vda; lvcreate -q -y --type thin-pool -L 120M -n pool thin
+		for v in a b; do lvcreate -q -y -V 60M --thinpool pool -n $v thin; mkfs.ext4 -q /dev/thin/$v; mkdir -p /mnt/$v; mount /dev/thin/$v /mnt/$v; done`)
 	g.write("/mnt/a", "/mnt/b")
 	parent := ""
 	for range 2 {
@@ -131,7 +131,7 @@ func thin(t *testing.T, g *guest) {
 func layers(t *testing.T, g *guest) {
 	g.run(`printf '2048,\n' | sfdisk -q /dev/vdb
 		mdadm --quiet --create /dev/md7 --run --level=1 --raid-devices=2 --metadata=1.2 /dev/vdb1 missing
-		pvcreate -q -y /dev/md7; vgcreate -q deep /dev/md7; lvcreate -q -y -L 200M -n lv deep
+		pvcreate -q -y /dev/md7; vgcreate -q deep /dev/md7; lvcreate -q -y -L 100M -n lv deep
 		dmsetup create locked --table "0 $(blockdev --getsz /dev/deep/lv) crypt aes-xts-plain64 $(printf '%064d' 7) 0 /dev/deep/lv 0"
 		mkfs.ext4 -q /dev/mapper/locked; mkdir -p /mnt/deep; mount /dev/mapper/locked /mnt/deep`)
 	g.write("/mnt/deep")
