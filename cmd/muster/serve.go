@@ -213,10 +213,13 @@ func openSource(ctx context.Context, source dr.Source) (capture.Source, error) {
 	if source.SSH == nil {
 		return capturedisk.Open(source.Disks)
 	}
-	return capturessh.Open(ctx, *source.SSH, func(arch string) ([]byte, error) {
+	return capturessh.Open(ctx, *source.SSH, func(system, arch string) ([]byte, error) {
 		name := "muster-agent"
 		if arch != "amd64" {
 			name += "-" + arch
+		}
+		if system == "windows" {
+			name += ".exe"
 		}
 		path, err := besides(name)
 		if err != nil {
