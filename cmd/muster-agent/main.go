@@ -60,6 +60,7 @@ func run(args []string) error {
 func serve() error {
 	prepare()
 	debug.SetMemoryLimit(1 << 30)
+	debug.SetGCPercent(25) // memory is the server's; there is little garbage to collect
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer stop()
 	a := agent.Agent{Version: version, Watchdog: []string{"/proc/self/exe", "watchdog"}, TrackDir: agent.DefaultTrackDir}

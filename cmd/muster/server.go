@@ -30,6 +30,7 @@ type serverFlags struct {
 	memory, cpus, keepLast  int
 	overlays, key           string
 	resident, snapshots     bool
+	readLimit               int64
 	checks                  []string
 }
 
@@ -45,7 +46,8 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	fl.IntVar(&f.keepLast, "keep-last", 0, "snapshots to keep besides last-known-good; 0 keeps all")
 	fl.StringVar(&f.key, "key", "", "private SSH key of the user")
 	fl.BoolVar(&f.resident, "resident", false, "with --ssh: leave programs in the server's kernel that note what is written, so that a snapshot reads only that")
-	fl.BoolVar(&f.snapshots, "allow-snapshots", false, "with --ssh: let a capture make LVM snapshots on the server, where what is written is not noted, and remove them again")
+	fl.Int64Var(&f.readLimit, "read-limit", 0, "with --ssh: MiB a second that are read of the server's disks at most; 0: no limit. It always comes after the server's own work")
+	fl.BoolVar(&f.snapshots, "allow-snapshots", false, "with --ssh: let a capture make LVM snapshots on the server, if its kernel cannot note what is written, and remove them again")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
 }
 
@@ -62,10 +64,11 @@ func serverAddCommand() *cobra.Command {
 or block device on this machine is captured as it is.
 
 With --resident small programs stay in the server's kernel (eBPF; no module, no process) and note which blocks are written, so
-that a snapshot reads only those, and file systems stand still for a moment only. They are gone after 'muster server remove'
-and after a reboot, when the next snapshot compares everything once. Without it every snapshot reads the whole disks.
+that a snapshot reads only those. They are gone after 'muster server remove' and after a reboot, when the next snapshot compares
+everything once. Without it they are there while a snapshot is taken, and every snapshot reads all that is in use on the disks.
+Either way file systems stand still for a moment only, where the server's kernel can run them (5.8 or newer, with BTF).
 
-With --allow-snapshots a server that is not tracked is read from LVM snapshots of its logical volumes, so that its file systems
+With --allow-snapshots a server whose kernel cannot is read from LVM snapshots of its logical volumes, so that its file systems
 stand still only while those are made. That writes to the server's volume groups, which Muster otherwise never does: it
 needs free room there (a fifth of a volume is good, a fiftieth and 64 MiB the least; a thin pool needs 10 % left), and
 writing is slower until the snapshots are removed, which is at the end of the capture, or if that was killed by the next one.
@@ -100,7 +103,8 @@ The server's host key is shown on first contact and must be confirmed; afterward
 				if err != nil {
 					return withCode(exitUsage, err)
 				}
-				source.HostKey, source.FreezeLimit, source.Disks, source.Resident, source.Snapshots = hostKey, f.freeze, only, f.resident, f.snapshots
+				source.HostKey, source.FreezeLimit, source.Disks, source.Resident = hostKey, f.freeze, only, f.resident
+				source.Snapshots, source.ReadLimit = f.snapshots, f.readLimit<<20
 				if source.KeyFile, err = absolute(f.key); err != nil {
 					return err
 				}
@@ -267,7 +271,7 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "server       %s (%s)\n", s.Server.Name, s.Server.ID)
 	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
-	printProvider(out, s.Newest)
+	printProvider(out, s.Server.Source, s.Newest)
 	fmt.Fprintf(out, "schedule     every %s, next %s\n", span(s.Server.Schedule.Every), ago(s.Due))
 	if o := s.Server.Objectives; o.RTO > 0 || o.RPO > 0 {
 		fmt.Fprintf(out, "promised     RTO %s, RPO %s\n", span(o.RTO), span(o.RPO))
@@ -308,13 +312,16 @@ var ways = map[dr.Provider]string{
 }
 
 // printProvider says how a server was captured the last time, and why not in a better way.
-func printProvider(out io.Writer, newest *dr.Record) {
+func printProvider(out io.Writer, source dr.Source, newest *dr.Record) {
 	if newest == nil || newest.Snapshot.Pass.Provider == "" {
 		fmt.Fprintln(out, "read         not yet")
 		return
 	}
 	pass := newest.Snapshot.Pass
 	fmt.Fprintf(out, "read         %s: %s\n", pass.Provider, ways[pass.Provider])
+	if pass.Provider == dr.ProviderTracking && source.SSH != nil && !source.SSH.Resident {
+		fmt.Fprintln(out, "  in full    it forgets between snapshots; 'muster server set NAME --resident' has it remember, and only that is read")
+	}
 	for _, p := range pass.PassedOver {
 		fmt.Fprintf(out, "  not %-7s %s\n", p.Provider+":", tame(p.Reason))
 	}
@@ -364,6 +371,10 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 		if given(n.flag) {
 			*n.to = n.from
 		}
+	}
+	if given("read-limit") {
+		limit := f.readLimit << 20
+		c.ReadLimit = &limit
 	}
 	if given("resident") {
 		c.Resident = &f.resident

@@ -29,7 +29,7 @@ import (
 type Agent struct {
 	Version  string
 	Watchdog []string // program and arguments that run linux.Watchdog; the number of file systems is added
-	TrackDir string   // the tracker's folder
+	TrackDir string   // the tracker's folder; "": nothing is tracked
 }
 
 // unwindLimit is how long a capture may take to thaw and let go after its appliance is gone.

@@ -21,15 +21,12 @@ type follower struct {
 	track *track.Disk // nil: nobody notes it
 }
 
-// follow gives every disk its tracker, if the appliance wants one, and where the disk was written to since a snapshot whose
-// content the appliance has. That a disk cannot be tracked is no error: it says why, and is compared.
+// follow gives every disk its tracker, and if the appliance wants what was written to be known from one capture to the next,
+// where the disk was written to since a snapshot whose content the appliance has. Otherwise the trackers are there for this
+// capture, so that what is written while it goes on need not be looked for under freeze. That a disk cannot be tracked is no
+// error: it says why, and is compared.
 func follow(dir string, plan wire.Plan, disks []*disk) (stop func(), err error) {
 	stop = func() {}
-	if !plan.Track {
-		// A capture that is running and tracks, or a kernel without eBPF, is no reason not to capture.
-		_ = track.Remove(dir)
-		return stop, nil
-	}
 	var names []string
 	for _, d := range disks {
 		if d.Kernel != "" {
@@ -38,9 +35,15 @@ func follow(dir string, plan wire.Plan, disks []*disk) (stop func(), err error) 
 			d.reason = "it is a file: only the writes to disks are tracked"
 		}
 	}
+	if dir == "" || len(names) == 0 {
+		return stop, nil
+	}
+	if !plan.Track {
+		_ = track.Remove(dir) // what is left of another time; if somebody uses it Start says so
+	}
 	tracker, err := track.Start(dir, names)
 	if err != nil {
-		if errors.Is(err, track.ErrBusy) {
+		if errors.Is(err, track.ErrBusy) && plan.Track {
 			return stop, fmt.Errorf("start tracking: %w: another capture of this server is running", err)
 		}
 		for _, d := range disks {
@@ -50,16 +53,24 @@ func follow(dir string, plan wire.Plan, disks []*disk) (stop func(), err error) 
 		}
 		return stop, nil
 	}
+	stop = func() { _ = tracker.Close() } // what was not kept is put back by the next start
+	if !plan.Track {
+		stop = func() {
+			_ = tracker.Close()
+			_ = track.Remove(dir) // or the next capture does
+		}
+	}
 	for _, d := range disks {
 		if d.Kernel == "" {
 			continue
 		}
 		d.track = tracker.Disk(d.Kernel)
 		if err := d.since(plan.Since); err != nil {
-			return stop, errors.Join(err, tracker.Close())
+			stop()
+			return func() {}, err
 		}
 	}
-	return func() { _ = tracker.Close() }, nil // what was not kept is put back by the next start
+	return stop, nil
 }
 
 // since looks whether it is known where a disk was written to since one of the snapshots.
@@ -108,28 +119,35 @@ func (d *disk) unknown(err error) *track.Unknown {
 	return unknown
 }
 
-// next gives what the next pass reads.
-func (d *disk) next() pieces {
+// left gives how many bytes the next pass reads, at most.
+func (d *disk) left() int64 {
+	if d.stage == nil && (d.track == nil || d.whole) {
+		return d.Size
+	}
+	return d.due().total
+}
+
+// due is what the next pass reads.
+func (d *disk) due() pieces {
 	switch {
 	case d.stage != nil:
 		return *d.stage
 	case d.track != nil && !d.whole:
-		return only(d.todo, int64(d.block), d.Size)
+		return only(d.todo, d.swap, int64(d.block), d.Size)
 	case d.track != nil:
 		return d.used()
+	case len(d.swap) > 0:
+		return only([]view.Range{{Offset: 0, Length: d.Size}}, d.swap, int64(d.block), d.Size)
 	}
 	return everything(d.Size)
 }
 
-// left gives how many bytes the next pass reads, at most.
-func (d *disk) left() int64 {
-	if d.stage != nil {
-		return d.stage.total
+// swapping gives where the kernel swaps to on a disk.
+func (d *disk) swapping() []view.Range {
+	if d.Kernel == "" {
+		return nil
 	}
-	if d.track == nil || d.whole {
-		return d.Size
-	}
-	return only(d.todo, int64(d.block), d.Size).total
+	return linux.Swapping(d.Kernel)
 }
 
 // prove says whether every write to the tracked disks was seen. What was not is read as a whole by the next pass, and the
@@ -162,23 +180,9 @@ func settle(disks []*disk, snapshot string) error {
 	return errors.Join(errs...)
 }
 
-// used is everything but what file systems say is free. It may be left out only where it is noted what is written from now
-// on: what is free now may be in use before the capture ends.
+// used is everything but what file systems say is free, and swap. What is free may be left out only where it is noted what is
+// written from now on: it may be in use before the capture ends.
 func (d *disk) used() pieces {
-	free, err := linux.Free(d.Kernel)
-	if err != nil || len(free) == 0 {
-		return everything(d.Size)
-	}
-	var used []view.Range
-	at := int64(0)
-	for _, f := range free {
-		if f.Offset > at {
-			used = append(used, view.Range{Offset: at, Length: f.Offset - at})
-		}
-		at = max(at, f.Offset+f.Length)
-	}
-	if at < d.Size {
-		used = append(used, view.Range{Offset: at, Length: d.Size - at})
-	}
-	return only(used, int64(d.block), d.Size)
+	free, _ := linux.Free(d.Kernel) // one that cannot be asked has nothing free
+	return only([]view.Range{{Offset: 0, Length: d.Size}}, append(free, d.swap...), int64(d.block), d.Size)
 }

@@ -4,6 +4,7 @@ package agent
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -11,6 +12,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -52,7 +54,7 @@ func newChain(t *testing.T, fstype string, size int64) *chainOf {
 // capture takes a snapshot and examines it. Without keep the appliance goes away before it says that the snapshot is safe.
 func (c *chainOf) capture(t *testing.T, keep bool) (wire.Disk, wire.Done) {
 	t.Helper()
-	agent := start(t)
+	agent := startIn(t, trackDir())
 	c.n++
 	id, before := fmt.Sprintf("snap-%d", c.n), c.w.acked.Load()
 	plan := wire.Plan{Disks: []string{c.v.device}, FreezeLimit: 20 * time.Second, Track: true, Snapshot: id, Since: c.kept}
@@ -220,4 +222,70 @@ func TestRealWhatIsFreeHoldsNothing(t *testing.T) {
 			}
 		})
 	}
+}
+
+// An agent that leaves nothing behind tracks what is written while it reads, and its freeze is short for it.
+func TestRealACaptureThatLeavesNothingBehindIsFrozenForAMoment(t *testing.T) {
+	real(t)
+	v := newVolume(t, "ext4", 1<<30)
+	fill(t, v, 300)
+	w := v.write(t)
+	for range 2 {
+		c := startIn(t, trackDir())
+		sums := v.sums(t)
+		before := w.acked.Load()
+		c.begin(t, wire.Plan{Disks: []string{v.device}}, sums)
+		image := make([]byte, v.size)
+		_, done := c.receive(t, image, sums)
+		after := w.acked.Load()
+		if err := errors.Join(c.in.Close(), c.cmd.Wait()); err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
+		v.examine(t, image, before, after)
+		if done.Consistency != dr.FilesystemConsistent || done.Read > 600<<20 {
+			t.Errorf("%d MiB read: %+v", done.Read>>20, done)
+		}
+		t.Logf("frozen for %s in %d passes, %d MiB read", done.Frozen, done.Passes, done.Read>>20)
+		if _, err := os.Stat(trackDir()); !os.IsNotExist(err) {
+			t.Errorf("something is left: %v", err)
+		}
+	}
+}
+
+// fill writes files of a megabyte that do not compress.
+func fill(t *testing.T, v *volume, files int) {
+	t.Helper()
+	random := rand.New(rand.NewPCG(9, 9))
+	data := make([]byte, 1<<20)
+	for i := range files {
+		for j := 0; j < len(data); j += 8 {
+			binary.LittleEndian.PutUint64(data[j:], random.Uint64())
+		}
+		if err := os.WriteFile(filepath.Join(v.mount, fmt.Sprintf("filled-%d", i)), data, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	command(t, "sync", "-f", v.mount)
+}
+
+// Somebody else has frozen the file system: it stands still, though not for us.
+func TestRealAFileSystemThatSomebodyElseFrozeIsReadInAQuietMoment(t *testing.T) {
+	real(t)
+	v := newVolume(t, "ext4", 400<<20)
+	w := v.write(t)
+	w.end(t)
+	acked := w.acked.Load()
+	command(t, "fsfreeze", "-f", v.mount)
+	thaw := sync.OnceFunc(func() { command(t, "fsfreeze", "-u", v.mount) })
+	t.Cleanup(thaw)
+	c := startIn(t, trackDir())
+	sums := v.sums(t)
+	c.begin(t, wire.Plan{Disks: []string{v.device}}, sums)
+	image := make([]byte, v.size)
+	_, done := c.receive(t, image, sums)
+	if done.Consistency != dr.CrashConsistent || len(done.Notes) == 0 || !strings.Contains(done.Notes[0], "another program has frozen it") {
+		t.Errorf("done: %+v", done)
+	}
+	thaw() // ours took nothing away from theirs
+	v.examine(t, image, acked, acked)
 }

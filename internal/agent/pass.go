@@ -2,11 +2,14 @@ package agent
 
 import (
 	"context"
+	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 
 	"github.com/musterdr/muster/internal/capture/view"
 	"github.com/musterdr/muster/internal/capture/wire"
@@ -29,16 +32,17 @@ type disk struct {
 	sums    *wire.Sums // nil if the disk is read blind: nothing is compared
 	readers []*reader
 
-	follower
-	tracked bool         // it was known at the start where it was written to
-	reason  string       // why not, or why not any more
-	whole   bool         // the next pass reads all of it
-	todo    []view.Range // what the next pass reads otherwise
-	stage   *pieces      // what every pass reads until told otherwise, of a disk with snapshots
-	view    *view.View   // the disk at the instant of its snapshots; nil: there are none
+	follower              // where it was written to
+	tracked  bool         // it was known at the start where it was written to
+	reason   string       // why not, or why not any more
+	whole    bool         // the next pass reads all of it
+	todo     []view.Range // what the next pass reads otherwise
+	stage    *pieces      // what every pass reads until told otherwise, of a disk with snapshots
+	view     *view.View   // the disk at the instant of its snapshots; nil: there are none
+	swap     []view.Range // where the kernel swaps to: of no use to anybody, and not read
 
 	now  pieces       // of this pass
-	turn atomic.Int64 // number of the next piece
+	next atomic.Int64 // number of the next piece
 	busy atomic.Int64 // nanoseconds of all readers in reading and comparing
 	sent atomic.Int64 // blocks, in all passes
 }
@@ -48,7 +52,6 @@ type reader struct {
 	disk   *disk
 	buf    []byte
 	packed []byte
-	zip    *zstd.Encoder
 }
 
 func newDisk(number int, d *device, disks int) *disk {
@@ -59,16 +62,22 @@ func newDisk(number int, d *device, disks int) *disk {
 	return out
 }
 
+// zip compresses for all readers: as many at once as there are processors, since each needs memory of more than a megabyte that
+// has to stay in a processor's cache to be fast.
+var zip = sync.OnceValue(func() *zstd.Encoder {
+	// The options are constants that the library accepts.
+	e, _ := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderConcurrency(min(maxReaders, runtime.GOMAXPROCS(0))),
+		zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(wire.MaxBlock))
+	return e
+})
+
 // prepare takes the memory that the readers need.
 func (d *disk) prepare() {
 	for _, r := range d.readers {
 		if r.buf == nil {
 			r.buf = view.Buffer(chunk)
 			r.packed = make([]byte, 0, d.block+64<<10)
-			// The options are constants that the library accepts.
-			r.zip, _ = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
-				zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(max(zstd.MinWindowSize, d.block)))
-			r.packed = r.zip.EncodeAll(r.buf[:d.block], r.packed)[:0]
+			r.packed = zip().EncodeAll(r.buf[:d.block], r.packed)[:0]
 		}
 	}
 }
@@ -76,6 +85,7 @@ func (d *disk) prepare() {
 // pass is one reading of all disks.
 type pass struct {
 	w        *wire.Writer
+	rate     *rate.Limiter
 	into     *hold // for a frozen pass: where what differs is put
 	total    int64
 	done     atomic.Int64
@@ -111,11 +121,14 @@ func (r *run) total() (n int64) {
 // while there is room.
 func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 	p := &pass{w: r.w, into: into, start: time.Now()}
+	if into == nil {
+		p.rate = r.rate // who waits for the end of a freeze waits no longer for it
+	}
 	for _, d := range r.disks {
-		d.now = d.next()
+		d.now = d.due()
 		d.whole, d.todo = false, nil
 		p.total += d.now.total
-		d.turn.Store(0)
+		d.next.Store(0)
 		d.busy.Store(0)
 		d.prepare()
 	}
@@ -161,12 +174,17 @@ func (d *disk) again() {
 func (r *reader) run(ctx context.Context, p *pass) error {
 	d := r.disk
 	for {
-		off, length, ok := d.now.at(d.turn.Add(1) - 1)
+		off, length, ok := d.now.at(d.next.Add(1) - 1)
 		if !ok {
 			return nil
 		}
 		if err := ctx.Err(); err != nil {
 			return err
+		}
+		if p.rate != nil {
+			if err := p.rate.WaitN(ctx, int(length)); err != nil {
+				return err
+			}
 		}
 		began := time.Now()
 		data := r.buf[:length]
@@ -236,10 +254,10 @@ func (r *reader) compare(p *pass, off int64, data []byte) (waited time.Duration,
 	return waited, flush()
 }
 
-// send sends a block, compressed where that makes it at least a sixteenth smaller.
+// send sends a block, compressed where that makes it at least a sixteenth smaller. The store keeps it as it is compressed here.
 func (r *reader) send(w *wire.Writer, number int64, sum wire.Sum, block []byte) error {
 	b := wire.Block{Disk: r.disk.number, Number: number, Sum: sum, Data: block}
-	r.packed = r.zip.EncodeAll(block, r.packed[:0])
+	r.packed = zip().EncodeAll(block, r.packed[:0])
 	if len(r.packed) < len(block)-len(block)/16 {
 		b.Zstd, b.Data = true, r.packed
 	}

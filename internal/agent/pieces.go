@@ -9,7 +9,7 @@ import (
 
 // only has the passes read some ranges of the disk, and the blocks that they touch, until told otherwise.
 func (d *disk) only(ranges []view.Range) {
-	stage := only(ranges, int64(d.block), d.Size)
+	stage := only(ranges, slices.Clone(d.swap), int64(d.block), d.Size)
 	d.stage = &stage
 }
 
@@ -47,24 +47,48 @@ func (p *pieces) at(n int64) (off, length int64, ok bool) {
 	return p.ranges[n].Offset, p.ranges[n].Length, true
 }
 
-// only makes pieces of the blocks that extents touch, each once.
-func only(extents []view.Range, block, size int64) pieces {
+// only makes pieces of the blocks that extents touch, each once, without the blocks that lie in one of the holes.
+func only(extents []view.Range, holes []view.Range, block, size int64) pieces {
 	slices.SortFunc(extents, func(a, b view.Range) int { return cmp.Compare(a.Offset, b.Offset) })
+	slices.SortFunc(holes, func(a, b view.Range) int { return cmp.Compare(a.Offset, b.Offset) })
 	var p pieces
-	end := int64(0) // of what is in p
+	end := int64(0) // of what is in p, or is left out
 	for _, e := range extents {
 		from, to := max(end, e.Offset/block*block), min(size, (e.Offset+e.Length+block-1)/block*block)
 		for from < to {
-			n := min(chunk, to-from)
-			if last := len(p.ranges) - 1; last >= 0 && from == end && p.ranges[last].Length+n <= chunk {
-				p.ranges[last].Length += n
-			} else {
-				p.ranges = append(p.ranges, view.Range{Offset: from, Length: n})
+			var hole view.Range // the next one that holds a block
+			for len(holes) > 0 {
+				first, last := (holes[0].Offset+block-1)/block*block, (holes[0].Offset+holes[0].Length)/block*block
+				if hole = (view.Range{Offset: first, Length: last - first}); last > max(from, first) {
+					break
+				}
+				holes, hole = holes[1:], view.Range{}
 			}
-			p.total += n
-			from += n
-			end = from
+			stop := to
+			if hole.Length > 0 && hole.Offset <= from {
+				from = min(to, hole.Offset+hole.Length)
+				end = from
+				continue
+			} else if hole.Length > 0 {
+				stop = min(to, hole.Offset)
+			}
+			p.add(from, stop)
+			from, end = stop, stop
 		}
 	}
 	return p
+}
+
+// add adds a byte range in chunks, the first of them to the last range where it goes on from there.
+func (p *pieces) add(from, to int64) {
+	for from < to {
+		n := min(chunk, to-from)
+		if last := len(p.ranges) - 1; last >= 0 && p.ranges[last].Offset+p.ranges[last].Length == from && p.ranges[last].Length+n <= chunk {
+			p.ranges[last].Length += n
+		} else {
+			p.ranges = append(p.ranges, view.Range{Offset: from, Length: n})
+		}
+		p.total += n
+		from += n
+	}
 }

@@ -55,8 +55,8 @@ func follow(_ string, plan wire.Plan, disks []*disk) (stop func(), err error) {
 
 func settle([]*disk, string) error { return nil }
 
-// next gives what the next pass reads.
-func (d *disk) next() pieces {
+// due is what the next pass reads.
+func (d *disk) due() pieces {
 	if d.stage != nil {
 		return *d.stage
 	}
@@ -64,4 +64,4 @@ func (d *disk) next() pieces {
 }
 
 // left gives how many bytes the next pass reads.
-func (d *disk) left() int64 { return d.next().total }
+func (d *disk) left() int64 { return d.due().total }

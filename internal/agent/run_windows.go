@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/musterdr/muster/internal/capture/windows"
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
@@ -22,12 +24,17 @@ type run struct {
 	w      *wire.Writer
 	plan   wire.Plan
 	disks  []*disk
+	rate   *rate.Limiter // nil: no limit
 	read   int64
 	passes int
 }
 
 func newRun(w *wire.Writer, plan wire.Plan, _ []string, disks []*disk) *run {
-	return &run{w: w, plan: plan, disks: disks}
+	r := &run{w: w, plan: plan, disks: disks}
+	if plan.Rate > 0 {
+		r.rate = rate.NewLimiter(rate.Limit(plan.Rate), chunk)
+	}
+	return r
 }
 
 // all reads the disks and says what that came to.

@@ -76,6 +76,7 @@ type ServerChange struct {
 	KeyFile    *string        `json:"key_file,omitempty"`
 	HostKey    *string        `json:"host_key,omitempty"`
 	FreezeTime *time.Duration `json:"freeze_limit,omitempty"`
+	ReadLimit  *int64         `json:"read_limit,omitempty"`
 	Resident   *bool          `json:"resident,omitempty"`
 	Snapshots  *bool          `json:"snapshots,omitempty"`
 }

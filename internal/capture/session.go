@@ -440,8 +440,9 @@ func (r *receiver) block(payload, buf []byte) error {
 	if err != nil {
 		return err
 	}
-	s, data := r.sums[b.Disk], b.Data
+	s, data, frame := r.sums[b.Disk], b.Data, []byte(nil)
 	if b.Zstd {
+		frame = b.Data
 		if data, err = r.unzip.DecodeAll(b.Data, buf[:0]); err != nil {
 			return fmt.Errorf("unpack block %d of disk %d: %w: %w", b.Number, b.Disk, wire.ErrGarbage, err)
 		}
@@ -452,7 +453,7 @@ func (r *receiver) block(payload, buf []byte) error {
 	if r.blind[b.Disk] && s.At(b.Number) == b.Sum {
 		return nil // written with what was there already
 	}
-	if err := r.sink.Write(r.ctx, b.Disk, b.Number, data); err != nil {
+	if err := r.sink.Write(r.ctx, b.Disk, b.Number, data, frame); err != nil {
 		return err
 	}
 	s.Set(b.Number, b.Sum)

@@ -43,6 +43,7 @@ type Freeze struct {
 	before counters
 	notes  []string
 	weaker dr.Consistency // what is left of consistency if a file system could not be frozen
+	watch  bool           // nothing is frozen: it is only noticed whether anybody writes
 }
 
 // answerLimit is how long a watchdog may take for an answer that asks nothing of a file system.
@@ -94,6 +95,16 @@ func (f *Freeze) writable() ([]held, error) {
 	return slices.DeleteFunc(systems, func(s held) bool { return slices.Contains(f.apart.Systems, s.Dev) }), err
 }
 
+// Watch is Prepare for disks whose file systems cannot be frozen: nothing is, and Release says whether anybody wrote to the
+// disks since Hold. Where nobody did, they were as they would have been after a power cut.
+func Watch(disks []*Disk) (*Freeze, error) {
+	f := &Freeze{weaker: dr.CrashConsistent, open: disks, disks: kernelNames(disks), watch: true}
+	f.devices = counted("/", f.disks)
+	var err error
+	f.systems, err = writableOn("/", f.disks)
+	return f, err
+}
+
 // Writable says whether any file system on the disks could be written to.
 func Writable(disks []*Disk) (bool, error) {
 	systems, err := writableOn("/", kernelNames(disks))
@@ -127,8 +138,8 @@ func kernelNames(disks []*Disk) (names []string) {
 	return names
 }
 
-// Needed says whether anything has to stand still.
-func (f *Freeze) Needed() bool { return len(f.systems) > 0 }
+// Needed says whether anything has to be frozen.
+func (f *Freeze) Needed() bool { return len(f.systems) > 0 && !f.watch }
 
 func (f *Freeze) start(command []string) error {
 	f.dog = exec.Command(command[0], append(slices.Clone(command[1:]), strconv.Itoa(len(f.points)))...)

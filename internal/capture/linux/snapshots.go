@@ -25,7 +25,7 @@ const maxLabels = 64 << 20
 // still. A thick volume is read from its snapshot. A thin one is read where it lies: what its snapshot shares with it is
 // written elsewhere from then on, so the pool holds both until the snapshot is removed.
 //
-// The disks are then a view: the volumes, whenever there is time; what no volume holds and swap, at any time; the rest (partition
+// The disks are then a view: the volumes, whenever there is time; what no volume holds, at any time; swap as if it were new; the rest (partition
 // table, boot file systems, the pool's metadata) while everything stands still. Where volumes are thick the metadata of the
 // volume group is what it was just before, so that the image knows no snapshot; a thin pool has noted its snapshot
 // elsewhere as well, so there it is what it is just after, and the next capture of a restored server removes it.
@@ -38,6 +38,7 @@ type Snapshots struct {
 	labels  []view.Range // of the volume groups of thick volumes, in the order of labelOn
 	labelOn []*Disk
 	loose   map[string][]view.Range // by disk: may be read at any time
+	swap    map[string][]view.Range // by disk: of no use after this boot
 
 	serial   int
 	made     []string // names of snapshots
@@ -65,7 +66,7 @@ func PlanSnapshots(ctx context.Context, disks []*Disk) (*Snapshots, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Snapshots{disks: disks, loose: map[string][]view.Range{}, nests: nests(release())}
+	s := &Snapshots{disks: disks, loose: map[string][]view.Range{}, swap: map[string][]view.Range{}, nests: nests(release())}
 	if s.identity, err = mark(strconv.Itoa(os.Getpid())); err != nil {
 		return nil, err
 	}
@@ -223,9 +224,10 @@ func (s *Snapshots) layOut(groups []physical) error {
 	}
 	for _, swap := range Swaps("/") {
 		name := kernelName(s.mapping.blocks, swap)
-		extents, _ := s.mapping.onDisks(name, view.Range{Length: s.mapping.blocks[name].Size}) // a file, or nothing that can be told
+		size := s.mapping.blocks[name].Size
+		extents, _ := s.mapping.onDisks(name, view.Range{Offset: swapHead, Length: size - swapHead}) // a file, or nothing that can be told
 		for _, e := range extents {
-			s.loose[e.disk] = append(s.loose[e.disk], view.Range{Offset: e.at, Length: e.Length})
+			s.swap[e.disk] = append(s.swap[e.disk], view.Range{Offset: e.at, Length: e.Length})
 		}
 	}
 	return nil
@@ -338,7 +340,7 @@ func (s *Snapshots) compose(ctx context.Context, labels [][]byte) ([]*view.View,
 		for _, r := range view.Without(loose[d.Kernel], taken[d.Kernel]) {
 			mine = append(mine, view.Part{Range: r})
 		}
-		for _, r := range view.Join(taken[d.Kernel]) {
+		for _, r := range view.Join(append(taken[d.Kernel], s.swap[d.Kernel]...)) {
 			mine = append(mine, view.Part{Range: r, From: view.Zeros{}})
 		}
 		v, err := view.New(d, d.Size, mine)
@@ -369,7 +371,7 @@ func (s *Snapshots) open(now mapping, v snapshotted, name string) (io.ReaderAt, 
 
 // Rest is what of a disk has to be read while it stands still, as far as that can be told before the snapshots are made.
 func (s *Snapshots) Rest(disk *Disk) []view.Range {
-	held := slices.Clone(s.loose[disk.Kernel])
+	held := slices.Concat(s.loose[disk.Kernel], s.swap[disk.Kernel])
 	for _, v := range s.volumes {
 		for _, e := range v.on {
 			if e.disk == disk.Kernel {

@@ -57,7 +57,7 @@ func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Prog
 		return fmt.Errorf("read %s: %w", s.source, err)
 	}
 	err = s.converse(ctx, p, func(talk *capture.Session) error {
-		return talk.Capture(ctx, wire.Plan{Disks: s.source.Disks, FreezeLimit: s.source.FreezeLimit, Track: s.source.Resident, Volumes: s.source.Snapshots}, sink, report)
+		return talk.Capture(ctx, wire.Plan{Disks: s.source.Disks, FreezeLimit: s.source.FreezeLimit, Rate: s.source.ReadLimit, Track: s.source.Resident, Volumes: s.source.Snapshots}, sink, report)
 	})
 	if err != nil {
 		return fmt.Errorf("read %s: %w", s.source, err)
