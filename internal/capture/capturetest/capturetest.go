@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -26,6 +27,10 @@ type Bench struct {
 	Disks []string
 	// Sends says that bytes travel: an increment must send little more than what changed.
 	Sends bool
+	// Tracks says that an increment is read by what was noted as written, and not compared.
+	Tracks bool
+	// Grow makes the first disk larger, and what is added not zeros. nil: it is a file, to which is appended.
+	Grow func(t *testing.T)
 }
 
 // DiskSize is the size of the disks that Fill makes: not a multiple of any block size.
@@ -151,8 +156,12 @@ func increment(t *testing.T, b *Bench) {
 	b.change(t, 0, 1<<20+17, []byte("something new"))
 	b.change(t, len(b.Disks)-1, DiskSize-3, []byte("end"))
 	snap := b.take(t, first.ID)
-	if snap.Parent != first.ID || snap.Pass.Kind != dr.PassCompare {
-		t.Errorf("parent %q, pass %+v: want an increment of %s", snap.Parent, snap.Pass, first.ID)
+	kind := dr.PassCompare
+	if b.Tracks {
+		kind = dr.PassTracked
+	}
+	if snap.Parent != first.ID || snap.Pass.Kind != kind || snap.Pass.Provider == "" {
+		t.Errorf("parent %q, pass %+v: want an increment of %s, and to know how it was seen", snap.Parent, snap.Pass, first.ID)
 	}
 	if block := int64(snap.Disks[0].BlockSize); snap.Stats.Changed == 0 || snap.Stats.Changed > 2*block {
 		t.Errorf("changed %d bytes, want at most two blocks of %d", snap.Stats.Changed, block)
@@ -187,16 +196,26 @@ func zeroed(t *testing.T, b *Bench) {
 
 func grown(t *testing.T, b *Bench) {
 	first := b.take(t, "")
-	f, err := os.OpenFile(b.Disks[0], os.O_WRONLY|os.O_APPEND, 0)
-	if err != nil {
-		t.Fatal(err)
+	if b.Grow != nil {
+		b.Grow(t)
+	} else {
+		Append(t, b.Disks[0])
 	}
-	if _, err := f.Write(bytes.Repeat([]byte("more"), 100_000)); err != nil {
-		t.Fatal(err)
-	}
-	f.Close()
 	if snap := b.take(t, first.ID); snap.Pass.Kind != dr.PassFull || snap.Parent != "" || snap.Pass.Reason == "" {
 		t.Errorf("pass %+v, parent %q: want a full one that says why", snap.Pass, snap.Parent)
+	}
+}
+
+// Append makes a file longer.
+func Append(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_APPEND, 0)
+	if err == nil {
+		_, err = f.Write(bytes.Repeat([]byte("more"), 128<<10))
+		err = errors.Join(err, f.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
 	}
 }
 
