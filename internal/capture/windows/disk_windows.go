@@ -2,6 +2,7 @@ package windows
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -71,13 +72,12 @@ func ask(f *os.File, code uint32, question []byte, room int) ([]byte, error) {
 	for ; room <= maxAnswer; room *= 4 {
 		out, n := make([]byte, room), uint32(0)
 		err := windows.DeviceIoControl(windows.Handle(f.Fd()), code, in, uint32(len(question)), &out[0], uint32(room), &n, nil)
-		switch err {
-		case nil:
+		if err == nil {
 			return out[:n], nil
-		case windows.ERROR_MORE_DATA, windows.ERROR_INSUFFICIENT_BUFFER:
-			continue
 		}
-		return nil, fmt.Errorf("ask with code %#x: %w", code, err)
+		if !errors.Is(err, windows.ERROR_MORE_DATA) && !errors.Is(err, windows.ERROR_INSUFFICIENT_BUFFER) {
+			return nil, fmt.Errorf("ask with code %#x: %w", code, err)
+		}
 	}
 	return nil, fmt.Errorf("ask with code %#x: the answer is longer than %d bytes", code, maxAnswer)
 }
@@ -100,7 +100,7 @@ func volumes() ([]volume, error) {
 				out = append(out, v)
 			}
 		}
-		if err := windows.FindNextVolume(handle, &name[0], uint32(len(name))); err == windows.ERROR_NO_MORE_FILES {
+		if err := windows.FindNextVolume(handle, &name[0], uint32(len(name))); errors.Is(err, windows.ERROR_NO_MORE_FILES) {
 			return out, nil
 		} else if err != nil {
 			return nil, fmt.Errorf("list volumes: %w", err)
