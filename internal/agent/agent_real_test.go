@@ -386,7 +386,7 @@ func TestRealAFreezeThatWouldTakeTooLongIsRefusedBeforeItBegins(t *testing.T) {
 			t.Fatal(err)
 		}
 		if kind == wire.KindDone {
-			t.Fatal("400 MB were read in 10 ms")
+			t.Fatalf("400 MB were read in 10 ms: %s", payload)
 		}
 		if kind == wire.KindFailure {
 			if !strings.Contains(string(payload), "raise the freeze limit") || !strings.Contains(string(payload), "nothing was frozen") {
@@ -457,7 +457,7 @@ func TestRealWritesBelowTheFileSystemVoidThePass(t *testing.T) {
 			t.Fatal(err)
 		}
 		if kind == wire.KindDone {
-			t.Fatal("an image was made of a disk that did not stand still")
+			t.Fatalf("an image was made of a disk that did not stand still: %s", payload)
 		}
 		if kind == wire.KindFailure {
 			if !strings.Contains(string(payload), "writes to it directly") {

@@ -289,3 +289,47 @@ func TestRealAFileSystemThatSomebodyElseFrozeIsReadInAQuietMoment(t *testing.T) 
 	thaw() // ours took nothing away from theirs
 	v.examine(t, image, acked, acked)
 }
+
+// What the kernel swapped out is in no image, and the image's swap file is one all the same.
+func TestRealSwapIsLeftOut(t *testing.T) {
+	real(t)
+	v := newVolume(t, "ext4", 400<<20)
+	file := filepath.Join(v.mount, "swapfile")
+	secret := bytes.Repeat([]byte("what a program had in memory\n"), 3_000_000)
+	if err := os.WriteFile(file, secret, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	command(t, "sync", "-f", v.mount)
+	command(t, "mkswap", file)
+	command(t, "swapon", file)
+	off := sync.OnceFunc(func() { command(t, "swapoff", file) })
+	t.Cleanup(off)
+	w := v.write(t)
+	for _, dir := range []string{trackDir(), ""} {
+		c := startIn(t, dir)
+		sums := v.sums(t)
+		before := w.acked.Load()
+		c.begin(t, wire.Plan{Disks: []string{v.device}}, sums)
+		image := make([]byte, v.size)
+		_, done := c.receive(t, image, sums)
+		after := w.acked.Load()
+		if err := errors.Join(c.in.Close(), c.cmd.Wait()); err != nil {
+			t.Errorf("the agent ended with %v", err)
+		}
+		v.examine(t, image, before, after)
+		if left := bytes.Count(image, secret[:290]); left > 8000 { // the header and the blocks at the edges of its parts
+			t.Errorf("%d KiB of what was swapped out are in the image", left*290>>10)
+		}
+		path, at := filepath.Join(t.TempDir(), "image"), filepath.Join(t.TempDir(), "mnt")
+		if err := errors.Join(os.WriteFile(path, image, 0o600), os.Mkdir(at, 0o755)); err != nil {
+			t.Fatal(err)
+		}
+		command(t, "mount", "-o", "loop", path, at)
+		command(t, "swapon", filepath.Join(at, "swapfile"))
+		command(t, "swapoff", filepath.Join(at, "swapfile"))
+		command(t, "umount", at)
+		t.Logf("%d MiB read", done.Read>>20)
+	}
+	w.end(t)
+	off()
+}

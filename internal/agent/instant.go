@@ -50,15 +50,14 @@ func (r *run) quiet(ctx context.Context) (held linux.Held, err error) {
 		return held, err
 	}
 	for range tries {
-		if err := linux.Sync(ctx, r.open()); err != nil {
+		if err = linux.Sync(ctx, r.open()); err != nil {
 			return held, err
 		}
-		f, err := linux.Watch(r.open())
-		if err != nil {
+		var f *linux.Freeze
+		if f, err = linux.Watch(r.open()); err != nil {
 			return held, err
 		}
-		held, err = r.instant(ctx, f, r.hold)
-		if !errors.Is(err, linux.ErrVoid) {
+		if held, err = r.instant(ctx, f, r.hold); !errors.Is(err, linux.ErrVoid) {
 			return held, err
 		}
 		select {

@@ -256,8 +256,10 @@ func (f *Freeze) Release() (Held, error) {
 			return Held{}, fmt.Errorf("the watchdog thawed after %s, before everything was read: %w", o.Frozen.Round(time.Millisecond), ErrVoid)
 		}
 	}
-	if err := f.before.disturbed(after); err != nil {
+	if err := f.before.disturbed(after); err != nil && f.watch {
 		return Held{}, fmt.Errorf("%w: %w", ErrVoid, err)
+	} else if err != nil {
+		return Held{}, fmt.Errorf("%w: %w while all file systems on it stood still: something writes to it directly", ErrVoid, err)
 	}
 	if err := f.unchanged(); err != nil {
 		return Held{}, err
