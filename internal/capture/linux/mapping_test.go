@@ -1,6 +1,8 @@
 package linux
 
 import (
+	"errors"
+	"fmt"
 	"os"
 	"strconv"
 	"strings"
@@ -172,5 +174,28 @@ func TestASnapshotBelongsToTheAgentThatMadeIt(t *testing.T) {
 		if alive(name) != want {
 			t.Errorf("%s: alive %v", name, !want)
 		}
+	}
+}
+
+func TestASnapshotThatOverflowedIsNoImage(t *testing.T) {
+	s := &Snapshots{made: []string{"muster_1_2_1"}, origins: make([]*Disk, 1)}
+	const held = "da--ta-muster_1_2_1: 0 163840 snapshot 3600/155648 16\nda--ta-main: 0 163840 snapshot-origin 253:1\nda--ta-theirs: 0 8 snapshot Invalid\n"
+	if err := s.judge(held); err != nil {
+		t.Errorf("one that holds: %v", err)
+	}
+	for _, bad := range []string{"vg-muster_1_2_1: 0 163840 snapshot Invalid\n", "vg-muster_1_2_1: 0 163840 snapshot Overflow\n", "vg-muster_1_2_1: 0 163840 snapshot \n", ""} {
+		if err := s.judge(bad); !errors.Is(err, ErrVoid) {
+			t.Errorf("%q: %v, want ErrVoid", bad, err)
+		}
+	}
+	s = &Snapshots{mapping: mapping{names: map[string]string{"dm-6": "thin-pool-tpool"}}, volumes: []snapshotted{{pool: "dm-6"}}}
+	const pool = "thin-pool-tpool: 0 245760 thin-pool 1 12/1024 100/1920 - %s no_discard_passdown queue_if_no_space - 1024\n"
+	for mode, want := range map[string]bool{"rw": true, "ro": false, "out_of_data_space": false} {
+		if err := s.judge(fmt.Sprintf(pool, mode)); (err == nil) != want {
+			t.Errorf("a pool that is %s: %v", mode, err)
+		}
+	}
+	if err := s.judge("thin-pool-tpool: 0 245760 thin-pool Fail\n"); !errors.Is(err, ErrVoid) {
+		t.Errorf("a pool that failed: %v", err)
 	}
 }

@@ -392,7 +392,13 @@ func (s *Snapshots) Check(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	for line := range strings.Lines(out) {
+	return s.judge(out)
+}
+
+// judge reads what "dmsetup status" prints.
+func (s *Snapshots) judge(status string) error {
+	seen := 0
+	for line := range strings.Lines(status) {
 		m := tableLine.FindStringSubmatch(strings.TrimSpace(line))
 		if m == nil {
 			continue
@@ -400,11 +406,16 @@ func (s *Snapshots) Check(ctx context.Context) error {
 		ours := slices.ContainsFunc(s.made, func(name string) bool { return strings.HasSuffix(m[1], "-"+name) })
 		pool := slices.ContainsFunc(s.volumes, func(v snapshotted) bool { return v.pool != "" && s.mapping.names[v.pool] == m[1] })
 		switch {
-		case ours && m[4] == "snapshot" && (len(m[5]) == 0 || m[5][0] < '0' || m[5][0] > '9'):
+		case ours && m[4] == "snapshot" && (m[5] == "" || m[5][0] < '0' || m[5][0] > '9'):
 			return fmt.Errorf("snapshot %s: %s: more was written to the volume than it had room for: %w", m[1], m[5], ErrVoid)
 		case pool && (strings.Contains(m[5], "out_of_data_space") || strings.Contains(m[5], "Fail") || strings.Contains(m[5], " ro ")):
 			return fmt.Errorf("thin pool %s: %s: %w", m[1], m[5], ErrVoid)
+		case ours && m[4] == "snapshot":
+			seen++
 		}
+	}
+	if seen != len(s.origins) {
+		return fmt.Errorf("%d of %d snapshots are still there: %w", seen, len(s.origins), ErrVoid)
 	}
 	return nil
 }
