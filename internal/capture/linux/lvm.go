@@ -101,6 +101,7 @@ func (l logical) room(sharers int64) (int64, error) {
 		return 0, fmt.Errorf("how large the extents of volume group %s are is not known", l.VG)
 	}
 	want, least := max(l.Size/bestShare, bestRoom), max(l.Size/leastPart, leastRoom)
+	want = max(least, min(want, l.Size+l.Size/64+l.Extent)) // with all of the volume in it there is nothing more to come
 	room := min(want, l.Free/max(1, sharers)) / l.Extent * l.Extent
 	if room < least {
 		return 0, fmt.Errorf("volume group %s has %d MiB free for %d snapshots: that of %s needs at least %d MiB, and %d MiB are good", l.VG, l.Free>>20, sharers, l.Name, least>>20, want>>20)

@@ -145,6 +145,7 @@ func TestASnapshotTakesAFifthAndSaysHowMuchIsMissing(t *testing.T) {
 		{1 << 30, 63 * mib, 1, 0},              // less than the least
 		{300 * mib, 66 * mib, 1, 64 * mib},     // whole extents
 		{300 * mib, 127 * mib, 2, 0},           // each too small
+		{80 * mib, 1 << 30, 1, 84 * mib},       // no more than it can fill
 		{100 << 40, 100 << 40, 1, 20480 << 30}, // no limit above
 	} {
 		got, err := logical{Name: "main", VG: "vg", Size: c.size, Free: c.free, Extent: 4 * mib}.room(c.sharers)

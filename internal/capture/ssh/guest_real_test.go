@@ -162,21 +162,26 @@ func (g *guest) open(t *testing.T) *Source {
 // capture captures one of the guest's disks.
 func (g *guest) capture(t *testing.T, parent, disk string, change func(*dr.SSHSource)) dr.Snapshot {
 	t.Helper()
-	source := g.source
-	source.Disks = []string{disk}
-	change(&source)
-	s, err := Open(t.Context(), source, program)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer s.Close()
-	snap, err := capture.Take(t.Context(), s, shared, api.SnapshotTask{ID: dr.NewID("snap"), Server: dr.Server{ID: "srv-1", Name: "guest"}, Parent: parent}, nil)
+	snap, err := g.attempt(t, parent, disk, change)
 	if err != nil {
 		t.Fatalf("%v\nthe kernel of the guest says:\n%s", err, g.run("dmesg | tail -5"))
 	}
 	t.Logf("%s by %s, %s, pass %s (%s), passed over %+v: read %d MB, changed %d kB, frozen %s, took %s; %s", disk, snap.Pass.Provider, snap.Consistency, snap.Pass.Kind, snap.Pass.Reason,
 		snap.Pass.PassedOver, snap.Stats.Read>>20, snap.Stats.Changed>>10, snap.Stats.Frozen.Round(time.Millisecond), snap.Stats.Duration.Round(time.Millisecond), snap.Notes)
 	return snap
+}
+
+// attempt is capture for one that may fail.
+func (g *guest) attempt(t *testing.T, parent, disk string, change func(*dr.SSHSource)) (dr.Snapshot, error) {
+	source := g.source
+	source.Disks = []string{disk}
+	change(&source)
+	s, err := Open(t.Context(), source, program)
+	if err != nil {
+		return dr.Snapshot{}, err
+	}
+	defer s.Close()
+	return capture.Take(t.Context(), s, shared, api.SnapshotTask{ID: dr.NewID("snap"), Server: dr.Server{ID: "srv-1", Name: "guest"}, Parent: parent}, nil)
 }
 
 // restore writes a snapshot's disk over one of the guest's that nobody has looked at yet.

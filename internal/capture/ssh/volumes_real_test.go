@@ -48,8 +48,19 @@ func thick(t *testing.T, g *guest) {
 		t.Errorf("nobody allowed snapshots: %+v", p)
 	}
 	// What an agent that was killed left behind goes; what looks like it and is somebody else's stays.
-	g.run(`lvcreate -q -s -L 8M -n muster_999999_1_1 --addtag muster_snapshot da-ta/main
-		lvcreate -q -s -L 8M -n theirs --addtag muster_snapshot da-ta/main; lvcreate -q -L 4M -n muster_999999_1_2 da-ta`)
+	killed := make(chan error, 1)
+	go func() {
+		_, err := g.attempt(t, refused.ID, "vda", allowSnapshots)
+		killed <- err
+	}()
+	g.run(`for i in $(seq 600); do if lvs --noheadings -o lv_name @muster_snapshot 2>/dev/null | grep -q muster_; then pkill -9 -f 'agent-[0-9a-f]* serve'; exit 0; fi; sleep 0.1; done; exit 1`)
+	if err := <-killed; err == nil {
+		t.Error("a capture whose agent was killed was kept")
+	}
+	if left := g.run("while pgrep lvcreate >/dev/null; do sleep 0.1; done; lvs --noheadings -o lv_name da-ta | xargs"); !strings.Contains(left, "muster_") {
+		t.Errorf("nothing is left by an agent that was killed: %s", left)
+	}
+	g.run(`lvcreate -q -s -L 8M -n theirs --addtag muster_snapshot da-ta/main; lvcreate -q -L 4M -n muster_999999_1_2 da-ta`)
 	g.capture(t, refused.ID, "vda", allowSnapshots)
 	if left := g.run("lvs --noheadings -o lv_name da-ta | xargs"); left != "main muster_999999_1_2 swap theirs" {
 		t.Errorf("left are the volumes %s", left)
