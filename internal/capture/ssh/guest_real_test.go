@@ -55,7 +55,7 @@ func newGuest(t *testing.T) *guest {
 		"-smbios", "type=41,designation=Integrated NIC 1,kind=ethernet,instance=1,pcidev=nic",
 		"-drive", "if=none,id=system,format=qcow2,cache=unsafe,file=" + g.path("system.qcow2"), "-device", "ide-hd,bus=ide.0,drive=system",
 		"-netdev", fmt.Sprintf("user,id=net,net=10.77.0.0/24,host=10.77.0.1,hostfwd=tcp:127.0.0.1:%d-10.77.0.10:22", port),
-		"-device", "e1000e,id=nic,netdev=net,mac=ac:1f:6b:77:00:10,romfile=", "-serial", "file:" + g.path("serial.log")}
+		"-device", "virtio-net-pci,id=nic,netdev=net,mac=ac:1f:6b:77:00:10,romfile=", "-serial", "file:" + g.path("serial.log")}
 	for i := range guestDisks {
 		file := g.disk(i)
 		if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, guestDiskSize)); err != nil {
