@@ -32,7 +32,6 @@ const (
 	busySize  = 3 << 30
 	busyFiles = 20_000
 	busyFile  = 100 << 10 // bytes of each
-	stuns     = 10        // captures under load of each kind of file system
 )
 
 // here is a source that is captured by the real agent, on this machine and without SSH.
@@ -205,8 +204,19 @@ func (w *busy) content(seed uint64, size int) []byte {
 
 // take captures an increment.
 func (w *busy) take(ctx context.Context) (dr.Snapshot, float64, error) {
-	start := time.Now()
-	s, err := capture.Take(ctx, &w.source, w.store, api.SnapshotTask{ID: dr.NewSnapshotID(time.Now()), Server: dr.Server{ID: "srv-bench", Name: "bench"}, Parent: w.last}, nil)
+	return w.takeWhen(ctx, func() {})
+}
+
+// takeWhen calls a function whenever a pass of the living file system begins, and so the last time before the freeze.
+func (w *busy) takeWhen(ctx context.Context, begins func()) (dr.Snapshot, float64, error) {
+	start, last := time.Now(), ""
+	report := func(part string, _, _ int64, _ string) {
+		if part != last && strings.HasPrefix(part, "read, pass") {
+			begins()
+		}
+		last = part
+	}
+	s, err := capture.Take(ctx, &w.source, w.store, api.SnapshotTask{ID: dr.NewSnapshotID(time.Now()), Server: dr.Server{ID: "srv-bench", Name: "bench"}, Parent: w.last}, report)
 	if err == nil {
 		w.last = s.ID
 	}
@@ -369,55 +379,4 @@ func (b *bench) walkers(ctx context.Context, mount string) ([]walker, func(), er
 		}
 	}
 	return all, stop, nil
-}
-
-// stunned measures how long file systems stand still while fio writes to them as a database does.
-func stunned(ctx context.Context, b *bench) ([]Row, error) {
-	var all []float64
-	compared := 0
-	for _, fstype := range []string{"ext4", "xfs"} {
-		frozen, n, err := b.stunsOf(ctx, fstype)
-		if err != nil {
-			return nil, err
-		}
-		all, compared = append(all, frozen...), compared+n
-	}
-	const what = "milliseconds for which a file system stands still in a tracked capture while fio writes to it: 4 KiB at random places of a file, with an fsync every 8, and 64 KiB buffered; "
-	detail := fmt.Sprintf("%d captures of ext4 and xfs, %d of them compared", len(all), compared)
-	return []Row{
-		lower("freeze under writes, median ms", median(all), 100, what+"median", detail),
-		lower("freeze under writes, worst ms", slices.Max(all), 500, what+"worst", detail),
-	}, nil
-}
-
-func (b *bench) stunsOf(ctx context.Context, fstype string) (frozen []float64, compared int, err error) {
-	w, err := b.newBusy(ctx, fstype, 2000)
-	if err != nil {
-		return nil, 0, err
-	}
-	defer func() { err = errors.Join(err, w.close()) }()
-	ctx, cancel := context.WithCancel(ctx)
-	load := exec.CommandContext(ctx, "fio", "--directory="+w.mount, "--time_based", "--runtime=600", "--size=200m", "--thread",
-		"--name=database", "--rw=randwrite", "--bs=4k", "--fsync=8", "--rate_iops=500",
-		"--name=files", "--rw=write", "--bs=64k", "--rate=20m")
-	if err := load.Start(); err != nil {
-		cancel()
-		return nil, 0, fmt.Errorf("start fio: %w", err)
-	}
-	defer func() { cancel(); _ = load.Wait() }()
-	if _, _, err := w.take(ctx); err != nil {
-		return nil, 0, err
-	}
-	for range stuns {
-		time.Sleep(time.Second) // for the load to change something
-		s, _, err := w.take(ctx)
-		if err != nil {
-			return nil, 0, err
-		}
-		if s.Pass.Kind != dr.PassTracked {
-			compared++
-		}
-		frozen = append(frozen, float64(s.Stats.Frozen)/float64(time.Millisecond))
-	}
-	return frozen, compared, nil
 }

@@ -79,6 +79,8 @@ func newVolume(t *testing.T, fstype string, size int64) *volume {
 		command(t, "mkfs.ext4", "-q", "-F", v.device, strconv.FormatInt(size/1024-1024, 10))
 	case "xfs":
 		command(t, "mkfs.xfs", "-q", "-d", fmt.Sprintf("size=%d", size-1<<20), v.device)
+	case "btrfs":
+		command(t, "mkfs.btrfs", "-q", "-b", strconv.FormatInt(size-1<<20, 10), v.device)
 	}
 	command(t, "mount", v.device, v.mount)
 	t.Cleanup(func() {
