@@ -23,7 +23,7 @@ import (
 // Limits of a session.
 const (
 	inFlight   = 64 // blocks that were received and not yet written
-	maxPasses  = 32
+	maxPasses  = 64
 	maxNotes   = 64
 	maxNote    = 500 // characters of one note or failure of an agent
 	writersMax = 8
