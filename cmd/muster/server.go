@@ -70,7 +70,8 @@ Either way file systems stand still for a moment only, where the server's kernel
 
 With --allow-snapshots a server whose kernel cannot is read from LVM snapshots of its logical volumes, so that its file systems
 stand still only while those are made. That writes to the server's volume groups, which Muster otherwise never does: it
-needs free room there (a fifth of a volume is good, a fiftieth and 64 MiB the least), and writing is slower until the snapshots are removed, which is at the end of the capture, or if that was killed by the next one.
+needs free room there (a fifth of a volume is good, a fiftieth and 64 MiB the least), and writing is slower until
+the snapshots are removed, which is at the end of the capture, or if that was killed by the next one.
 'muster server show' says which way was used and why no better one.
 
 The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
