@@ -15,6 +15,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/musterdr/muster/internal/api"
+	captureqemu "github.com/musterdr/muster/internal/capture/qemu"
 	"github.com/musterdr/muster/internal/dr"
 )
 
@@ -53,15 +54,16 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 
 func serverAddCommand() *cobra.Command {
 	var f serverFlags
-	var ssh, hostKey string
+	var ssh, hostKey, vm, connect string
 	var disks, only []string
 	var accept bool
 	cmd := &cobra.Command{
-		Use:   "add NAME (--ssh USER@HOST[:PORT] --key FILE | --disk PATH…)",
+		Use:   "add NAME (--ssh USER@HOST[:PORT] --key FILE | --vm DOMAIN | --disk PATH…)",
 		Short: "Protect a server",
 		Long: `Protect a server. With --ssh a live Linux server is captured over its own SSH: a small agent is copied into
-/var/cache/muster there, runs as root while a snapshot is taken, and changes nothing else. With --disk a raw disk image file
-or block device on this machine is captured as it is.
+/var/cache/muster there, runs as root while a snapshot is taken, and changes nothing else. With --vm a virtual machine that
+libvirt runs on this host is captured through its QEMU, and nothing is installed in it. With --disk a raw disk image file or block
+device on this machine is captured as it is.
 
 With --resident small programs stay in the server's kernel (eBPF; no module, no process) and note which blocks are written, so
 that a snapshot reads only those. They are gone after 'muster server remove' and after a reboot, when the next snapshot compares
@@ -74,8 +76,16 @@ needs free room there (a fifth of a volume is good, a fiftieth and 64 MiB the le
 the snapshots are removed, which is at the end of the capture, or if that was killed by the next one.
 'muster server show' says which way was used and why no better one.
 
+A virtual machine's qcow2 disks get a dirty bitmap, which QEMU keeps in them, so that a snapshot reads only what was written
+since the last one, over restarts too; 'muster server remove' takes it out again. While it is there libvirt refuses to make an
+external snapshot of the machine or to go back to one ('virsh checkpoint-delete' makes way). Raw disks hold none and are read as a whole. If
+qemu-guest-agent runs in the machine, its file systems are frozen for the moment in which a backup begins; otherwise a snapshot is
+as after a power cut. While it is read QEMU puts aside what the machine overwrites, in a file beside each image.
+
 The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
 		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --resident --rto 15m --rpo 24h --check shop-checks.yaml
+  muster server add mail --vm mail-1 --rto 15m --rpo 24h
+  muster server add lab --vm lab --connect 'qemu:///system?socket=/run/other/libvirt-sock' --only-disk vda
   muster server add old --disk /images/old.raw`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -110,17 +120,39 @@ The server's host key is shown on first contact and must be confirmed; afterward
 				}
 				s.Source.SSH = &source
 			}
+			if vm != "" {
+				s.Source.VM = &dr.VMSource{URI: connect, Domain: vm, Disks: only}
+				if _, err := s.Source.VM.Socket(); err != nil {
+					return withCode(exitUsage, err)
+				}
+			}
 			return addServer(cmd, s, accept)
 		},
 	}
 	f.register(cmd)
 	cmd.Flags().StringVar(&ssh, "ssh", "", "live Linux server: USER@HOST[:PORT]")
 	cmd.Flags().StringArrayVar(&disks, "disk", nil, "raw disk image or block device (may be repeated, in the server's own order)")
-	cmd.Flags().StringArrayVar(&only, "only-disk", nil, "with --ssh: only this disk of the server, as sda (may be repeated); without it every disk in use")
+	cmd.Flags().StringArrayVar(&only, "only-disk", nil, "with --ssh or --vm: only this disk of the server, as sda (may be repeated); without it every disk in use")
+	cmd.Flags().StringVar(&vm, "vm", "", "virtual machine of this host's libvirt: its name or UUID")
+	cmd.Flags().StringVar(&connect, "connect", "", "with --vm: libvirt to ask, "+dr.DefaultVMURI+" or "+dr.DefaultVMURI+"?socket=/PATH (default "+dr.DefaultVMURI+")")
 	cmd.Flags().StringVar(&hostKey, "host-key", "", "host key to expect, as in known_hosts: 'ssh-ed25519 AAAA…'")
 	cmd.Flags().BoolVar(&accept, "accept-host-key", false, "accept the host key shown on first contact without asking")
-	cmd.MarkFlagsMutuallyExclusive("ssh", "disk")
-	cmd.MarkFlagsOneRequired("ssh", "disk")
+	cmd.MarkFlagsMutuallyExclusive("ssh", "disk", "vm")
+	cmd.MarkFlagsOneRequired("ssh", "disk", "vm")
+	for _, other := range []string{"key", "host-key", "accept-host-key", "resident", "freeze-limit", "read-limit"} {
+		cmd.MarkFlagsMutuallyExclusive("vm", other)
+	}
+	for _, other := range []string{"ssh", "disk"} {
+		cmd.MarkFlagsMutuallyExclusive("connect", other)
+	}
+	_ = cmd.RegisterFlagCompletionFunc("vm", func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+		names, err := captureqemu.Machines(cmd.Context(), dr.VMSource{URI: connect})
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	})
+	_ = cmd.RegisterFlagCompletionFunc("connect", cobra.FixedCompletions([]string{dr.DefaultVMURI}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 
@@ -190,6 +222,8 @@ func addServer(cmd *cobra.Command, s dr.Server, accept bool) error {
 	fmt.Fprintf(out, "%s is protected.\n", added.Name)
 	if inv.Distro.Name != "" {
 		fmt.Fprintf(out, "  %s, kernel %s, %s firmware, %d processors, %s memory\n", tame(inv.Distro.Name), tame(inv.Kernel), inv.Firmware, inv.CPU.Count, size(inv.Memory))
+	} else if inv.CPU.Count > 0 {
+		fmt.Fprintf(out, "  %s firmware, %d processors, %s memory\n", inv.Firmware, inv.CPU.Count, size(inv.Memory))
 	}
 	for _, d := range inv.Disks {
 		fmt.Fprintf(out, "  disk %s, %s\n", tame(d.Name), size(d.Size))
@@ -271,7 +305,11 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "server       %s (%s)\n", s.Server.Name, s.Server.ID)
 	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
-	printProvider(out, s.Server.Source, s.Newest)
+	if s.Server.Source.VM != nil {
+		fmt.Fprintf(out, "read         %s\n", howReadVM(s.Newest))
+	} else {
+		printProvider(out, s.Server.Source, s.Newest)
+	}
 	fmt.Fprintf(out, "schedule     every %s, next %s\n", span(s.Server.Schedule.Every), ago(s.Due))
 	if o := s.Server.Objectives; o.RTO > 0 || o.RPO > 0 {
 		fmt.Fprintf(out, "promised     RTO %s, RPO %s\n", span(o.RTO), span(o.RPO))
@@ -325,6 +363,26 @@ func printProvider(out io.Writer, source dr.Source, newest *dr.Record) {
 	for _, p := range pass.PassedOver {
 		fmt.Fprintf(out, "  not %-7s %s\n", p.Provider+":", tame(p.Reason))
 	}
+}
+
+// howReadVM says how a virtual machine is captured, and why it is not done better.
+func howReadVM(newest *dr.Record) string {
+	if newest == nil {
+		return "through its QEMU, from outside"
+	}
+	how := "through its QEMU: "
+	switch pass := newest.Snapshot.Pass; pass.Kind {
+	case dr.PassTracked:
+		how += "only what was written, which its bitmaps note"
+	case dr.PassFull:
+		how += "in full the last time"
+	default:
+		how += "compared as a whole the last time: " + tame(pass.Reason)
+	}
+	if newest.Snapshot.Consistency == dr.CrashConsistent {
+		how += "; not frozen (is qemu-guest-agent installed in it?)"
+	}
+	return how
 }
 
 func serverSetCommand() *cobra.Command {

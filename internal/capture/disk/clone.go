@@ -48,18 +48,18 @@ func cloneAll(paths []string) (disks, error) {
 
 // together says whether nobody wrote to any file between two looks. A file that was written to a moment ago may be written
 // to again without a change in its times.
-func together(before, after []mark, now time.Time) bool {
+func together(before, after []image.Mark, now time.Time) bool {
 	for i, m := range before {
-		if m != after[i] || now.Sub(time.Unix(m.mtime.Unix())) < tick || now.Sub(time.Unix(m.ctime.Unix())) < tick {
+		if m != after[i] || !m.Before(now.Add(-tick)) {
 			return false
 		}
 	}
 	return true
 }
 
-func lookAll(paths []string) (out []mark, err error) {
+func lookAll(paths []string) (out []image.Mark, err error) {
 	for _, p := range paths {
-		m, err := look(p)
+		m, err := image.LookAt(p)
 		if err != nil {
 			return nil, err
 		}

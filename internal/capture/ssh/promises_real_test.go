@@ -35,9 +35,9 @@ func TestRealTrackedDisksKeepThePromisesOfASource(t *testing.T) {
 					files, b.Disks = append(files, file), append(b.Disks, device)
 				}
 				source.Disks = b.Disks
-				b.Grow = func(t *testing.T) {
-					capturetest.Append(t, files[0])
-					command(t, "losetup", "--set-capacity", b.Disks[0])
+				b.Grow = func(t *testing.T, disk int) {
+					capturetest.Append(t, files[disk])
+					command(t, "losetup", "--set-capacity", b.Disks[disk])
 				}
 				b.Open = func(t *testing.T) capture.Source { return h.open(t, source) }
 				t.Cleanup(func() {
