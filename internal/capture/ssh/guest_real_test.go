@@ -51,7 +51,7 @@ func newGuest(t *testing.T) *guest {
 	}
 	port := free.Addr().(*net.TCPAddr).Port
 	free.Close()
-	args := []string{"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "Nehalem", "-smp", "2", "-m", "768", "-display", "none", "-vga", "none",
+	args := []string{"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "768", "-display", "none", "-vga", "none",
 		"-smbios", "type=41,designation=Integrated NIC 1,kind=ethernet,instance=1,pcidev=nic",
 		"-drive", "if=none,id=system,format=qcow2,cache=unsafe,file=" + g.path("system.qcow2"), "-device", "ide-hd,bus=ide.0,drive=system",
 		"-netdev", fmt.Sprintf("user,id=net,net=10.77.0.0/24,host=10.77.0.1,hostfwd=tcp:127.0.0.1:%d-10.77.0.10:22", port),
