@@ -1,3 +1,5 @@
+//go:build linux
+
 package agent
 
 import (
@@ -17,7 +19,7 @@ import (
 func (r *run) frozen(ctx context.Context, last found) (linux.Held, error) {
 	linux.Hurry() // and with it the watchdog, which begins now
 	defer linux.Yield()
-	f, err := linux.Prepare(r.open(), r.plan.FreezeLimit, r.watchdog, r.apps.thaw())
+	f, err := linux.Prepare(r.open(), r.apart(), r.plan.FreezeLimit, r.watchdog, r.apps.thaw())
 	if err != nil {
 		return linux.Held{}, err
 	}
@@ -84,7 +86,7 @@ func (r *run) instant(ctx context.Context, f *linux.Freeze, into *hold) (linux.H
 		r.apps.unlock()
 		return linux.Held{}, err
 	}
-	passErr := r.rest()
+	passErr := errors.Join(r.snapshot(ctx), r.rest())
 	if passErr == nil {
 		passErr = r.readStill(ctx, into)
 	}

@@ -1,3 +1,5 @@
+//go:build linux
+
 package agent
 
 import (
@@ -37,15 +39,10 @@ type run struct {
 	rate     *rate.Limiter // of passes while the server lives; nil: no limit
 	read     int64
 	passes   int
-}
 
-// found is what a pass came to.
-type found struct {
-	differed int64         // bytes in blocks that differed from what was known
-	written  int64         // bytes that the server wrote to the disks meanwhile
-	sending  bool          // much of the time went into sending, so expected is a guess
-	left     int64         // bytes that the next pass will find, at least
-	expected time.Duration // that the next pass would take if nothing had to be sent
+	provider   dr.Provider
+	passedOver []dr.PassedOver
+	volumes    *linux.Snapshots // nil: the disks themselves are read
 }
 
 func newRun(w *wire.Writer, plan wire.Plan, a Agent, disks []*disk) *run {
@@ -67,6 +64,17 @@ var errTooLong = errors.New("it would take too long")
 func (r *run) all(ctx context.Context) error {
 	defer r.apps.close()
 	linux.Yield()
+	r.choose(ctx)
+	if r.volumes != nil {
+		held, err := r.byVolumes(ctx)
+		if err == nil {
+			return r.done(ctx, held)
+		}
+		if ctx.Err() != nil {
+			return err
+		}
+		r.withoutVolumes(err)
+	}
 	var frozen error
 	for range maxFrozen {
 		var last found
@@ -100,6 +108,8 @@ func (r *run) all(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	r.over(r.provider, "%s", frozen)
+	r.provider = dr.ProviderCrash
 	held.Notes = append(held.Notes, fmt.Sprintf("crash-consistent, read in a moment in which nobody wrote, because the file systems could not be frozen: %v", frozen))
 	return r.done(ctx, held)
 }
@@ -107,6 +117,11 @@ func (r *run) all(ctx context.Context) error {
 // followed says whether it is known of every disk what is written to it from now on.
 func (r *run) followed() bool {
 	return !slices.ContainsFunc(r.disks, func(d *disk) bool { return d.track == nil })
+}
+
+// someFollowed says whether it is known of any disk.
+func (r *run) someFollowed() bool {
+	return slices.ContainsFunc(r.disks, func(d *disk) bool { return d.track != nil })
 }
 
 // live reads the disks while the server goes on, again and again until what is left for the frozen pass is small enough
@@ -164,7 +179,7 @@ func (r *run) quiesce(ctx context.Context, last found) (found, error) {
 
 // advance has what is in memory written, asks what was written since the pass, and reckons how long reading it will take.
 func (r *run) advance(ctx context.Context, f *found) error {
-	if slices.ContainsFunc(r.disks, func(d *disk) bool { return d.track != nil }) {
+	if r.someFollowed() {
 		if err := linux.Sync(ctx, r.open()); err != nil {
 			return err
 		}
@@ -192,10 +207,10 @@ func (r *run) tooLong(expected time.Duration) bool {
 	return float64(expected) > frozenShare*float64(r.plan.FreezeLimit)
 }
 
-func (r *run) open() []*linux.Disk {
-	var out []*linux.Disk
+func (r *run) open() []*device {
+	var out []*device
 	for _, d := range r.disks {
-		out = append(out, d.Disk)
+		out = append(out, d.device)
 	}
 	return out
 }
@@ -207,6 +222,7 @@ func (r *run) done(ctx context.Context, held linux.Held) error {
 		return err
 	}
 	d := wire.Done{
+		Provider: r.provider, PassedOver: r.passedOver,
 		Age: time.Since(held.Since), Consistency: held.Consistency, Frozen: held.Frozen, Read: r.read, Passes: r.passes,
 		Applications: apps.All(), Notes: append(held.Notes, apps.Notes...),
 	}
@@ -215,6 +231,10 @@ func (r *run) done(ctx context.Context, held linux.Held) error {
 		d.Consistency = dr.CrashConsistent
 	case d.Consistency == dr.FilesystemConsistent && apps.Rested():
 		d.Consistency = dr.ApplicationConsistent
+	}
+	if r.provider == dr.ProviderFreeze && held.Frozen == 0 {
+		d.Provider = dr.ProviderCrash
+		d.PassedOver = append(d.PassedOver, dr.PassedOver{Provider: dr.ProviderFreeze, Reason: "no file system on these disks is mounted for writing"})
 	}
 	for _, disk := range r.disks {
 		var digest []byte

@@ -238,6 +238,16 @@ func outcome(inv dr.Inventory, done wire.Done, sent int64) (Outcome, error) {
 		a.Name, a.Reason = plain(a.Name), plain(a.Reason)
 		o.Applications = append(o.Applications, a)
 	}
+	if !done.Provider.Known() || len(done.PassedOver) > wire.MaxProviders {
+		return Outcome{}, fmt.Errorf("end the capture: the agent claims provider %q, after %d others: %w", plain(string(done.Provider)), len(done.PassedOver), wire.ErrGarbage)
+	}
+	o.Provider = done.Provider
+	for _, p := range done.PassedOver {
+		if !p.Provider.Known() {
+			return Outcome{}, fmt.Errorf("end the capture: the agent passed over provider %q: %w", plain(string(p.Provider)), wire.ErrGarbage)
+		}
+		o.PassedOver = append(o.PassedOver, dr.PassedOver{Provider: p.Provider, Reason: plain(p.Reason)})
+	}
 	return o, nil
 }
 

@@ -58,6 +58,9 @@ type SSHSource struct {
 	Resident bool `json:"resident,omitempty"`
 	// Hooks says what is done about its applications.
 	Hooks Hooks `json:"hooks,omitzero"`
+	// Snapshots lets a capture make snapshots of the server's logical volumes, which it removes again. That writes to the
+	// metadata of the volume group, and as long as a snapshot lives to the group's free room.
+	Snapshots bool `json:"snapshots,omitempty"`
 }
 
 // DefaultFreezeLimit is how long a file system may stay frozen before the watchdog thaws it.

@@ -73,6 +73,15 @@ const (
 	ProviderRest     Provider = "rest"    // an image file or device that nobody wrote to
 )
 
+// Known says whether this release knows the provider.
+func (p Provider) Known() bool {
+	switch p {
+	case ProviderTracking, ProviderLVM, ProviderZFS, ProviderFreeze, ProviderCrash, ProviderQEMU, ProviderVSS, ProviderReflink, ProviderRest:
+		return true
+	}
+	return false
+}
+
 // PassedOver says why a provider was not used.
 type PassedOver struct {
 	Provider Provider `json:"provider"`

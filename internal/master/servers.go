@@ -81,6 +81,7 @@ func apply(server *dr.Server, c api.ServerChange) {
 		set(&ssh.Hooks.Off, c.HooksOff)
 		set(&ssh.Hooks.Limit, c.HookLimit)
 		set(&ssh.Hooks.Required, c.HooksRequired)
+		set(&ssh.Snapshots, c.Snapshots)
 	}
 }
 

@@ -17,10 +17,11 @@ type Hello struct {
 
 // Plan says what to read. An inventory uses only Disks.
 type Plan struct {
-	Disks       []string      `json:"disks,omitempty"` // kernel names or absolute paths; none: every disk in use
-	FreezeLimit time.Duration `json:"freeze_limit"`    // the longest that file systems may stand still
-	Rate        int64         `json:"rate,omitempty"`  // bytes a second that are read at most while the server goes on; 0: no limit
-	Track       bool          `json:"track,omitempty"` // leave programs in the server's kernel that note what is written
+	Disks       []string      `json:"disks,omitempty"`   // kernel names or absolute paths; none: every disk in use
+	FreezeLimit time.Duration `json:"freeze_limit"`      // the longest that file systems may stand still
+	Rate        int64         `json:"rate,omitempty"`    // bytes a second that are read at most while the server goes on; 0: no limit
+	Volumes     bool          `json:"volumes,omitempty"` // snapshots of logical volumes may be made, which go before the end
+	Track       bool          `json:"track,omitempty"`   // leave programs in the server's kernel that note what is written
 	Snapshot    string        `json:"snapshot,omitempty"`
 	// Since names the snapshot whose fingerprints the appliance has, and those before it, newest first: what was written
 	// since any of them covers what was written since the first.
@@ -80,7 +81,13 @@ type Done struct {
 	Notes       []string       `json:"notes,omitempty"` // what an operator may want to know
 	// Applications are those that were found running.
 	Applications []dr.Application `json:"applications,omitempty"`
+
+	Provider   dr.Provider     `json:"provider,omitempty"`
+	PassedOver []dr.PassedOver `json:"passed_over,omitempty"` // at most MaxProviders
 }
+
+// MaxProviders bounds Done.PassedOver.
+const MaxProviders = 16
 
 // Failure says why there will be no Done.
 type Failure struct {
