@@ -17,11 +17,12 @@ help: ## list the targets
 build: ## the programs, into bin/
 	$(GO) -o bin/ ./cmd/muster ./cmd/muster-agent ./cmd/muster-guest
 	GOARCH=arm64 $(GO) -o bin/muster-agent-arm64 ./cmd/muster-agent
+	GOOS=windows GOARCH=amd64 $(GO) -o bin/muster-agent.exe ./cmd/muster-agent
 
 .PHONY: install
 install: ## the programs, into $(PREFIX); as root, after make build
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/muster
-	install -D -t $(DESTDIR)$(PREFIX)/lib/muster bin/muster-agent bin/muster-agent-arm64 bin/muster-guest
+	install -D -t $(DESTDIR)$(PREFIX)/lib/muster bin/muster-agent bin/muster-agent-arm64 bin/muster-agent.exe bin/muster-guest
 
 .PHONY: test
 test: ## everything that proves it: lint, fast tests, tests with real guests

@@ -3,9 +3,10 @@
 //
 //	muster-agent serve              answer one conversation on standard input and output
 //	muster-agent inventory          print what this server is made of, as JSON
-//	muster-agent forget             end tracking what is written to the disks
+//	muster-agent forget             remove what captures have left on this server
 //	muster-agent version            print the version
 //	muster-agent watchdog COUNT     freeze and thaw the file systems open from descriptor 3 on; started by serve
+//	muster-agent hooks              hold the applications at rest, until descriptor 3 ends if serve is gone; started by serve
 package main
 
 import (
@@ -14,17 +15,10 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime/debug"
-	"strconv"
-	"strings"
 	"syscall"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/musterdr/muster/internal/agent"
-	"github.com/musterdr/muster/internal/capture/linux"
-	"github.com/musterdr/muster/internal/capture/linux/track"
 )
 
 // version is set when the program is built.
@@ -47,15 +41,6 @@ func run(args []string) error {
 	switch command {
 	case "serve":
 		return serve()
-	case "watchdog":
-		if len(args) != 2 {
-			return fmt.Errorf("%s", usage)
-		}
-		count, err := strconv.Atoi(args[1])
-		if err != nil || count < 1 || count > 4096 {
-			return fmt.Errorf("start the watchdog: %q is not a number of file systems", args[1])
-		}
-		return linux.Watchdog(count)
 	case "inventory":
 		out := json.NewEncoder(os.Stdout)
 		out.SetIndent("", "  ")
@@ -65,54 +50,22 @@ func run(args []string) error {
 		}
 		return out.Encode(inventory)
 	case "forget":
-		if err := track.Remove(agent.DefaultTrackDir); err != nil {
-			return err
-		}
-		_ = os.Remove(filepath.Dir(agent.DefaultTrackDir)) // unless somebody put something there
-		return nil
+		return forget(context.Background())
 	case "version":
 		fmt.Println(version)
 		return nil
 	}
-	return fmt.Errorf("%s", usage)
+	return own(args)
 }
 
 func serve() error {
-	if err := intoMemory(); err != nil {
-		// The copy on disk does as well: its pages are locked before anything is frozen.
-		fmt.Fprintln(os.Stderr, "muster-agent: run from disk:", err)
-	}
+	prepare()
 	debug.SetMemoryLimit(1 << 30)
 	debug.SetGCPercent(25) // memory is the server's; there is little garbage to collect
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer stop()
-	signal.Ignore(syscall.SIGPIPE)
-	a := agent.Agent{Version: version, Watchdog: []string{"/proc/self/exe", "watchdog"}, TrackDir: agent.DefaultTrackDir}
+	a := agent.Agent{
+		Version: version, Watchdog: []string{"/proc/self/exe", "watchdog"}, Hooks: []string{"/proc/self/exe", "hooks"}, TrackDir: agent.DefaultTrackDir,
+	}
 	return a.Serve(ctx, os.Stdin, os.Stdout)
-}
-
-// intoMemory starts this program again from a copy in memory, so that it needs no file system to run.
-func intoMemory() error {
-	const name = "muster-agent"
-	self, err := os.Readlink("/proc/self/exe")
-	if err != nil {
-		return err
-	}
-	if strings.HasPrefix(self, "/memfd:") {
-		return nil // this is the copy
-	}
-	program, err := os.ReadFile("/proc/self/exe")
-	if err != nil {
-		return err
-	}
-	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
-	if err != nil {
-		return err
-	}
-	memory := os.NewFile(uintptr(fd), name)
-	defer memory.Close()
-	if _, err := memory.Write(program); err != nil {
-		return err
-	}
-	return unix.Exec(fmt.Sprintf("/proc/self/fd/%d", fd), os.Args, os.Environ())
 }

@@ -2,6 +2,7 @@ package main
 
 import (
 	"debug/elf"
+	"debug/pe"
 	"fmt"
 	"os"
 	"os/exec"
@@ -23,7 +24,7 @@ func TestTheAgentLinksNothingThatItDoesNotNeed(t *testing.T) {
 		t.Fatalf("go list found only %d packages", len(deps))
 	}
 	allowed := map[string]bool{}
-	for _, p := range []string{"agent", "capture/linux", "capture/linux/track", "capture/wire", "dr", "signs"} {
+	for _, p := range []string{"agent", "capture/linux", "capture/linux/hooks", "capture/linux/track", "capture/view", "capture/wire", "dr", "signs"} {
 		allowed["github.com/musterdr/muster/internal/"+p] = true
 	}
 	for _, dep := range deps {
@@ -35,6 +36,24 @@ func TestTheAgentLinksNothingThatItDoesNotNeed(t *testing.T) {
 				t.Errorf("%s: not on a protected server", dep)
 			}
 		}
+	}
+}
+
+// Nothing here runs on Windows, so what can be said is that it builds.
+func TestTheAgentBuildsForWindows(t *testing.T) {
+	program := filepath.Join(t.TempDir(), "muster-agent.exe")
+	build := exec.Command("go", "build", "-o", program, ".")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=windows", "GOARCH=amd64")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	f, err := pe.Open(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if f.Machine != pe.IMAGE_FILE_MACHINE_AMD64 {
+		t.Errorf("it is for machine %#x", f.Machine)
 	}
 }
 

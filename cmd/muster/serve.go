@@ -221,10 +221,13 @@ func (i install) openSource(ctx context.Context, source dr.Source) (capture.Sour
 	case source.SSH == nil:
 		return capturedisk.Open(source.Disks)
 	}
-	return capturessh.Open(ctx, *source.SSH, func(arch string) ([]byte, error) {
+	return capturessh.Open(ctx, *source.SSH, func(system, arch string) ([]byte, error) {
 		name := "muster-agent"
 		if arch != "amd64" {
 			name += "-" + arch
+		}
+		if system == "windows" {
+			name += ".exe"
 		}
 		path, err := besides(name)
 		if err != nil {

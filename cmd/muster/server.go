@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -29,9 +30,10 @@ type serverFlags struct {
 	every, rto, rpo, freeze time.Duration
 	memory, cpus, keepLast  int
 	overlays, key, signs    string
-	resident                bool
+	resident, snapshots     bool
 	readLimit               int64
 	checks                  []string
+	hooks                   hookFlags
 }
 
 func (f *serverFlags) register(cmd *cobra.Command) {
@@ -48,7 +50,9 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	fl.StringVar(&f.key, "key", "", "private SSH key of the user")
 	fl.BoolVar(&f.resident, "resident", false, "with --ssh: leave programs in the server's kernel that note what is written, so that a snapshot reads only that")
 	fl.Int64Var(&f.readLimit, "read-limit", 0, "with --ssh: MiB a second that are read of the server's disks at most; 0: no limit. It always comes after the server's own work")
+	fl.BoolVar(&f.snapshots, "allow-snapshots", false, "with --ssh: let a capture make LVM snapshots on the server, if its kernel cannot note what is written, and remove them again")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
+	f.hooks.register(cmd)
 }
 
 func serverAddCommand() *cobra.Command {
@@ -69,11 +73,20 @@ that a snapshot reads only those. They are gone after 'muster server remove' and
 everything once. Without it they are there while a snapshot is taken, and every snapshot reads all that is in use on the disks.
 Either way file systems stand still for a moment only, where the server's kernel can run them (5.8 or newer, with BTF).
 
+With --allow-snapshots a server whose kernel cannot is read from LVM snapshots of its logical volumes, so that its file systems
+stand still only while those are made. That writes to the server's volume groups, which Muster otherwise never does: it
+needs free room there (a fifth of a volume is good, a fiftieth and 64 MiB the least), and writing is slower until
+the snapshots are removed, which is at the end of the capture, or if that was killed by the next one.
+'muster server show' says which way was used and why no better one.
+
 A virtual machine's qcow2 disks get a dirty bitmap, which QEMU keeps in them, so that a snapshot reads only what was written
 since the last one, over restarts too; 'muster server remove' takes it out again. While it is there libvirt refuses to make an
 external snapshot of the machine or to go back to one ('virsh checkpoint-delete' makes way). Raw disks hold none and are read as a whole. If
 qemu-guest-agent runs in the machine, its file systems are frozen for the moment in which a backup begins; otherwise a snapshot is
 as after a power cut. While it is read QEMU puts aside what the machine overwrites, in a file beside each image.
+
+PostgreSQL, MySQL and MariaDB that run on it are brought to rest for the moment of a snapshot, which is then application-consistent,
+and so is whatever has a hook in /etc/muster/hooks.d there: an executable file of root's, run with "pre" before and "post" after.
 
 The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
 		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --resident --rto 15m --rpo 24h --check shop-checks.yaml
@@ -106,9 +119,13 @@ The server's host key is shown on first contact and must be confirmed; afterward
 				if err != nil {
 					return withCode(exitUsage, err)
 				}
-				source.HostKey, source.FreezeLimit, source.Disks, source.Resident, source.ReadLimit = hostKey, f.freeze, only, f.resident, f.readLimit<<20
+				source.HostKey, source.FreezeLimit, source.Disks, source.Resident = hostKey, f.freeze, only, f.resident
+				source.Snapshots, source.ReadLimit = f.snapshots, f.readLimit<<20
 				if source.KeyFile, err = absolute(f.key); err != nil {
 					return err
+				}
+				if source.Hooks, err = f.hooks.settings(); err != nil {
+					return withCode(exitUsage, err)
 				}
 				s.Source.SSH = &source
 			}
@@ -301,10 +318,12 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	fmt.Fprintf(out, "server       %s (%s)\n", s.Server.Name, s.Server.ID)
 	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
 	if ssh := s.Server.Source.SSH; ssh != nil {
-		fmt.Fprintf(out, "read         %s\n", howRead(*ssh, s.Newest))
+		fmt.Fprintf(out, "hooks        %s\n", hooksOf(ssh.Hooks))
 	}
 	if s.Server.Source.VM != nil {
 		fmt.Fprintf(out, "read         %s\n", howReadVM(s.Newest))
+	} else {
+		printProvider(out, s.Server.Source, s.Newest)
 	}
 	fmt.Fprintf(out, "schedule     every %s, next %s\n", span(s.Server.Schedule.Every), ago(s.Due))
 	if o := s.Server.Objectives; o.RTO > 0 || o.RPO > 0 {
@@ -344,17 +363,33 @@ func howWatched(level dr.SignLevel) string {
 	return "a snapshot that shows signs of it is held until somebody decides; sensitivity " + string(level)
 }
 
-// howRead says which way of capturing is in use, and why no better one.
-func howRead(ssh dr.SSHSource, newest *dr.Record) string {
-	switch {
-	case !ssh.Resident:
-		return "every disk in full; 'muster server set NAME --resident' has its kernel note what is written"
-	case newest == nil || newest.Snapshot.Pass.Kind == dr.PassFull:
-		return "its kernel notes what is written; the first snapshot is a full one"
-	case newest.Snapshot.Pass.Kind == dr.PassTracked:
-		return "only what was written, which its kernel notes"
+// ways says in words how each provider sees the disks.
+var ways = map[dr.Provider]string{
+	dr.ProviderTracking: "its kernel notes what is written; a short freeze",
+	dr.ProviderLVM:      "snapshots of its logical volumes",
+	dr.ProviderZFS:      "snapshots of its ZFS volumes",
+	dr.ProviderFreeze:   "every disk compared as a whole, then once more while its file systems stand still",
+	dr.ProviderCrash:    "every disk compared as a whole while nobody wrote to it",
+	dr.ProviderQEMU:     "its hypervisor notes what is written",
+	dr.ProviderVSS:      "shadow copies of its volumes",
+	dr.ProviderReflink:  "a clone of its image files",
+	dr.ProviderRest:     "as it is; refused if anybody writes to it",
+}
+
+// printProvider says how a server was captured the last time, and why not in a better way.
+func printProvider(out io.Writer, source dr.Source, newest *dr.Record) {
+	if newest == nil || newest.Snapshot.Pass.Provider == "" {
+		fmt.Fprintln(out, "read         not yet")
+		return
 	}
-	return "compared as a whole the last time: " + tame(newest.Snapshot.Pass.Reason)
+	pass := newest.Snapshot.Pass
+	fmt.Fprintf(out, "read         %s: %s\n", pass.Provider, ways[pass.Provider])
+	if pass.Provider == dr.ProviderTracking && source.SSH != nil && !source.SSH.Resident {
+		fmt.Fprintln(out, "  in full    it forgets between snapshots; 'muster server set NAME --resident' has it remember, and only that is read")
+	}
+	for _, p := range pass.PassedOver {
+		fmt.Fprintf(out, "  not %-7s %s\n", p.Provider+":", tame(p.Reason))
+	}
 }
 
 // howReadVM says how a virtual machine is captured, and why it is not done better.
@@ -380,7 +415,7 @@ func howReadVM(newest *dr.Record) string {
 func serverSetCommand() *cobra.Command {
 	var f serverFlags
 	cmd := &cobra.Command{Use: "set NAME", Short: "Change a server's settings; what is not named stays", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers,
-		Example: "  muster server set shop --every 4h --rto 30m",
+		Example: "  muster server set shop --every 4h --rto 30m\n  muster server set shop --hook-limit 5m --hooks-required\n  muster server set shop --hooks off",
 		RunE: func(cmd *cobra.Command, args []string) error {
 			change, err := f.change(cmd)
 			if err != nil {
@@ -435,6 +470,12 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 	}
 	if given("resident") {
 		c.Resident = &f.resident
+	}
+	if err := f.hooks.change(cmd, &c); err != nil {
+		return c, err
+	}
+	if given("allow-snapshots") {
+		c.Snapshots = &f.snapshots
 	}
 	if given("check") {
 		checks, err := readChecks(f.checks)

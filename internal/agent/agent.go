@@ -21,7 +21,6 @@ import (
 	"runtime"
 	"time"
 
-	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
 )
@@ -30,6 +29,7 @@ import (
 type Agent struct {
 	Version  string
 	Watchdog []string // program and arguments that run linux.Watchdog; the number of file systems is added
+	Hooks    []string // program and arguments that run hooks.Keep; none: applications are left alone
 	TrackDir string   // the tracker's folder; "": nothing is tracked
 }
 
@@ -75,7 +75,7 @@ func (a Agent) answer(ctx context.Context, r *wire.Reader, w *wire.Writer) error
 		if kind == wire.KindAskCapture {
 			return a.capture(ctx, r, w, plan)
 		}
-		if err := w.Message(wire.KindInventory, linux.Inventory(ctx, plan.Disks)); err != nil {
+		if err := w.Message(wire.KindInventory, inventory(ctx, plan.Disks)); err != nil {
 			return err
 		}
 	}
@@ -103,7 +103,10 @@ func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan
 		return err
 	}
 	defer stop()
-	layout := wire.Layout{Inventory: linux.Inventory(ctx, plan.Disks)}
+	if err := tidy(ctx); err != nil && plan.Volumes {
+		return err
+	}
+	layout := wire.Layout{Inventory: inventory(ctx, plan.Disks)}
 	for i, d := range disks {
 		layout.Inventory.Disks[i].Size = d.Size
 		layout.Disks = append(layout.Disks, wire.Disk{Name: d.Name, Size: d.Size, Tracked: d.tracked, Reason: d.reason})
@@ -127,7 +130,7 @@ func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan
 		cancel(fmt.Errorf("the appliance ended the conversation: %w", errors.Join(context.Canceled, err)))
 	}()
 	ended := make(chan error, 1)
-	go func() { ended <- newRun(w, plan, a.Watchdog, disks).all(ctx) }()
+	go func() { ended <- newRun(w, plan, a, disks).all(ctx) }()
 	err = await(ctx, ended)
 	if err != nil || !plan.Track {
 		return err
@@ -218,30 +221,10 @@ func (d *disk) know(k wire.Known) error {
 	return nil
 }
 
-// choose gives the named disks, or every disk in use.
-func choose(names []string) ([]string, error) {
-	if len(names) == 0 {
-		if err := linux.Refuse("/"); err != nil {
-			return nil, err
-		}
-		var err error
-		if names, err = linux.InUse("/"); err != nil {
-			return nil, err
-		}
-		if len(names) == 0 {
-			return nil, errors.New("find the disks in use: there are none; name the disks of this server explicitly")
-		}
-	}
-	if len(names) > wire.MaxDisks {
-		return nil, fmt.Errorf("choose disks: %d of them: the most is %d; name those to capture explicitly", len(names), wire.MaxDisks)
-	}
-	return names, nil
-}
-
-func open(names []string) ([]*linux.Disk, error) {
-	var disks []*linux.Disk
+func open(names []string) ([]*device, error) {
+	var disks []*device
 	for _, name := range names {
-		d, err := linux.OpenDisk(name)
+		d, err := openDisk(name)
 		if err != nil {
 			closeAll(disks)
 			return nil, err
@@ -251,7 +234,7 @@ func open(names []string) ([]*linux.Disk, error) {
 	return disks, nil
 }
 
-func closeAll(disks []*linux.Disk) {
+func closeAll(disks []*device) {
 	for _, d := range disks {
 		d.Close()
 	}
@@ -263,5 +246,5 @@ func Inventory(ctx context.Context) (dr.Inventory, error) {
 	if err != nil {
 		return dr.Inventory{}, err
 	}
-	return linux.Inventory(ctx, disks), nil
+	return inventory(ctx, disks), nil
 }

@@ -1,18 +1,25 @@
+//go:build linux
+
 package agent
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"slices"
 
 	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/linux/track"
+	"github.com/musterdr/muster/internal/capture/view"
 	"github.com/musterdr/muster/internal/capture/wire"
 )
 
 // DefaultTrackDir is where the tracker lives on a server: in memory, because it must not outlive the boot.
 const DefaultTrackDir = "/run/muster-agent/track"
+
+// follower is what is known of where a disk was written to.
+type follower struct {
+	track *track.Disk // nil: nobody notes it
+}
 
 // follow gives every disk its tracker, and if the appliance wants what was written to be known from one capture to the next,
 // where the disk was written to since a snapshot whose content the appliance has. Otherwise the trackers are there for this
@@ -95,7 +102,9 @@ func (d *disk) take() error {
 		return fmt.Errorf("ask what was written to %s: %w", d.Name, err)
 	}
 	if !d.whole {
-		d.todo = append(d.todo, extents...)
+		for _, e := range extents {
+			d.todo = append(d.todo, view.Range(e))
+		}
 	}
 	return nil
 }
@@ -112,7 +121,7 @@ func (d *disk) unknown(err error) *track.Unknown {
 
 // left gives how many bytes the next pass reads, at most.
 func (d *disk) left() int64 {
-	if d.track == nil || d.whole {
+	if d.stage == nil && (d.track == nil || d.whole) {
 		return d.Size
 	}
 	return d.due().total
@@ -121,18 +130,20 @@ func (d *disk) left() int64 {
 // due is what the next pass reads.
 func (d *disk) due() pieces {
 	switch {
+	case d.stage != nil:
+		return *d.stage
 	case d.track != nil && !d.whole:
 		return only(d.todo, d.swap, int64(d.block), d.Size)
 	case d.track != nil:
 		return d.used()
 	case len(d.swap) > 0:
-		return only([]track.Extent{{Offset: 0, Length: d.Size}}, d.swap, int64(d.block), d.Size)
+		return only([]view.Range{{Offset: 0, Length: d.Size}}, d.swap, int64(d.block), d.Size)
 	}
 	return everything(d.Size)
 }
 
 // swapping gives where the kernel swaps to on a disk.
-func (d *disk) swapping() []linux.Range {
+func (d *disk) swapping() []view.Range {
 	if d.Kernel == "" {
 		return nil
 	}
@@ -169,76 +180,9 @@ func settle(disks []*disk, snapshot string) error {
 	return errors.Join(errs...)
 }
 
-// pieces are the byte ranges that a pass reads of a disk: whole blocks, in chunks.
-type pieces struct {
-	size   int64          // of the disk, of which everything is read in the order of its chunks; or 0:
-	ranges []track.Extent // what is read, in chunks
-	total  int64
-}
-
-func everything(size int64) pieces { return pieces{size: size, total: size} }
-
-// at gives a piece.
-func (p *pieces) at(n int64) (off, length int64, ok bool) {
-	if p.size > 0 {
-		off = n * chunk
-		return off, min(chunk, p.size-off), off < p.size
-	}
-	if n >= int64(len(p.ranges)) {
-		return 0, 0, false
-	}
-	return p.ranges[n].Offset, p.ranges[n].Length, true
-}
-
 // used is everything but what file systems say is free, and swap. What is free may be left out only where it is noted what is
 // written from now on: it may be in use before the capture ends.
 func (d *disk) used() pieces {
 	free, _ := linux.Free(d.Kernel) // one that cannot be asked has nothing free
-	return only([]track.Extent{{Offset: 0, Length: d.Size}}, append(free, d.swap...), int64(d.block), d.Size)
-}
-
-// only makes pieces of the blocks that extents touch, each once, without the blocks that lie in one of the holes.
-func only(extents []track.Extent, holes []linux.Range, block, size int64) pieces {
-	slices.SortFunc(extents, func(a, b track.Extent) int { return cmp.Compare(a.Offset, b.Offset) })
-	slices.SortFunc(holes, func(a, b linux.Range) int { return cmp.Compare(a.Offset, b.Offset) })
-	var p pieces
-	end := int64(0) // of what is in p, or is left out
-	for _, e := range extents {
-		from, to := max(end, e.Offset/block*block), min(size, (e.Offset+e.Length+block-1)/block*block)
-		for from < to {
-			var hole linux.Range // the next one that holds a block
-			for len(holes) > 0 {
-				first, last := (holes[0].Offset+block-1)/block*block, (holes[0].Offset+holes[0].Length)/block*block
-				if hole = (linux.Range{Offset: first, Length: last - first}); last > max(from, first) {
-					break
-				}
-				holes, hole = holes[1:], linux.Range{}
-			}
-			stop := to
-			if hole.Length > 0 && hole.Offset <= from {
-				from = min(to, hole.Offset+hole.Length)
-				end = from
-				continue
-			} else if hole.Length > 0 {
-				stop = min(to, hole.Offset)
-			}
-			p.add(from, stop)
-			from, end = stop, stop
-		}
-	}
-	return p
-}
-
-// add adds a byte range in chunks, the first of them to the last range where it goes on from there.
-func (p *pieces) add(from, to int64) {
-	for from < to {
-		n := min(chunk, to-from)
-		if last := len(p.ranges) - 1; last >= 0 && p.ranges[last].Offset+p.ranges[last].Length == from && p.ranges[last].Length+n <= chunk {
-			p.ranges[last].Length += n
-		} else {
-			p.ranges = append(p.ranges, track.Extent{Offset: from, Length: n})
-		}
-		p.total += n
-		from += n
-	}
+	return only([]view.Range{{Offset: 0, Length: d.Size}}, append(free, d.swap...), int64(d.block), d.Size)
 }

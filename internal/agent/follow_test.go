@@ -1,11 +1,12 @@
+//go:build linux
+
 package agent
 
 import (
 	"math/rand/v2"
 	"testing"
 
-	"github.com/musterdr/muster/internal/capture/linux"
-	"github.com/musterdr/muster/internal/capture/linux/track"
+	"github.com/musterdr/muster/internal/capture/view"
 )
 
 // What is read is every block that was written to, once and in order, but those of which nothing but a hole is left.
@@ -18,12 +19,12 @@ func TestWhatIsReadIsEveryBlockThatIsNotAHole(t *testing.T) {
 			off = r.Int64N(size)
 			return off, 1 + r.Int64N(min(size-off, 1<<uint(3+r.IntN(21))))
 		}
-		var extents []track.Extent
-		var holes []linux.Range
+		var extents []view.Range
+		var holes []view.Range
 		wanted := map[int64]bool{}
 		for range r.IntN(6) {
 			off, n := part()
-			extents = append(extents, track.Extent{Offset: off, Length: n})
+			extents = append(extents, view.Range{Offset: off, Length: n})
 			for b := off / block; b*block < off+n; b++ {
 				wanted[b] = true
 			}
@@ -35,7 +36,7 @@ func TestWhatIsReadIsEveryBlockThatIsNotAHole(t *testing.T) {
 				continue // holes do not overlap
 			}
 			end = off + n
-			holes = append(holes, linux.Range{Offset: off, Length: n})
+			holes = append(holes, view.Range{Offset: off, Length: n})
 			for b := (off + block - 1) / block; (b+1)*block <= off+n; b++ {
 				delete(wanted, b)
 			}

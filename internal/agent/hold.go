@@ -3,7 +3,6 @@ package agent
 import (
 	"sync"
 
-	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/wire"
 )
 
@@ -30,7 +29,7 @@ type kept struct {
 }
 
 // holdSize is an eighth of the memory that is free.
-func holdSize() int64 { return min(maxHold, max(minHold, linux.Available("/")/8)) }
+func holdSize() int64 { return min(maxHold, max(minHold, available()/8)) }
 
 func newHold(size int64, disks []*disk) *hold {
 	smallest := wire.MaxBlock

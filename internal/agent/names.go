@@ -15,10 +15,11 @@ func (r *run) list(ctx context.Context) {
 		close(r.listed)
 		return
 	}
+	open := r.open() // as they are now: how they are read may be chosen meanwhile
 	go func() {
 		defer close(r.listed)
 		lister := signs.NewLister()
-		if err := linux.Names(ctx, r.open(), lister.Add); err != nil {
+		if err := linux.Names(ctx, open, lister.Add); err != nil {
 			r.noNames = err.Error()
 			return
 		}

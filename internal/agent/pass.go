@@ -11,8 +11,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/time/rate"
 
-	"github.com/musterdr/muster/internal/capture/linux"
-	"github.com/musterdr/muster/internal/capture/linux/track"
+	"github.com/musterdr/muster/internal/capture/view"
 	"github.com/musterdr/muster/internal/capture/wire"
 )
 
@@ -26,19 +25,21 @@ const (
 
 // disk is a disk that is read, with what the appliance has of it.
 type disk struct {
-	*linux.Disk
+	*device
 	number  int
 	block   int // bytes
 	seed    wire.Seed
 	sums    *wire.Sums // nil if the disk is read blind: nothing is compared
 	readers []*reader
 
-	track   *track.Disk    // nil: nobody notes what is written to it
-	tracked bool           // it was known at the start where it was written to
-	reason  string         // why not, or why not any more
-	whole   bool           // the next pass reads all of it
-	todo    []track.Extent // what the next pass reads otherwise
-	swap    []linux.Range  // where the kernel swaps to: of no use to anybody, and not read
+	follower              // where it was written to
+	tracked  bool         // it was known at the start where it was written to
+	reason   string       // why not, or why not any more
+	whole    bool         // the next pass reads all of it
+	todo     []view.Range // what the next pass reads otherwise
+	stage    *pieces      // what every pass reads until told otherwise, of a disk with snapshots
+	view     *view.View   // the disk at the instant of its snapshots; nil: there are none
+	swap     []view.Range // where the kernel swaps to: of no use to anybody, and not read
 
 	now  pieces       // of this pass
 	next atomic.Int64 // number of the next piece
@@ -53,8 +54,8 @@ type reader struct {
 	packed []byte
 }
 
-func newDisk(number int, d *linux.Disk, disks int) *disk {
-	out := &disk{Disk: d, number: number}
+func newDisk(number int, d *device, disks int) *disk {
+	out := &disk{device: d, number: number}
 	for range min(maxReaders, max(1, allReaders/disks)) {
 		out.readers = append(out.readers, &reader{disk: out})
 	}
@@ -74,7 +75,7 @@ var zip = sync.OnceValue(func() *zstd.Encoder {
 func (d *disk) prepare() {
 	for _, r := range d.readers {
 		if r.buf == nil {
-			r.buf = linux.AlignedBuffer(chunk)
+			r.buf = view.Buffer(chunk)
 			r.packed = make([]byte, 0, d.block+64<<10)
 			r.packed = zip().EncodeAll(r.buf[:d.block], r.packed)[:0]
 		}
@@ -92,6 +93,15 @@ type pass struct {
 	sending  atomic.Int64 // nanoseconds of all readers in sending
 	ticked   atomic.Int64 // time of the last tick, nanoseconds from the start
 	start    time.Time
+}
+
+// found is what a pass came to.
+type found struct {
+	differed int64         // bytes in blocks that differed from what was known
+	written  int64         // bytes that the server wrote to the disks meanwhile
+	sending  bool          // much of the time went into sending, so expected is a guess
+	left     int64         // bytes that the next pass will find, at least
+	expected time.Duration // that the next pass would take if nothing had to be sent
 }
 
 // announce says that a pass begins. It is said before a freeze, not under it.
@@ -122,7 +132,7 @@ func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 		d.busy.Store(0)
 		d.prepare()
 	}
-	before := linux.Written(r.open())
+	before := written(r.disks)
 	group, ctx := errgroup.WithContext(ctx)
 	for _, d := range r.disks {
 		for _, reader := range d.readers {
@@ -139,7 +149,7 @@ func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 	if err == nil && into == nil {
 		err = r.w.Flush()
 	}
-	f := found{differed: p.differed.Load(), written: linux.Written(r.open()) - before}
+	f := found{differed: p.differed.Load(), written: written(r.disks) - before}
 	var busy int64
 	for _, d := range r.disks {
 		busy += d.busy.Load()
@@ -150,7 +160,10 @@ func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 
 // again has the next pass read what this one was to read.
 func (d *disk) again() {
-	if d.now.size > 0 {
+	switch {
+	case d.stage != nil:
+		return
+	case d.now.size > 0:
 		d.whole = true
 		return
 	}

@@ -1,3 +1,5 @@
+//go:build linux
+
 package agent
 
 import (
@@ -31,6 +33,7 @@ type run struct {
 	w        *wire.Writer
 	plan     wire.Plan
 	watchdog []string
+	apps     applications
 	disks    []*disk
 	hold     *hold
 	swapped  string        // linux.SwapState for which the disks' swap is known
@@ -40,19 +43,14 @@ type run struct {
 	listed   chan struct{}  // closed when it is known which of the next two there is
 	listing  *signs.Listing // of names; nil: noNames says why not
 	noNames  string
+
+	provider   dr.Provider
+	passedOver []dr.PassedOver
+	volumes    *linux.Snapshots // nil: the disks themselves are read
 }
 
-// found is what a pass came to.
-type found struct {
-	differed int64         // bytes in blocks that differed from what was known
-	written  int64         // bytes that the server wrote to the disks meanwhile
-	sending  bool          // much of the time went into sending, so expected is a guess
-	left     int64         // bytes that the next pass will find, at least
-	expected time.Duration // that the next pass would take if nothing had to be sent
-}
-
-func newRun(w *wire.Writer, plan wire.Plan, watchdog []string, disks []*disk) *run {
-	r := &run{w: w, plan: plan, watchdog: watchdog, disks: disks, swapped: linux.SwapState()}
+func newRun(w *wire.Writer, plan wire.Plan, a Agent, disks []*disk) *run {
+	r := &run{w: w, plan: plan, watchdog: a.Watchdog, apps: applications{command: a.Hooks, settings: plan.Hooks}, disks: disks, swapped: linux.SwapState()}
 	for _, d := range disks {
 		d.swap = d.swapping() // after the state: a change in between is found
 	}
@@ -68,8 +66,20 @@ var errTooLong = errors.New("it would take too long")
 // all makes the passes and says what they came to: under freeze, or if that fails again and again, in a moment in which nobody
 // happened to write.
 func (r *run) all(ctx context.Context) error {
+	defer r.apps.close()
 	linux.Yield()
 	r.list(ctx)
+	r.choose(ctx)
+	if r.volumes != nil {
+		held, err := r.byVolumes(ctx)
+		if err == nil {
+			return r.done(ctx, held)
+		}
+		if ctx.Err() != nil {
+			return err
+		}
+		r.withoutVolumes(err)
+	}
 	var frozen error
 	for range maxFrozen {
 		var last found
@@ -81,9 +91,14 @@ func (r *run) all(ctx context.Context) error {
 			return err
 		}
 		<-r.listed // nobody walks over a file system that stands still
+		if frozen == nil && live {
+			if last, err = r.quiesce(ctx, last); err != nil {
+				return err
+			}
+		}
 		held, err := r.frozen(ctx, last)
 		if err == nil {
-			return r.done(held)
+			return r.done(ctx, held)
 		}
 		if frozen = err; errors.Is(err, errTooLong) {
 			break // how long it takes was found out in many passes
@@ -99,13 +114,20 @@ func (r *run) all(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	r.over(r.provider, "%s", frozen)
+	r.provider = dr.ProviderCrash
 	held.Notes = append(held.Notes, fmt.Sprintf("crash-consistent, read in a moment in which nobody wrote, because the file systems could not be frozen: %v", frozen))
-	return r.done(held)
+	return r.done(ctx, held)
 }
 
 // followed says whether it is known of every disk what is written to it from now on.
 func (r *run) followed() bool {
 	return !slices.ContainsFunc(r.disks, func(d *disk) bool { return d.track == nil })
+}
+
+// someFollowed says whether it is known of any disk.
+func (r *run) someFollowed() bool {
+	return slices.ContainsFunc(r.disks, func(d *disk) bool { return d.track != nil })
 }
 
 // live reads the disks while the server goes on, again and again until what is left for the frozen pass is small enough
@@ -140,9 +162,31 @@ func (r *run) live(ctx context.Context) (found, error) {
 	return last, nil
 }
 
+// quiesce brings the applications near to rest: first what is slow, then what somebody may wait for. What that wrote is not
+// left for the freeze.
+func (r *run) quiesce(ctx context.Context, last found) (found, error) {
+	for _, step := range []func(context.Context) (bool, error){r.apps.begin, r.apps.ready} {
+		wrote, err := step(ctx)
+		if err != nil {
+			return found{}, err
+		}
+		if !wrote || !r.followed() {
+			continue
+		}
+		last = found{}
+		if err = r.advance(ctx, &last); err == nil && last.left > enough {
+			last, err = r.live(ctx)
+		}
+		if err != nil {
+			return found{}, err
+		}
+	}
+	return last, nil
+}
+
 // advance has what is in memory written, asks what was written since the pass, and reckons how long reading it will take.
 func (r *run) advance(ctx context.Context, f *found) error {
-	if slices.ContainsFunc(r.disks, func(d *disk) bool { return d.track != nil }) {
+	if r.someFollowed() {
 		if err := linux.Sync(ctx, r.open()); err != nil {
 			return err
 		}
@@ -170,22 +214,35 @@ func (r *run) tooLong(expected time.Duration) bool {
 	return float64(expected) > frozenShare*float64(r.plan.FreezeLimit)
 }
 
-func (r *run) open() []*linux.Disk {
-	var out []*linux.Disk
+func (r *run) open() []*device {
+	var out []*device
 	for _, d := range r.disks {
-		out = append(out, d.Disk)
+		out = append(out, d.device)
 	}
 	return out
 }
 
 // done says what the capture came to.
-func (r *run) done(held linux.Held) error {
+func (r *run) done(ctx context.Context, held linux.Held) error {
+	apps, err := r.apps.last(ctx)
+	if err != nil {
+		return err
+	}
 	d := wire.Done{
-		Age: time.Since(held.Since), Consistency: held.Consistency, Frozen: held.Frozen, Read: r.read, Passes: r.passes, Notes: held.Notes,
+		Provider: r.provider, PassedOver: r.passedOver,
+		Age: time.Since(held.Since), Consistency: held.Consistency, Frozen: held.Frozen, Read: r.read, Passes: r.passes,
+		Applications: apps.All(), Notes: append(held.Notes, apps.Notes...),
 		NoNames: r.noNames,
 	}
-	if d.Consistency == "" {
+	switch {
+	case d.Consistency == "":
 		d.Consistency = dr.CrashConsistent
+	case d.Consistency == dr.FilesystemConsistent && apps.Rested():
+		d.Consistency = dr.ApplicationConsistent
+	}
+	if r.provider == dr.ProviderFreeze && held.Frozen == 0 {
+		d.Provider = dr.ProviderCrash
+		d.PassedOver = append(d.PassedOver, dr.PassedOver{Provider: dr.ProviderFreeze, Reason: "no file system on these disks is mounted for writing"})
 	}
 	for _, disk := range r.disks {
 		var digest []byte

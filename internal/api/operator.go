@@ -82,6 +82,11 @@ type ServerChange struct {
 	FreezeTime *time.Duration `json:"freeze_limit,omitempty"`
 	ReadLimit  *int64         `json:"read_limit,omitempty"`
 	Resident   *bool          `json:"resident,omitempty"`
+	Snapshots  *bool          `json:"snapshots,omitempty"`
+
+	HooksOff      *bool          `json:"hooks_off,omitempty"`
+	HookLimit     *time.Duration `json:"hook_limit,omitempty"`
+	HooksRequired *bool          `json:"hooks_required,omitempty"`
 }
 
 // ServerStatus is a server with where it stands.

@@ -61,4 +61,6 @@ type Outcome struct {
 	Notes       []string
 	Names       *signs.Listing // of the server's files; nil: NoNames says why not
 	NoNames     string
+	// Applications are those that were found running; all of them at rest, and at least one, if that is the consistency.
+	Applications []dr.Application
 }

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -118,7 +119,7 @@ func block(w *wire.Writer, sums *wire.Sums, number int64, fill byte) {
 }
 
 func done(w *wire.Writer, sums *wire.Sums) {
-	_ = w.Message(wire.KindDone, wire.Done{Consistency: dr.CrashConsistent, Digests: [][]byte{sums.Digest()}})
+	_ = w.Message(wire.KindDone, wire.Done{Provider: dr.ProviderFreeze, Consistency: dr.CrashConsistent, Digests: [][]byte{sums.Digest()}})
 }
 
 // increment plays a tracked increment of a kept snapshot in which every block is of one byte.
@@ -145,7 +146,7 @@ func TestATrackedIncrementIsWhatWasWrittenOverItsParent(t *testing.T) {
 		t.Fatal(err)
 	}
 	tracked := func(sent int64, reason string) wire.Done {
-		return wire.Done{Consistency: dr.CrashConsistent, Digests: [][]byte{nil}, Sent: []int64{sent}, Reasons: []string{reason}}
+		return wire.Done{Provider: dr.ProviderFreeze, Consistency: dr.CrashConsistent, Digests: [][]byte{nil}, Sent: []int64{sent}, Reasons: []string{reason}}
 	}
 	snap, safe, err := increment(t, parent, func(w *wire.Writer, _ wire.Seed, sums *wire.Sums) {
 		block(w, sums, 2, 'b')
@@ -256,8 +257,20 @@ func TestAHostileAgentGetsNoSnapshot(t *testing.T) {
 			_ = w.Message(wire.KindFailure, wire.Failure{Text: "no\x1b[2J disk"})
 		}, "no [2J disk"},
 		"claims applications": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
-			_ = w.Message(wire.KindDone, wire.Done{Consistency: dr.ApplicationConsistent, Digests: [][]byte{s.Digest()}})
+			_ = w.Message(wire.KindDone, wire.Done{Provider: dr.ProviderFreeze, Consistency: dr.ApplicationConsistent, Digests: [][]byte{s.Digest()}})
 		}, "consistency"},
+		"claims an application that was not at rest": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
+			_ = w.Message(wire.KindDone, wire.Done{Provider: dr.ProviderTracking, Consistency: dr.ApplicationConsistent, Digests: [][]byte{s.Digest()},
+				Applications: []dr.Application{{Name: "a", AtRest: true}, {Name: "b"}}})
+		}, "consistency"},
+		"names too many applications": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
+			_ = w.Message(wire.KindDone, wire.Done{Provider: dr.ProviderTracking, Consistency: dr.CrashConsistent, Digests: [][]byte{s.Digest()},
+				Applications: make([]dr.Application, dr.MaxApplications+1)})
+		}, "make no sense"},
+		"an application that stood still before the server was built": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
+			_ = w.Message(wire.KindDone, wire.Done{Provider: dr.ProviderTracking, Consistency: dr.CrashConsistent, Digests: [][]byte{s.Digest()},
+				Applications: []dr.Application{{Name: "a", Still: 1 << 60}}})
+		}, "stood still"},
 		"endless passes": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
 			for w.Message(wire.KindPass, wire.Pass{}) == nil {
 			}
@@ -297,6 +310,20 @@ func TestALayoutThatMakesNoSenseIsRefused(t *testing.T) {
 	}
 }
 
+func TestASnapshotNamesTheApplicationsThatWereAtRest(t *testing.T) {
+	snap, err := play(t, func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
+		_ = w.Message(wire.KindDone, wire.Done{Provider: dr.ProviderTracking, Consistency: dr.ApplicationConsistent, Digests: [][]byte{s.Digest()},
+			Applications: []dr.Application{{Name: "Maria\x1bDB", AtRest: true, Still: time.Second}, {Name: "PostgreSQL", AtRest: true}}})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []dr.Application{{Name: "Maria DB", AtRest: true, Still: time.Second}, {Name: "PostgreSQL", AtRest: true}}
+	if snap.Consistency != dr.ApplicationConsistent || !slices.Equal(snap.Applications, want) {
+		t.Errorf("%s, %+v", snap.Consistency, snap.Applications)
+	}
+}
+
 // FuzzAgent lets an agent send anything after the layout: the appliance must end, with an error or a snapshot, and stay
 // within its limits.
 func FuzzAgent(f *testing.F) {
@@ -306,7 +333,7 @@ func FuzzAgent(f *testing.F) {
 	_ = w.Block(wire.Block{Data: make([]byte, 4096)})
 	_ = w.Zeros(wire.Zeros{Count: 1})
 	_ = w.Message(wire.KindTick, wire.Tick{})
-	_ = w.Message(wire.KindDone, wire.Done{Consistency: dr.CrashConsistent, Digests: [][]byte{make([]byte, 16)}})
+	_ = w.Message(wire.KindDone, wire.Done{Provider: dr.ProviderFreeze, Consistency: dr.CrashConsistent, Digests: [][]byte{make([]byte, 16)}})
 	f.Add(seed.Bytes())
 	ctx := context.Background()
 	snap, err := shared.Begin(ctx, dr.NewID("snap"), "")

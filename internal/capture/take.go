@@ -49,7 +49,8 @@ func (k *Sink) Keep(ctx context.Context, out Outcome) error {
 	}
 	kept, err := k.writer.Commit(ctx, dr.Snapshot{
 		ID: k.task.ID, ServerID: k.task.Server.ID, Server: k.task.Server.Name, Parent: k.parent, Taken: out.Taken.UTC(),
-		Consistency: out.Consistency, Pass: k.passOf(out), Inventory: out.Inventory, Notes: out.Notes, Signs: found,
+		Consistency: out.Consistency, Pass: k.passOf(out), Inventory: out.Inventory,
+		Applications: out.Applications, Notes: out.Notes, Signs: found,
 		Stats: dr.CaptureStats{Read: out.Read, Sent: out.Sent, Frozen: out.Frozen, Duration: time.Since(k.began)},
 	})
 	if err != nil {

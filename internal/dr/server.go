@@ -57,6 +57,11 @@ type SSHSource struct {
 	// Resident leaves the agent on the server, and programs in its kernel that note what is written, so that a snapshot
 	// reads only that.
 	Resident bool `json:"resident,omitempty"`
+	// Hooks says what is done about its applications.
+	Hooks Hooks `json:"hooks,omitzero"`
+	// Snapshots lets a capture make snapshots of the server's logical volumes, which it removes again. That writes to the
+	// metadata of the volume group, and as long as a snapshot lives to the group's free room.
+	Snapshots bool `json:"snapshots,omitempty"`
 }
 
 // DefaultFreezeLimit is how long a file system may stay frozen before the watchdog thaws it.
@@ -242,6 +247,9 @@ func (s Server) Validate() error {
 		}
 		if ssh.FreezeLimit < 0 || ssh.FreezeLimit > 10*time.Minute {
 			add("freeze limit %s: use up to 10 minutes", ssh.FreezeLimit)
+		}
+		if err := ssh.Hooks.Validate(); err != nil {
+			errs = append(errs, err)
 		}
 		if ssh.ReadLimit != 0 && ssh.ReadLimit < MinReadLimit {
 			add("read limit of %d bytes a second: use 0 for none, or at least 1 MiB a second", ssh.ReadLimit)

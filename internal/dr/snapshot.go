@@ -19,6 +19,8 @@ type Snapshot struct {
 	Inventory   Inventory      `json:"inventory"`
 	Stats       CaptureStats   `json:"stats"`
 	Signs       *Signs         `json:"signs,omitempty"` // of tampering; nil in snapshots of releases that did not look
+	// Applications are those that were found running, and whether they were at rest at that instant; see Hooks.
+	Applications []Application `json:"applications,omitempty"`
 }
 
 // SnapshotDisk is one disk's image.
@@ -45,7 +47,7 @@ type Consistency string
 const (
 	CrashConsistent       Consistency = "crash"       // as if the power had been cut at that instant
 	FilesystemConsistent  Consistency = "filesystem"  // every file system was frozen at that instant
-	ApplicationConsistent Consistency = "application" // the applications' own hooks ran as well
+	ApplicationConsistent Consistency = "application" // and every application that was found was at rest
 )
 
 // CapturePass says how a capture saw the disks at one instant, and how it found out what changed.
@@ -71,6 +73,15 @@ const (
 	ProviderReflink  Provider = "reflink" // a clone of an image file, made by its file system (btrfs, xfs)
 	ProviderRest     Provider = "rest"    // an image file or device that nobody wrote to
 )
+
+// Known says whether this release knows the provider.
+func (p Provider) Known() bool {
+	switch p {
+	case ProviderTracking, ProviderLVM, ProviderZFS, ProviderFreeze, ProviderCrash, ProviderQEMU, ProviderVSS, ProviderReflink, ProviderRest:
+		return true
+	}
+	return false
+}
 
 // PassedOver says why a provider was not used.
 type PassedOver struct {

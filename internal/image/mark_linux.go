@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,6 +17,11 @@ type Mark struct {
 	size           int64
 	mtime, ctime   unix.Timespec
 	written, other string
+}
+
+// Before says whether the last write that a file's times tell of was before a moment. Of a device it is not known.
+func (m Mark) Before(moment time.Time) bool {
+	return m.inode != 0 && m.written == "" && time.Unix(m.mtime.Unix()).Before(moment) && time.Unix(m.ctime.Unix()).Before(moment)
 }
 
 // LookAt gives the mark of a file or block device as it is now.

@@ -2,8 +2,9 @@
 //
 //	Source   the paths, in the server's own order
 //
-// Nothing is frozen: a disk that somebody writes to is refused, and one that changed while it was read is an error. What is
-// kept is what a power cut would have left.
+// Where the file system can clone files (btrfs, xfs with reflink) clones are read, which show the disks at one instant whatever
+// is written to them meanwhile. Elsewhere a disk that somebody writes to is refused, and one that changed while it was read
+// is an error. What is kept is what a power cut would have left.
 //
 // Knows: files, block devices.
 // Must not know: SSH, agents, what is on a disk.
@@ -14,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/musterdr/muster/internal/api"
@@ -42,7 +44,7 @@ func Open(paths []string) (*Source, error) {
 
 // Contact implements capture.Source.
 func (s *Source) Contact(context.Context) (api.Contact, error) {
-	open, err := openAll(s.paths)
+	open, _, err := open(s.paths)
 	if err != nil {
 		return api.Contact{}, err
 	}
@@ -52,7 +54,8 @@ func (s *Source) Contact(context.Context) (api.Contact, error) {
 
 // Capture implements capture.Source.
 func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Progress) error {
-	open, err := openAll(s.paths)
+	began := time.Now()
+	open, over, err := open(s.paths)
 	if err != nil {
 		return err
 	}
@@ -61,7 +64,10 @@ func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Prog
 	if _, err := sink.Begin(ctx, layout); err != nil {
 		return err
 	}
-	out := capture.Outcome{Inventory: layout.Inventory, Taken: time.Now(), Consistency: dr.CrashConsistent, Provider: dr.ProviderRest}
+	out := capture.Outcome{Inventory: layout.Inventory, Taken: began, Consistency: dr.CrashConsistent, Provider: dr.ProviderReflink}
+	if over != nil {
+		out.Taken, out.Provider, out.PassedOver = time.Now(), dr.ProviderRest, []dr.PassedOver{*over}
+	}
 	for i, d := range open {
 		if err := sink.Image(ctx, i, d.File, report); err != nil {
 			return err
@@ -70,6 +76,9 @@ func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Prog
 	}
 	// All at the end: the disks are to show one instant together.
 	for _, d := range open {
+		if over == nil {
+			break // clones do not change
+		}
 		if err := d.unchanged(); err != nil {
 			return err
 		}
@@ -91,6 +100,17 @@ type disk struct {
 	*image.File
 	path   string
 	before image.Mark
+}
+
+// open opens clones of the disks, or the disks themselves and says why no clones.
+func open(paths []string) (disks, *dr.PassedOver, error) {
+	out, err := cloneAll(paths)
+	if !errors.Is(err, errNoClone) {
+		return out, nil, err
+	}
+	reason := strings.TrimSuffix(err.Error(), ": "+errNoClone.Error())
+	out, err = openAll(paths)
+	return out, &dr.PassedOver{Provider: dr.ProviderReflink, Reason: reason}, err
 }
 
 func openAll(paths []string) (disks, error) {

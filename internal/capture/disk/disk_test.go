@@ -40,8 +40,9 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-func bench(t *testing.T) *capturetest.Bench {
-	dir := t.TempDir()
+func bench(t *testing.T) *capturetest.Bench { return benchIn(t, t.TempDir()) }
+
+func benchIn(t *testing.T, dir string) *capturetest.Bench {
 	b := &capturetest.Bench{Store: shared}
 	for i, name := range []string{"system.img", "data/system.img"} {
 		path := filepath.Join(dir, name)
@@ -73,6 +74,10 @@ func take(ctx context.Context, b *capturetest.Bench, id string, report dr.Progre
 
 func TestADiskThatIsWrittenToWhileItIsReadIsNotKept(t *testing.T) {
 	b := bench(t)
+	if f, err := clone(b.Disks[0]); err == nil {
+		f.Close()
+		t.Skip("the file system of temporary files clones: there such a disk is kept as it was")
+	}
 	var write sync.Once
 	_, err := take(t.Context(), b, "snap-1", func(string, int64, int64, string) {
 		write.Do(func() {

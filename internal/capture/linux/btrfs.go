@@ -9,16 +9,18 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/musterdr/muster/internal/capture/view"
 )
 
 // The parts of a btrfs device that are in use though no chunk is there: the beginning, and the copies of the superblock.
-var btrfsReserved = []Range{{0, 1 << 20}, {64 << 20, 64 << 10}, {256 << 30, 64 << 10}}
+var btrfsReserved = []view.Range{{Length: 1 << 20}, {Offset: 64 << 20, Length: 64 << 10}, {Offset: 256 << 30, Length: 64 << 10}}
 
 // btrfsFree gives what a mounted btrfs has not allocated to any chunk on one of its devices ("major:minor"), from the
 // beginning of the device. What is free inside its chunks is not among it.
 //
 // Source: include/uapi/linux/btrfs.h, btrfs_tree.h.
-func btrfsFree(path, dev string) ([]Range, error) {
+func btrfsFree(path, dev string) ([]view.Range, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -32,7 +34,7 @@ func btrfsFree(path, dev string) ([]Range, error) {
 	if err != nil {
 		return nil, err
 	}
-	return complement(append(chunks, btrfsReserved...), size), nil
+	return view.Without([]view.Range{{Length: size}}, append(chunks, btrfsReserved...)), nil
 }
 
 func btrfsIoctl(f *os.File, request uint, arg *[4096]byte) error {
@@ -79,8 +81,8 @@ func btrfsDevice(f *os.File, dev string) (id uint64, size int64, err error) {
 }
 
 // btrfsChunks gives what is allocated on a device.
-func btrfsChunks(f *os.File, device uint64) ([]Range, error) {
-	var out []Range
+func btrfsChunks(f *os.File, device uint64) ([]view.Range, error) {
+	var out []view.Range
 	for from := uint64(0); len(out) < btrfsMaxChunks; {
 		var s [4096]byte
 		for i, v := range []uint64{btrfsDevTree, device, device, from, ^uint64(0), 0, ^uint64(0)} {
@@ -101,7 +103,7 @@ func btrfsChunks(f *os.File, device uint64) ([]Range, error) {
 			if at += btrfsHeader; length < 32 || at+length > len(s) {
 				return nil, errors.New("ask btrfs for its chunks: the answer makes no sense")
 			}
-			out = append(out, Range{int64(offset), int64(binary.LittleEndian.Uint64(s[at+24:]))})
+			out = append(out, view.Range{Offset: int64(offset), Length: int64(binary.LittleEndian.Uint64(s[at+24:]))})
 			at, from = at+length, offset+1
 		}
 		if count == 0 || from == 0 {

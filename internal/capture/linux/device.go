@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
-	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -22,7 +21,7 @@ type Disk struct {
 
 // OpenDisk opens a disk given by kernel name or absolute path. It reads around the page cache: what is read is what the
 // device holds, and the server's cache is left alone. Reads begin at a multiple of 4096 bytes, end at one or at the end of
-// the disk, and go to an AlignedBuffer.
+// the disk, and go to a view.Buffer.
 func OpenDisk(name string) (*Disk, error) {
 	path := name
 	if !filepath.IsAbs(path) {
@@ -93,15 +92,6 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 
 // Close closes the disk.
 func (d *Disk) Close() error { return d.file.Close() }
-
-const alignment = 4096
-
-// AlignedBuffer gives memory that a disk can be read into.
-func AlignedBuffer(size int) []byte {
-	b := make([]byte, size+alignment)
-	shift := alignment - int(uintptr(unsafe.Pointer(&b[0]))%alignment)
-	return b[shift : shift+size : shift+size]
-}
 
 // Written counts what was ever written to and discarded from the disks, in bytes, as the kernel counts it. Disks that are
 // files count nothing.

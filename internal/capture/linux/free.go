@@ -10,24 +10,23 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
-)
 
-// Range is a byte range of a disk.
-type Range struct{ Offset, Length int64 }
+	"github.com/musterdr/muster/internal/capture/view"
+)
 
 // Free gives the parts of a disk (kernel name) that mounted file systems say hold nothing, in order. It is as the kernel has
 // it in memory at some moment during the call: what is put there later is written later. Only ext4, xfs and btrfs right on the
 // disk or on a partition of it are asked; what else is on the disk is not free. A file system that cannot say has nothing free.
 //
 // Source: the FS_IOC_GETFSMAP ioctl, include/uapi/linux/fsmap.h.
-func Free(disk string) ([]Range, error) {
+func Free(disk string) ([]view.Range, error) {
 	const root = "/"
 	systems, err := writableOn(root, []string{disk})
 	if err != nil {
 		return nil, err
 	}
 	blocks := Blocks(root)
-	var out []Range
+	var out []view.Range
 	for _, s := range systems {
 		ask := freeOf
 		switch {
@@ -48,28 +47,12 @@ func Free(disk string) ([]Range, error) {
 				continue // an old kernel, or a file system without the map it needs
 			}
 			for _, f := range free {
-				out = append(out, Range{start + f.Offset, f.Length})
+				out = append(out, view.Range{Offset: start + f.Offset, Length: f.Length})
 			}
 		}
 	}
-	slices.SortFunc(out, func(a, b Range) int { return cmp.Compare(a.Offset, b.Offset) })
+	slices.SortFunc(out, func(a, b view.Range) int { return cmp.Compare(a.Offset, b.Offset) })
 	return out, nil
-}
-
-// complement gives what of size bytes lies in none of the ranges, in order.
-func complement(used []Range, size int64) (out []Range) {
-	slices.SortFunc(used, func(a, b Range) int { return cmp.Compare(a.Offset, b.Offset) })
-	at := int64(0)
-	for _, u := range used {
-		if end := min(u.Offset, size); end > at {
-			out = append(out, Range{at, end - at})
-		}
-		at = max(at, u.Offset+u.Length)
-	}
-	if at < size {
-		out = append(out, Range{at, size - at})
-	}
-	return out
 }
 
 // partitionStart says at which byte of a disk a device begins, if it is the disk or a partition of it.
@@ -107,7 +90,7 @@ const (
 )
 
 // freeOf asks one file system. Offsets are from the beginning of its device, "major:minor".
-func freeOf(path, dev string) ([]Range, error) {
+func freeOf(path, dev string) ([]view.Range, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -124,7 +107,7 @@ func freeOf(path, dev string) ([]Range, error) {
 	}
 	most := fsmap{device: ^uint32(0), flags: ^uint32(0), physical: ^uint64(0), owner: ^uint64(0), offset: ^uint64(0)}
 	call.count, call.keys[1] = fsmapsAtOnce, most
-	var out []Range
+	var out []view.Range
 	for {
 		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), getFsmap, uintptr(unsafe.Pointer(&call))); errno != 0 {
 			return nil, fmt.Errorf("ask %s what is free: %w", path, errno)
@@ -133,7 +116,7 @@ func freeOf(path, dev string) ([]Range, error) {
 			if r.flags&specialOwner == 0 || r.owner != ownerFree || r.device != own || len(out) >= maxFree || r.physical+r.length > 1<<62 {
 				continue
 			}
-			out = append(out, Range{int64(r.physical), int64(r.length)})
+			out = append(out, view.Range{Offset: int64(r.physical), Length: int64(r.length)})
 		}
 		if call.entries == 0 || call.entries > fsmapsAtOnce {
 			return out, nil

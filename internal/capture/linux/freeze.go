@@ -28,6 +28,7 @@ var ErrVoid = errors.New("the disks did not stand still")
 // which they stand still. It is used once, by one goroutine.
 type Freeze struct {
 	open    []*Disk
+	apart   Apart
 	disks   []string      // kernel names of those that are block devices
 	files   []os.FileInfo // of those that are files, at Hold
 	systems []held
@@ -48,17 +49,23 @@ type Freeze struct {
 // answerLimit is how long a watchdog may take for an answer that asks nothing of a file system.
 const answerLimit = 15 * time.Second
 
+// Apart is what a freeze leaves to somebody else.
+type Apart struct {
+	Systems []string // file systems ("major:minor") that something else holds still
+	Devices []string // kernel names of block devices that may be written to meanwhile
+}
+
 // Prepare finds the file systems to freeze and starts a watchdog over them; command is the program and arguments that run
 // Watchdog, to which the number of file systems is added. Nothing is frozen yet. With nothing to freeze there is no
-// watchdog, and Hold and Release only take the time.
-func Prepare(disks []*Disk, limit time.Duration, command []string) (*Freeze, error) {
-	f := &Freeze{weaker: dr.FilesystemConsistent, limit: limit, open: disks}
+// watchdog, and Hold and Release only take the time. The watchdog keeps thaw open until it has thawed, unless it is nil.
+func Prepare(disks []*Disk, apart Apart, limit time.Duration, command []string, thaw *os.File) (*Freeze, error) {
+	f := &Freeze{weaker: dr.FilesystemConsistent, limit: limit, open: disks, apart: apart}
 	f.disks = kernelNames(disks)
 	var err error
-	if f.systems, err = writableOn("/", f.disks); err != nil {
+	if f.systems, err = f.writable(); err != nil {
 		return nil, err
 	}
-	f.devices = counted("/", f.disks)
+	f.devices = slices.DeleteFunc(counted("/", f.disks), func(name string) bool { return slices.Contains(apart.Devices, name) })
 	for _, s := range f.systems {
 		point, err := os.Open(s.Path)
 		if err != nil {
@@ -70,11 +77,17 @@ func Prepare(disks []*Disk, limit time.Duration, command []string) (*Freeze, err
 	if len(f.systems) == 0 {
 		return f, nil
 	}
-	if err := f.start(command); err != nil {
+	if err := f.start(command, thaw); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("start the watchdog that thaws: %w", err)
 	}
 	return f, nil
+}
+
+// writable lists the file systems that this freeze has to hold, in the order of freezing.
+func (f *Freeze) writable() ([]held, error) {
+	systems, err := writableOn("/", f.disks)
+	return slices.DeleteFunc(systems, func(s held) bool { return slices.Contains(f.apart.Systems, s.Dev) }), err
 }
 
 // Watch is Prepare for disks whose file systems cannot be frozen: nothing is, and Release says whether anybody wrote to the
@@ -123,9 +136,12 @@ func kernelNames(disks []*Disk) (names []string) {
 // Needed says whether anything has to be frozen.
 func (f *Freeze) Needed() bool { return len(f.systems) > 0 && !f.watch }
 
-func (f *Freeze) start(command []string) error {
+func (f *Freeze) start(command []string, thaw *os.File) error {
 	f.dog = exec.Command(command[0], append(slices.Clone(command[1:]), strconv.Itoa(len(f.points)))...)
-	f.dog.ExtraFiles = f.points
+	f.dog.ExtraFiles = slices.Clone(f.points)
+	if thaw != nil {
+		f.dog.ExtraFiles = append(f.dog.ExtraFiles, thaw)
+	}
 	f.dog.Stderr = os.Stderr
 	f.dog.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	f.dog.Dir = "/"
@@ -148,10 +164,7 @@ func (f *Freeze) start(command []string) error {
 			f.from <- lines.Text()
 		}
 	}()
-	if _, err := f.answer("ready"); err != nil {
-		return err
-	}
-	_, err = f.ask("arm "+strconv.FormatInt(int64(f.limit), 10), "armed")
+	_, err = f.answer("ready")
 	return err
 }
 
@@ -171,7 +184,11 @@ func (f *Freeze) Sync(ctx context.Context) error {
 // Hold freezes. On an error everything is thawed.
 func (f *Freeze) Hold() error {
 	if f.Needed() {
-		o, err := f.ask("freeze", "frozen")
+		_, err := f.ask("arm "+strconv.FormatInt(int64(f.limit), 10), "armed")
+		o := outcome{}
+		if err == nil {
+			o, err = f.ask("freeze", "frozen")
+		}
 		if err != nil {
 			f.thawOurselves()
 			return fmt.Errorf("freeze: %w: %w", ErrVoid, err)
@@ -220,13 +237,14 @@ type Held struct {
 	Frozen      time.Duration
 	Consistency dr.Consistency
 	Notes       []string
+	Whole       bool // every file system that can be frozen was
 }
 
 // Release thaws and says whether the disks really stood still since Hold: the watchdog did not have to thaw, nothing was
 // written below the file systems, and none was mounted meanwhile. Otherwise the error is ErrVoid.
 func (f *Freeze) Release() (Held, error) {
 	after := readCounters("/", f.devices)
-	h := Held{Since: f.since, Consistency: f.weaker, Notes: f.notes}
+	h := Held{Since: f.since, Consistency: f.weaker, Notes: f.notes, Whole: f.weaker == dr.FilesystemConsistent}
 	if f.Needed() {
 		o, err := f.ask("thaw", "thawed")
 		if err != nil {
@@ -254,7 +272,7 @@ func (f *Freeze) Release() (Held, error) {
 
 // unchanged says whether the same file systems are mounted as before, and the disks that are files have not changed.
 func (f *Freeze) unchanged() error {
-	now, err := writableOn("/", f.disks)
+	now, err := f.writable()
 	if err != nil {
 		return err
 	}

@@ -175,3 +175,6 @@ func Swaps(root string) []string {
 	}
 	return cut(out)
 }
+
+// ZFS says whether the kernel of this system has ZFS.
+func ZFS(root string) bool { return len(names(root, "sys/module/zfs")) > 0 }

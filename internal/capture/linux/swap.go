@@ -11,6 +11,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/musterdr/muster/internal/capture/view"
 )
 
 // swapHead is what is kept of a swap area, in bytes: its header lies in the first page, and no processor has larger ones.
@@ -20,16 +22,16 @@ const swapHead = 64 << 10
 // the boot that wrote it. Their beginnings, with what makes them swap areas, are not among them, so that where the parts read
 // as zeros they are swap areas as new. Only partitions and files of ext4 and xfs right on the disk or a partition of it are
 // known.
-func Swapping(disk string) []Range {
+func Swapping(disk string) []view.Range {
 	const root = "/"
 	blocks := Blocks(root)
-	var out []Range
+	var out []view.Range
 	for _, path := range Swaps(root) {
 		if name := kernelName(blocks, path); name != "" {
 			b := blocks[name]
 			start, ok := partitionStart(root, disk, b)
 			if size := sizeOf(root, disk, b); ok && size > swapHead {
-				out = append(out, Range{start + swapHead, size - swapHead})
+				out = append(out, view.Range{Offset: start + swapHead, Length: size - swapHead})
 			}
 			continue
 		}
@@ -38,7 +40,7 @@ func Swapping(disk string) []Range {
 			out = append(out, parts...)
 		}
 	}
-	slices.SortFunc(out, func(a, b Range) int { return cmp.Compare(a.Offset, b.Offset) })
+	slices.SortFunc(out, func(a, b view.Range) int { return cmp.Compare(a.Offset, b.Offset) })
 	return out
 }
 
@@ -64,7 +66,7 @@ func sizeOf(root, disk string, b Block) int64 {
 }
 
 // swapFile gives where the content of a swap file lies on a disk. The kernel keeps it from moving while it swaps there.
-func swapFile(root string, blocks map[string]Block, disk, path string) ([]Range, error) {
+func swapFile(root string, blocks map[string]Block, disk, path string) ([]view.Range, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
@@ -117,9 +119,9 @@ const (
 )
 
 // extentsOf gives where a file lies behind its first swapHead bytes, its device beginning at byte start of the disk.
-func extentsOf(f *os.File, start int64) ([]Range, error) {
+func extentsOf(f *os.File, start int64) ([]view.Range, error) {
 	call := fiemap{length: ^uint64(0), count: fiemapAtOnce}
-	var out []Range
+	var out []view.Range
 	for len(out) < maxExtents {
 		if _, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), getFiemap, uintptr(unsafe.Pointer(&call))); errno != 0 {
 			return nil, fmt.Errorf("ask where %s lies: %w", f.Name(), errno)
@@ -133,7 +135,7 @@ func extentsOf(f *os.File, start int64) ([]Range, error) {
 				head = min(e.length, swapHead-e.logical)
 			}
 			if e.flags&fiemapStrange == 0 && e.length > head {
-				out = append(out, Range{start + int64(e.physical+head), int64(e.length - head)})
+				out = append(out, view.Range{Offset: start + int64(e.physical+head), Length: int64(e.length - head)})
 			}
 			if e.flags&fiemapLast != 0 {
 				return out, nil

@@ -23,7 +23,7 @@ const (
 	commandLimit = 2 * time.Minute
 )
 
-// Exit codes of the scripts below.
+// Exit codes of the scripts in shell.go.
 const (
 	exitForeign = 71 // the cache folder is not a folder of root's own
 	exitMake    = 72 // it cannot be made
@@ -34,72 +34,69 @@ const (
 	exitNoExec  = 126
 )
 
-// Scripts run in the server's POSIX shell whatever the login shell is, hence no line ends, single quotes or exclamation
-// marks. DIR, FILE and SUM are replaced; none can hold anything but letters, digits, dots, dashes and slashes.
-const (
-	scriptLook   = `uname -s; uname -m; id -u; if test -d DIR; then echo there; else echo absent; fi`
-	scriptHave   = `if test -L DIR; then exit 71; fi; command -v sha256sum >/dev/null || exit 75; if test -x FILE; then sha256sum FILE; fi`
-	scriptUpload = `umask 077; if test -L DIR; then exit 71; fi; mkdir -p DIR && chmod 700 DIR || exit 72; test -O DIR || exit 71; ` +
-		`t=FILE.new.$$; cat >$t || { rm -f $t; exit 73; }; set -- $(sha256sum $t); if test x$1 = xSUM; then :; else rm -f $t; exit 74; fi; ` +
-		`chmod 700 $t && mv -f $t FILE || { rm -f $t; exit 73; }; for o in DIR/agent-*; do test $o = FILE || rm -f $o; done`
-	scriptServe  = `set -- $(sha256sum FILE); test x$1 = xSUM || exit 74; exec FILE serve`
-	scriptForget = `for a in DIR/agent-*; do if test -x $a; then $a forget || exit 76; fi; done; rm -rf DIR`
-)
-
-// platform is what a server answers to scriptLook.
+// platform is what a server answers when it is looked at.
 type platform struct {
-	arch  string // as Go calls it
-	cache bool   // the cache folder is there
+	system string // as Go calls it
+	arch   string // as Go calls it
+	cache  bool   // the cache folder is there
 }
 
 // look asks what kind of system it is and refuses what the agent cannot run on.
 func (s *Source) look(ctx context.Context) (platform, error) {
-	said, err := s.script(ctx, scriptLook, "", nil)
+	said, err := s.script(ctx, s.shell.look, "", nil)
+	if ctx.Err() == nil && (err != nil || len(strings.Fields(said)) < 4) {
+		// There is no POSIX shell. If there is no PowerShell either, that was the error.
+		s.use(powershell)
+		if answer, failed := s.script(ctx, s.shell.look, "", nil); failed == nil && len(strings.Fields(answer)) >= 4 {
+			said, err = answer, nil
+		} else {
+			s.use(posix)
+		}
+	}
 	if err != nil {
 		return platform{}, err
 	}
 	f := strings.Fields(said)
 	if len(f) < 4 {
-		return platform{}, fmt.Errorf("look at the server: its shell answered %q: this release captures Linux servers with a POSIX shell", said)
+		return platform{}, fmt.Errorf("look at the server: its shell answered %q: this release captures Linux servers with a POSIX shell, and Windows servers with PowerShell", said)
 	}
 	f = f[len(f)-4:] // a login may have printed something before
-	arch := map[string]string{"x86_64": "amd64", "amd64": "amd64", "aarch64": "arm64", "arm64": "arm64"}[f[1]]
+	arch := map[string]string{"x86_64": "amd64", "amd64": "amd64", "AMD64": "amd64", "aarch64": "arm64", "arm64": "arm64"}[f[1]]
 	switch {
-	case f[0] != "Linux":
-		return platform{}, fmt.Errorf("look at the server: it runs %s: this release captures Linux", f[0])
-	case arch == "":
-		return platform{}, fmt.Errorf("look at the server: its processor is %s: this release captures x86_64 and aarch64", f[1])
-	case f[2] != "0":
+	case f[0] != "Linux" && f[0] != "Windows":
+		return platform{}, fmt.Errorf("look at the server: it runs %s: this release captures Linux and Windows", f[0])
+	case arch == "" || f[0] == "Windows" && arch != "amd64":
+		return platform{}, fmt.Errorf("look at the server: its processor is %s: this release captures x86_64, and on Linux aarch64", f[1])
+	case f[0] == "Windows" && f[2] != "True":
+		return platform{}, fmt.Errorf("look at the server: user %s is no administrator, and only one can read disks and make shadow copies: log in as one", s.source.User)
+	case f[0] == "Linux" && f[2] != "0":
 		return platform{}, fmt.Errorf("look at the server: user %s is not root (uid %s), and only root can read disks: log in as root; this release does not use sudo", s.source.User, f[2])
 	}
-	return platform{arch: arch, cache: f[3] == "there"}, nil
+	return platform{system: strings.ToLower(f[0]), arch: arch, cache: f[3] == "there" || f[3] == "True"}, nil
 }
+
+// use has the server told in another language.
+func (s *Source) use(sh shell) { s.shell, s.cache = sh, sh.dir }
 
 // install sees to it that the agent for the server's processor is there, and gives its sum.
 func (s *Source) install(ctx context.Context, p platform) (sum string, err error) {
-	program, err := s.agents(p.arch)
+	program, err := s.agents(p.system, p.arch)
 	if err != nil {
-		return "", fmt.Errorf("find the agent for %s: %w", p.arch, err)
+		return "", fmt.Errorf("find the agent for %s on %s: %w", p.system, p.arch, err)
 	}
 	digest := sha256.Sum256(program)
 	sum = hex.EncodeToString(digest[:])
-	said, err := s.script(ctx, scriptHave, sum, nil)
+	said, err := s.script(ctx, s.shell.have, sum, nil)
 	if err != nil {
 		return "", err
 	}
 	if f := strings.Fields(said); len(f) > 0 && f[0] == sum {
 		return sum, nil
 	}
-	if _, err := s.script(ctx, scriptUpload, sum, program); err != nil {
+	if _, err := s.script(ctx, s.shell.upload, sum, program); err != nil {
 		return "", fmt.Errorf("put the agent on the server: %w", err)
 	}
 	return sum, nil
-}
-
-// command fills in a script and wraps it for any login shell.
-func (s *Source) command(script, sum string) string {
-	file := s.cache + "/agent-" + sum
-	return "sh -c '" + strings.NewReplacer("DIR", s.cache, "FILE", file, "SUM", sum).Replace(script) + "'"
 }
 
 // script runs a script to its end.
@@ -115,7 +112,7 @@ func (s *Source) script(ctx context.Context, script, sum string, input []byte) (
 	defer stop()
 	var out, problem said
 	session.Stdin, session.Stdout, session.Stderr = bytes.NewReader(input), &out, &problem
-	if err := session.Run(s.command(script, sum)); err != nil {
+	if err := session.Run(s.shell.command(s.cache, script, sum)); err != nil {
 		return "", s.blame(ctx, s.meaning(err, problem.String()))
 	}
 	return out.String(), nil

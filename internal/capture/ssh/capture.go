@@ -57,7 +57,7 @@ func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Prog
 		return fmt.Errorf("read %s: %w", s.source, err)
 	}
 	err = s.converse(ctx, p, func(talk *capture.Session) error {
-		return talk.Capture(ctx, wire.Plan{Disks: s.source.Disks, FreezeLimit: s.source.FreezeLimit, Rate: s.source.ReadLimit, Track: s.source.Resident}, sink, report)
+		return talk.Capture(ctx, wire.Plan{Disks: s.source.Disks, FreezeLimit: s.source.FreezeLimit, Rate: s.source.ReadLimit, Track: s.source.Resident, Volumes: s.source.Snapshots, Hooks: s.source.Hooks}, sink, report)
 	})
 	if err != nil {
 		return fmt.Errorf("read %s: %w", s.source, err)
@@ -67,7 +67,7 @@ func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Prog
 
 // Forget implements capture.Source.
 func (s *Source) Forget(ctx context.Context) error {
-	if _, err := s.script(ctx, scriptForget, "", nil); err != nil {
+	if _, err := s.script(ctx, s.shell.forget, "", nil); err != nil {
 		return fmt.Errorf("remove %s from %s: %w", s.cache, s.source, err)
 	}
 	return nil
@@ -97,7 +97,7 @@ func (s *Source) converse(ctx context.Context, p platform, talk func(*capture.Se
 	}
 	var problem said
 	session.Stderr = &problem
-	if err := session.Start(s.command(scriptServe, sum)); err != nil {
+	if err := session.Start(s.shell.command(s.cache, s.shell.serve, sum)); err != nil {
 		return fmt.Errorf("start the agent: %w", s.blame(ctx, err))
 	}
 	conversation, err := capture.NewSession(out, in)

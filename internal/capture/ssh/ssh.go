@@ -1,11 +1,11 @@
-// Package ssh captures a live Linux server over its own SSH.
+// Package ssh captures a live server, Linux or Windows, over its own SSH.
 //
 //	Source   one connection to one server, checked against the host key it is known by
 //	agent    the program that is copied to the server and answers there; given by the caller, one an architecture
 //
 // All that is ever written on the server is the agent itself, in its own folder (CacheDir), which Forget removes.
 //
-// Knows: SSH, a POSIX shell.
+// Knows: SSH, a POSIX shell, PowerShell.
 // Must not know: what an agent does, what is captured.
 package ssh
 
@@ -36,17 +36,20 @@ const (
 // Source is a connection to one server. It implements capture.Source.
 type Source struct {
 	source  dr.SSHSource
-	agents  func(goarch string) ([]byte, error)
+	agents  Agents
+	shell   shell
 	client  *ssh.Client
 	conn    *watched
 	hostKey ssh.PublicKey // the one it showed
 	cache   string
 }
 
-// Open connects to a server. agents gives the agent program for a Go architecture ("amd64", "arm64"). Without a host key
-// any is taken, and Capture refuses: somebody has to confirm first the one that Contact tells.
-func Open(ctx context.Context, source dr.SSHSource, agents func(goarch string) ([]byte, error)) (*Source, error) {
-	s := &Source{source: source, agents: agents, cache: CacheDir}
+// Agents gives the agent program for a system and an architecture, as Go calls them ("linux", "arm64").
+type Agents func(goos, goarch string) ([]byte, error)
+
+// Open connects to a server. Without a host key any is taken, and Capture refuses: somebody has to confirm first the one that Contact tells.
+func Open(ctx context.Context, source dr.SSHSource, agents Agents) (*Source, error) {
+	s := &Source{source: source, agents: agents, shell: posix, cache: CacheDir}
 	signer, err := readKey(source.KeyFile)
 	if err != nil {
 		return nil, err

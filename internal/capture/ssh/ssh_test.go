@@ -220,7 +220,7 @@ func (h *host) exec(command string, ch ssh.Channel) uint32 {
 }
 
 // program is the agent for this machine, whatever is asked for.
-func program(string) ([]byte, error) { return built, nil }
+func program(string, string) ([]byte, error) { return built, nil }
 
 func (h *host) open(t *testing.T, source dr.SSHSource) *Source {
 	t.Helper()

@@ -17,15 +17,18 @@ type Hello struct {
 
 // Plan says what to read. An inventory uses only Disks.
 type Plan struct {
-	Disks       []string      `json:"disks,omitempty"` // kernel names or absolute paths; none: every disk in use
-	FreezeLimit time.Duration `json:"freeze_limit"`    // the longest that file systems may stand still
-	Rate        int64         `json:"rate,omitempty"`  // bytes a second that are read at most while the server goes on; 0: no limit
-	Track       bool          `json:"track,omitempty"` // leave programs in the server's kernel that note what is written
-	Names       bool          `json:"names,omitempty"` // list the names of the server's files
+	Disks       []string      `json:"disks,omitempty"`   // kernel names or absolute paths; none: every disk in use
+	FreezeLimit time.Duration `json:"freeze_limit"`      // the longest that file systems may stand still
+	Rate        int64         `json:"rate,omitempty"`    // bytes a second that are read at most while the server goes on; 0: no limit
+	Volumes     bool          `json:"volumes,omitempty"` // snapshots of logical volumes may be made, which go before the end
+	Track       bool          `json:"track,omitempty"`   // leave programs in the server's kernel that note what is written
+	Names       bool          `json:"names,omitempty"`   // list the names of the server's files
 	Snapshot    string        `json:"snapshot,omitempty"`
 	// Since names the snapshot whose fingerprints the appliance has, and those before it, newest first: what was written
 	// since any of them covers what was written since the first.
 	Since []string `json:"since,omitempty"`
+	// Hooks says what is done about the applications.
+	Hooks dr.Hooks `json:"hooks,omitzero"`
 }
 
 // MaxSince bounds Plan.Since.
@@ -78,7 +81,15 @@ type Done struct {
 	Reasons     []string       `json:"reasons"`            // of each disk: why it was read as a whole; "" if only what was written was
 	Notes       []string       `json:"notes,omitempty"`    // what an operator may want to know
 	NoNames     string         `json:"no_names,omitempty"` // why no names were listed, where Plan.Names asked for them
+	// Applications are those that were found running.
+	Applications []dr.Application `json:"applications,omitempty"`
+
+	Provider   dr.Provider     `json:"provider,omitempty"`
+	PassedOver []dr.PassedOver `json:"passed_over,omitempty"` // at most MaxProviders
 }
+
+// MaxProviders bounds Done.PassedOver.
+const MaxProviders = 16
 
 // Failure says why there will be no Done.
 type Failure struct {

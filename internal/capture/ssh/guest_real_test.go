@@ -1,0 +1,266 @@
+package ssh
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/capture"
+	"github.com/musterdr/muster/internal/dr"
+)
+
+// guest is a Debian of its own, with a kernel that has a device-mapper, in an emulated machine.
+type guest struct {
+	t      *testing.T
+	dir    string
+	source dr.SSHSource
+}
+
+// guestDisks is how many empty disks a guest has besides the one it boots from: vda, vdb, …
+const (
+	guestDisks    = 3
+	guestDiskSize = 240 << 20
+)
+
+// newGuest boots a copy of the demo's server and gives it the tools of this host, which is a Debian of the same release.
+func newGuest(t *testing.T) *guest {
+	t.Helper()
+	if os.Getenv("MUSTER_REAL") == "" {
+		t.Skip("needs QEMU and the demo's server: set MUSTER_REAL=1 (scripts/test real)")
+	}
+	base, format := os.Getenv("MUSTER_SHOP"), "raw"
+	if filepath.Ext(base) == ".qcow2" {
+		format = "qcow2"
+	}
+	g := &guest{t: t, dir: t.TempDir()}
+	command(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", format, g.path("system.qcow2"))
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := free.Addr().(*net.TCPAddr).Port
+	free.Close()
+	args := []string{"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "768", "-display", "none", "-vga", "none",
+		"-smbios", "type=41,designation=Integrated NIC 1,kind=ethernet,instance=1,pcidev=nic",
+		"-drive", "if=none,id=system,format=qcow2,cache=unsafe,file=" + g.path("system.qcow2"), "-device", "ide-hd,bus=ide.0,drive=system",
+		"-netdev", fmt.Sprintf("user,id=net,net=10.77.0.0/24,host=10.77.0.1,hostfwd=tcp:127.0.0.1:%d-10.77.0.10:22", port),
+		"-device", "virtio-net-pci,id=nic,netdev=net,mac=ac:1f:6b:77:00:10,romfile=", "-serial", "file:" + g.path("serial.log")}
+	for i := range guestDisks {
+		file := g.disk(i)
+		if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, guestDiskSize)); err != nil {
+			t.Fatal(err)
+		}
+		args = append(args, "-drive", fmt.Sprintf("if=none,id=data%d,format=raw,cache=writeback,file=%s", i, file), "-device", fmt.Sprintf("virtio-blk-pci,drive=data%d,addr=%x", i, 0x10+i))
+	}
+	machine := exec.Command("qemu-system-x86_64", args...)
+	machine.Stderr = os.Stderr
+	if err := machine.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = machine.Process.Kill()
+		_ = machine.Wait()
+	})
+	g.source = dr.SSHSource{User: "root", Host: "127.0.0.1", Port: port, KeyFile: os.Getenv("MUSTER_SHOP_KEY"), FreezeLimit: 60 * time.Second}
+	for limit := time.Now().Add(4 * time.Minute); exec.Command("ssh", g.ssh("true")...).Run() != nil; <-time.After(time.Second) {
+		if time.Now().After(limit) {
+			log, _ := os.ReadFile(g.path("serial.log"))
+			t.Fatalf("the guest does not answer: %s", log)
+		}
+	}
+	contact := g.open(t)
+	about, err := contact.Contact(t.Context())
+	if err = errors.Join(err, contact.Close()); err != nil {
+		t.Fatal(err)
+	}
+	g.source.HostKey = about.HostKey
+	g.run("systemctl stop shop nginx postgresql cron")
+	g.tools()
+	return g
+}
+
+// in is the guest for a part of a test.
+func (g *guest) in(t *testing.T) *guest {
+	here := *g
+	here.t = t
+	return &here
+}
+
+func (g *guest) path(name string) string { return filepath.Join(g.dir, name) }
+func (g *guest) disk(n int) string       { return g.path(fmt.Sprintf("data%d.img", n)) }
+
+func (g *guest) ssh(line string) []string {
+	return []string{"-i", g.source.KeyFile, "-p", strconv.Itoa(g.source.Port), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
+		"-o", "ConnectTimeout=5", "-o", "LogLevel=ERROR", "root@127.0.0.1", line}
+}
+
+// run runs a shell script on the guest and gives what it prints.
+func (g *guest) run(script string) string {
+	g.t.Helper()
+	out, err := g.try(script)
+	if err != nil {
+		g.t.Fatalf("on the guest: %s: %v\n%s", script, err, out)
+	}
+	return out
+}
+
+func (g *guest) try(script string) (string, error) {
+	cmd := exec.Command("ssh", g.ssh("bash -e -s")...)
+	cmd.Stdin = strings.NewReader(script + "\n")
+	out, err := cmd.CombinedOutput()
+	return strings.TrimSpace(string(out)), err
+}
+
+// tools copies what the guest lacks from this host's packages.
+func (g *guest) tools() {
+	g.t.Helper()
+	var files []string
+	for _, p := range []string{"fdisk", "libfdisk1", "lvm2", "dmsetup", "libdevmapper1.02.1", "libdevmapper-event1.02.1", "libaio1", "liblvm2cmd2.03", "libedit2", "libbsd0", "libmd0", "mdadm", "thin-provisioning-tools", "libboost-iostreams1.74.0"} {
+		out, err := exec.Command("dpkg", "-L", p).Output()
+		if err != nil {
+			continue // not installed: what needs it will say so
+		}
+		for _, f := range strings.Fields(string(out)) {
+			info, err := os.Lstat(f)
+			if err == nil && !info.IsDir() && !strings.HasPrefix(f, "/usr/share/") && !slices.Contains(files, f) {
+				files = append(files, f)
+			}
+		}
+	}
+	list := exec.Command("tar", append([]string{"--create", "--absolute-names"}, files...)...)
+	pack, err := list.Output()
+	if err != nil {
+		g.t.Fatalf("pack this host's tools: %v", err)
+	}
+	unpack := exec.Command("ssh", g.ssh("tar --extract --absolute-names --keep-directory-symlink --skip-old-files; ldconfig; udevadm control --reload; lvm version")...)
+	unpack.Stdin = bytes.NewReader(pack)
+	if out, err := unpack.CombinedOutput(); err != nil {
+		g.t.Fatalf("unpack tools on the guest: %v\n%s", err, out)
+	}
+}
+
+func (g *guest) open(t *testing.T) *Source {
+	t.Helper()
+	s, err := Open(t.Context(), g.source, program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// capture captures one of the guest's disks.
+func (g *guest) capture(t *testing.T, parent, disk string, change func(*dr.SSHSource)) dr.Snapshot {
+	t.Helper()
+	snap, err := g.attempt(t, parent, disk, change)
+	if err != nil {
+		t.Fatalf("%v\nthe kernel of the guest says:\n%s", err, g.run("dmesg | tail -5"))
+	}
+	t.Logf("%s by %s, %s, pass %s (%s), passed over %+v: read %d MB, changed %d kB, frozen %s, took %s; %s", disk, snap.Pass.Provider, snap.Consistency, snap.Pass.Kind, snap.Pass.Reason,
+		snap.Pass.PassedOver, snap.Stats.Read>>20, snap.Stats.Changed>>10, snap.Stats.Frozen.Round(time.Millisecond), snap.Stats.Duration.Round(time.Millisecond), snap.Notes)
+	return snap
+}
+
+// attempt is capture for one that may fail.
+func (g *guest) attempt(t *testing.T, parent, disk string, change func(*dr.SSHSource)) (dr.Snapshot, error) {
+	source := g.source
+	source.Disks = []string{disk}
+	change(&source)
+	s, err := Open(t.Context(), source, program)
+	if err != nil {
+		return dr.Snapshot{}, err
+	}
+	defer s.Close()
+	return capture.Take(t.Context(), s, shared, api.SnapshotTask{ID: dr.NewID("snap"), Server: dr.Server{ID: "srv-1", Name: "guest"}, Parent: parent}, nil)
+}
+
+// restore writes a snapshot's disk over one of the guest's that nobody has looked at yet.
+func (g *guest) restore(t *testing.T, snap dr.Snapshot, disk int) {
+	t.Helper()
+	img, err := shared.Image(t.Context(), snap.ID, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	out, err := os.OpenFile(g.disk(disk), os.O_WRONLY, 0)
+	if err == nil {
+		_, err = io.Copy(out, io.NewSectionReader(img, 0, img.Size()))
+		err = errors.Join(err, out.Sync(), out.Close())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.run("blockdev --flushbufs /dev/vd" + string(rune('a'+disk)))
+}
+
+// writer is a program on the guest that writes numbers to two files of each folder in turn, each synced before the next, and
+// then tells the number: in every image all files hold the same number, or those before some point the next one.
+const writer = `
+import os, sys, time
+folders = sys.argv[1:]
+files = [os.open(d + "/" + n, os.O_RDWR | os.O_CREAT) for d in folders for n in ("first", "second")]
+told = os.open("/run/told", os.O_RDWR | os.O_CREAT)
+n = 0
+while not os.path.exists("/run/stop"):
+    n += 1
+    for f in files:
+        os.pwrite(f, b"%020d" % n, 0)
+        os.fsync(f)
+    for d in folders:
+        with open("%s/file-%d" % (d, n % 40), "wb") as f:
+            f.write(os.urandom(n % 7 * 8000))
+    os.pwrite(told, b"%020d" % n, 0)
+    time.sleep(0.01)
+`
+
+func (g *guest) write(folders ...string) {
+	g.t.Helper()
+	g.run("cat >/run/writer.py <<'END'" + writer + "END\nrm -f /run/stop /run/told; nohup python3 /run/writer.py " + strings.Join(folders, " ") +
+		" >/run/writer.log 2>&1 </dev/null &\nfor i in $(seq 100); do if test -s /run/told; then exit 0; fi; sleep 0.1; done; cat /run/writer.log; exit 1")
+}
+
+func (g *guest) told() int64 { return number(g.t, g.run("cat /run/told")) }
+
+func (g *guest) endWriter() {
+	g.t.Helper()
+	g.run("touch /run/stop; while pgrep -f /run/writer.py >/dev/null; do sleep 0.1; done; cat /run/writer.log")
+}
+
+func number(t *testing.T, s string) int64 {
+	t.Helper()
+	n, err := strconv.ParseInt(strings.TrimSpace(s), 10, 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// examine checks that folders of a restored disk hold one instant between two numbers that were told.
+func (g *guest) examine(t *testing.T, before, after int64, folders ...string) {
+	t.Helper()
+	var numbers []int64
+	for _, f := range folders {
+		for _, name := range []string{"first", "second"} {
+			numbers = append(numbers, number(t, g.run("cat "+f+"/"+name)))
+		}
+	}
+	t.Logf("told %d before and %d after the capture, in the image %v", before, after, numbers)
+	for i, n := range numbers {
+		if n < before || n > after+1 {
+			t.Errorf("number %d is not between %d and %d", n, before, after)
+		}
+		if i > 0 && (n > numbers[i-1] || n < numbers[0]-1) {
+			t.Errorf("the numbers %v were never there together", numbers)
+		}
+	}
+}
