@@ -9,6 +9,7 @@ import (
 	"io"
 	"sort"
 
+	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/object"
 
 	"github.com/musterdr/muster/internal/fileset"
@@ -46,6 +47,7 @@ type FilesWriter struct {
 	bytes   int64
 	changed int64
 	gone    int64
+	differs int64 // bytes of content of entries that are new or changed
 	seen    *filter
 	fresh   int64
 }
@@ -183,7 +185,7 @@ func (f *FilesWriter) Add(ctx context.Context, e *fileset.Entry, c Content, same
 	}
 	if !same {
 		f.changed++
-		f.count(c)
+		return f.count(c)
 	}
 	return nil
 }
@@ -191,16 +193,31 @@ func (f *FilesWriter) Add(ctx context.Context, e *fileset.Entry, c Content, same
 // Gone counts an entry that the parent has and this has not.
 func (f *FilesWriter) Gone() { f.gone++ }
 
-// count notes whether a content is new in the store; a large one counts by its first piece.
-func (f *FilesWriter) count(c Content) {
-	if id, _, ok := c.object.ContentID(); ok && c.Length > 0 {
-		info, err := f.w.session.ContentInfo(f.w.ctx, id)
-		if err == nil && f.w.isMine(info.PackBlobID) && f.seen.add(id.Hash()) {
-			f.fresh += c.Length
-		}
-	} else if c.Length > 0 {
-		f.fresh += c.Length
+// count notes what of a content is new in the store.
+func (f *FilesWriter) count(c Content) error {
+	f.differs += c.Length
+	if c.Length == 0 {
+		return nil
 	}
+	ids := []content.ID{}
+	if id, _, ok := c.object.ContentID(); ok {
+		ids = append(ids, id)
+	} else {
+		var err error
+		if ids, err = f.w.session.VerifyObject(f.w.ctx, c.object); err != nil {
+			return f.w.fail(f.w.s.explain(err))
+		}
+	}
+	for _, id := range ids {
+		info, err := f.w.session.ContentInfo(f.w.ctx, id)
+		if err != nil {
+			return f.w.fail(f.w.s.explain(err))
+		}
+		if !id.HasPrefix() && f.w.isMine(info.PackBlobID) && f.seen.add(id.Hash()) { // with a prefix: what lists the others
+			f.fresh += int64(info.OriginalLength)
+		}
+	}
+	return nil
 }
 
 // cuts says whether a leaf ends before a path. It depends on names and not on what was there before, so that equal runs of

@@ -324,7 +324,7 @@ func (w *Writer) sealFiles(snap *dr.Snapshot) (indexSize int64, err error) {
 	snap.Kind, snap.Image = dr.SnapshotData, f.image
 	snap.Files = &dr.SnapshotFiles{Roots: f.set.Roots, Exclude: f.set.Exclude, Index: index.String(), Entries: f.entries, Bytes: f.bytes,
 		Changed: f.changed, Gone: f.gone}
-	snap.Stats.New = f.fresh
+	snap.Stats.Changed, snap.Stats.New = f.differs, f.fresh
 	return size, nil
 }
 

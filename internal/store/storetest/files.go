@@ -157,7 +157,7 @@ func (x *suite) fileSets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if next.Files.Changed != 2 || next.Stats.New != 7+set[2500].Size && next.Stats.New != 7 || next.Stats.Stored > snap.Stats.Stored/4 {
+	if next.Files.Changed != 2 || next.Stats.New != 7 || next.Stats.Changed != 7+set[2500].Size || next.Stats.Stored > snap.Stats.Stored/4 {
 		t.Errorf("two of %d files changed: %+v, %+v; the first took %d", len(set), next.Files, next.Stats, snap.Stats.Stored)
 	}
 	sameFiles(t, x.s, second, set)

@@ -39,7 +39,7 @@ const (
 	maxNames  = 2 << 20 // in one folder
 	maxLinks  = 1 << 20 // files with several names
 	maxTries  = 3       // of reading a file that is written to meanwhile
-	maxNotes  = 32      // of one kind; more are counted
+	maxNotes  = 8       // of one kind; more are counted
 	maxSwaps  = 3       // a name that becomes something else each time it is opened
 	DefSettle = 3 * time.Second
 )
