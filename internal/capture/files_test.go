@@ -229,6 +229,9 @@ func TestAnAgentThatLiesAboutFilesIsNotBelieved(t *testing.T) {
 	file := func(size int64) *fileset.Entry {
 		return &fileset.Entry{Kind: fileset.File, Path: "/srv/a", Size: size}
 	}
+	s := newShelf(t)
+	s.put("/srv/a", []byte("a"))
+	s.take("snap-1", "")
 	for name, say := range map[string]func(w *wire.Writer) error{
 		"more than there is":  func(w *wire.Writer) error { return w.Same(3) },
 		"gone that never was": func(w *wire.Writer) error { return w.Gone(1 << 62) },
@@ -258,9 +261,6 @@ func TestAnAgentThatLiesAboutFilesIsNotBelieved(t *testing.T) {
 		"silence":          func(*wire.Writer) error { return nil },
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := newShelf(t)
-			s.put("/srv/a", []byte("a"))
-			s.take("snap-1", "")
 			s.serve = func(_ context.Context, conn net.Conn) error {
 				go func() { _, _ = io.Copy(io.Discard, conn) }()
 				w := wire.NewWriter(conn)

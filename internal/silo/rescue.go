@@ -50,7 +50,7 @@ func (s *Silo) PreRecover(ctx context.Context, task api.PreRecoverTask, report d
 	if err != nil {
 		return dr.PreRecovery{}, fmt.Errorf("ask hypervisor: %w", err)
 	}
-	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
+	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ImageID(), len(task.Snapshot.Disks))
 	if err != nil {
 		return dr.PreRecovery{}, err
 	}
@@ -200,7 +200,7 @@ func (s *Silo) Test(ctx context.Context, task api.TestTask, report dr.Progress) 
 	if err != nil {
 		return dr.Verdict{}, err
 	}
-	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
+	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ImageID(), len(task.Snapshot.Disks))
 	if err != nil {
 		return dr.Verdict{}, err
 	}
