@@ -16,6 +16,7 @@ import (
 const (
 	captureLimit    = 24 * time.Hour
 	preRecoverLimit = 30 * time.Minute
+	mergeLimit      = 6 * time.Hour // of a pre-recovery that puts data into the image as well
 	testLimit       = time.Hour
 	recordLimit     = time.Minute
 	settleLimit     = 30 * time.Minute
@@ -99,7 +100,7 @@ func (m *Master) PreRecover(ctx context.Context, name, snapshot string) (api.Ope
 	if err != nil {
 		return api.Operation{}, err
 	}
-	in := work{ServerID: s.ID, SnapshotID: r.Snapshot.ID, PreRecovery: dr.NewID("pre"), Asked: m.Now()}
+	in := work{ServerID: s.ID, SnapshotID: r.Snapshot.ID, PreRecovery: dr.NewID("pre"), Data: r.Snapshot.IsData(), Asked: m.Now()}
 	return begin(ctx, m, kindPreRecover, s.Name, in.PreRecovery, in, engine.StartOptions{Key: serverKey(s.ID)})
 }
 
@@ -109,7 +110,7 @@ func (m *Master) Test(ctx context.Context, name, snapshot string) (api.Operation
 	if err != nil {
 		return api.Operation{}, err
 	}
-	in := work{ServerID: s.ID, SnapshotID: r.Snapshot.ID, VerdictID: dr.NewID("verdict"), Asked: m.Now()}
+	in := work{ServerID: s.ID, SnapshotID: r.Snapshot.ID, VerdictID: dr.NewID("verdict"), Data: r.Snapshot.IsData(), Asked: m.Now()}
 	if r.PreRecovery == nil {
 		in.PreRecovery = dr.NewID("pre")
 	}
@@ -232,7 +233,11 @@ func (m *Master) prepareAndTest(r *engine.Run, in work) error {
 }
 
 func (m *Master) prepare(r *engine.Run, in work) (*api.Rejected, error) {
-	return engine.Step(r, "pre-recover", engine.StepOptions{Limit: preRecoverLimit, Attempts: 2}, func(ctx context.Context) (*api.Rejected, error) {
+	limit := preRecoverLimit
+	if in.Data {
+		limit = mergeLimit
+	}
+	return engine.Step(r, "pre-recover", engine.StepOptions{Limit: limit, Attempts: 2}, func(ctx context.Context) (*api.Rejected, error) {
 		s, rec, err := m.load(ctx, in)
 		if err != nil {
 			return nil, err

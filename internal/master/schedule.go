@@ -176,7 +176,7 @@ func (m *Master) overdue(ctx context.Context, running map[string]api.Operation) 
 		if _, err := m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemTestMissing, "a test that should have run did not", detail, rec.Snapshot.ID, m.Now()); err != nil {
 			m.Log.Error("open ticket", "error", err)
 		}
-		in := work{ServerID: s.ID, SnapshotID: rec.Snapshot.ID, PreRecovery: dr.NewID("pre"), VerdictID: dr.NewID("verdict"), Asked: m.Now()}
+		in := work{ServerID: s.ID, SnapshotID: rec.Snapshot.ID, PreRecovery: dr.NewID("pre"), VerdictID: dr.NewID("verdict"), Data: rec.Snapshot.IsData(), Asked: m.Now()}
 		if _, err := begin(ctx, m, kindTest, s.Name, in.VerdictID, in, engine.StartOptions{Key: serverKey(s.ID), Refuse: true}); err != nil {
 			m.Log.Error("start missing test", "server", s.Name, "error", err)
 		}
