@@ -60,6 +60,12 @@ bench: build ## the numbers that were promised (JSON=FILE writes them as rows; O
 	$(SUDO) env MUSTER_DEMO_HOME=/var/lib/muster-bench scripts/sandbox run -- demo/demo with "$$image" bin/muster-bench --image "$$image" \
 		--work /var/lib/muster-bench/work --bin bin --dir /var/lib/muster-bench/muster $(if $(ONLY),--only $(ONLY)) $(if $(JSON),--json $(JSON))
 
+.PHONY: orders
+orders: ## N (20) snapshots of the demo's shop while customers order: each must boot, pass and hold every confirmed order
+	scripts/deps run build demo
+	$(MAKE) --no-print-directory build
+	$(SUDO) demo/demo orders $(or $(N),20)
+
 .PHONY: demo
 demo: ## a real server is protected, tested, burnt down and brought back (KEEP=1 leaves it running)
 	scripts/deps run build demo

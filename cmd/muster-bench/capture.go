@@ -1,9 +1,14 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
+	"math"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -27,7 +32,6 @@ const (
 	busySize  = 3 << 30
 	busyFiles = 20_000
 	busyFile  = 100 << 10 // bytes of each
-	stuns     = 10        // captures under load of each kind of file system
 )
 
 // here is a source that is captured by the real agent, on this machine and without SSH.
@@ -88,6 +92,7 @@ type busy struct {
 	source             here
 	store              *store.Store
 	last               string // snapshot
+	pages              [][]byte
 	undo               []func() error
 }
 
@@ -98,6 +103,9 @@ func (b *bench) newBusy(ctx context.Context, fstype string, files int) (w *busy,
 			err = errors.Join(err, w.close())
 		}
 	}()
+	if w.pages, err = b.real(); err != nil {
+		return w, err
+	}
 	if w.dir, err = b.fresh("busy-" + fstype + fmt.Sprint(files)); err != nil {
 		return w, err
 	}
@@ -134,7 +142,7 @@ func (b *bench) newBusy(ctx context.Context, fstype string, files int) (w *busy,
 				return w, err
 			}
 		}
-		if err := os.WriteFile(w.file(i), text(uint64(i), busyFile), 0o644); err != nil {
+		if err := os.WriteFile(w.file(i), w.content(uint64(i), busyFile), 0o644); err != nil {
 			return w, err
 		}
 	}
@@ -154,22 +162,61 @@ func (w *busy) close() error {
 	return errors.Join(errs...)
 }
 
-// text makes bytes that compress about as program text does.
-func text(seed uint64, size int) []byte {
-	r := rand.New(rand.NewPCG(seed, 7))
-	out := make([]byte, size)
-	for i := range out {
-		if out[i] = byte('a' + r.IntN(26)); r.IntN(3) > 0 && i > 64 {
-			out[i] = out[i-64]
+// page is the unit in which content is made.
+const page = 4 << 10
+
+// real gives pages of the server's image that hold something, at most 64 MB of them.
+func (b *bench) real() ([][]byte, error) {
+	f, err := os.Open(b.image)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	var pages [][]byte
+	r, buf := bufio.NewReaderSize(f, 1<<20), make([]byte, page)
+	for len(pages) < 16<<10 {
+		switch _, err := io.ReadFull(r, buf); {
+		case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
+			if len(pages) == 0 {
+				return nil, fmt.Errorf("read %s: it is empty", b.image)
+			}
+			return pages, nil
+		case err != nil:
+			return nil, err
+		}
+		if !wire.IsZero(buf) {
+			pages = append(pages, bytes.Clone(buf))
 		}
 	}
-	return out
+	return pages, nil
+}
+
+// content makes bytes such as a server has, which are nowhere twice.
+func (w *busy) content(seed uint64, size int) []byte {
+	r := rand.New(rand.NewPCG(seed, 7))
+	var out []byte
+	for len(out) < size {
+		out = append(out, w.pages[r.IntN(len(w.pages))]...)
+		binary.LittleEndian.PutUint64(out[len(out)-page+r.IntN(page-8):], r.Uint64())
+	}
+	return out[:size]
 }
 
 // take captures an increment.
 func (w *busy) take(ctx context.Context) (dr.Snapshot, float64, error) {
-	start := time.Now()
-	s, err := capture.Take(ctx, &w.source, w.store, api.SnapshotTask{ID: dr.NewSnapshotID(time.Now()), Server: dr.Server{ID: "srv-bench", Name: "bench"}, Parent: w.last}, nil)
+	return w.takeWhen(ctx, func() {})
+}
+
+// takeWhen calls a function whenever a pass of the living file system begins, and so the last time before the freeze.
+func (w *busy) takeWhen(ctx context.Context, begins func()) (dr.Snapshot, float64, error) {
+	start, last := time.Now(), ""
+	report := func(part string, _, _ int64, _ string) {
+		if part != last && strings.HasPrefix(part, "read, pass") {
+			begins()
+		}
+		last = part
+	}
+	s, err := capture.Take(ctx, &w.source, w.store, api.SnapshotTask{ID: dr.NewSnapshotID(time.Now()), Server: dr.Server{ID: "srv-bench", Name: "bench"}, Parent: w.last}, report)
 	if err == nil {
 		w.last = s.ID
 	}
@@ -183,12 +230,12 @@ func (w *busy) change(ctx context.Context, round int) error {
 		if err != nil {
 			return err
 		}
-		_, err = f.Write(text(uint64(i+(round+1)*busyFiles), busyFile))
+		_, err = f.Write(w.content(uint64(i+(round+1)*busyFiles), busyFile))
 		if err := errors.Join(err, f.Close()); err != nil {
 			return err
 		}
 	}
-	if err := os.WriteFile(filepath.Join(w.mount, fmt.Sprint("new-", round)), text(uint64(round)+1<<40, 50<<20), 0o644); err != nil {
+	if err := os.WriteFile(filepath.Join(w.mount, fmt.Sprint("new-", round)), w.content(uint64(round)+1<<40, 50<<20), 0o644); err != nil {
 		return err
 	}
 	return exec.CommandContext(ctx, "sync", "-f", w.mount).Run()
@@ -209,13 +256,15 @@ func captures(ctx context.Context, b *bench) (rows []Row, err error) {
 	if _, _, err := w.take(ctx); err != nil {
 		return nil, err
 	}
-	var ours, theirs, ratio []float64
-	detail, compared := "", 0
-	for round := range b.runs {
+	var rounds [2]walked // cold, warm
+	var ratio []float64
+	compared := 0
+	for round := range 2 * b.runs {
 		if err := w.change(ctx, round); err != nil {
 			return nil, err
 		}
-		snap, took, err := w.take(ctx)
+		cold := round < b.runs
+		snap, err := rounds[index(cold)].round(ctx, w, peers, cold)
 		if err != nil {
 			return nil, err
 		}
@@ -223,45 +272,78 @@ func captures(ctx context.Context, b *bench) (rows []Row, err error) {
 			compared++ // the kernel left out a write: everything was compared
 			fmt.Fprintln(os.Stderr, "not tracked:", snap.Pass.Reason)
 		}
-		ours = append(ours, took)
 		ratio = append(ratio, float64(snap.Stats.Read)/float64(max(1, snap.Stats.Changed)))
-		detail = fmt.Sprintf("last round: muster %.2f s", took)
-		var best float64
-		for _, p := range peers {
-			t, err := timed(ctx, p.env, p.args[0], p.args[1:]...)
-			if err != nil {
-				return nil, err
-			}
-			if best == 0 || t < best {
-				best = t
-			}
-			detail += fmt.Sprintf(", %s %.2f s", p.args[0], t)
-		}
-		theirs = append(theirs, best)
 	}
-	rows = append(rows,
-		higher("increment of a live file system vs restic, borg, rsync", median(theirs)/median(ours), 5,
-			fmt.Sprintf("seconds the fastest of 'restic backup', 'borg create' and 'rsync -a' takes for an increment of an ext4 file system of %d files (1 %% rewritten in place, 50 MB new), over seconds of a whole tracked capture of its disk (agent started, frozen, kept, read back); medians", busyFiles),
-			fmt.Sprintf("%s; %d of %d compared", detail, compared, b.runs)),
+	cold, warm := rounds[0], rounds[1]
+	return []Row{
+		higher("increment of a live file system vs restic, borg, rsync", median(cold.theirs)/median(cold.ours), 5,
+			fmt.Sprintf("seconds the fastest of 'restic backup', 'borg create' and 'rsync -a --fsync' takes for an increment of an ext4 file system of %d files (1 %% rewritten in place, 50 MB new), over seconds of a whole tracked capture of its disk (agent started, frozen, kept, read back); medians; each begins with nothing of the file system in memory, as at night", busyFiles),
+			fmt.Sprintf("%s; with everything in memory: %.2f (%s); %d of %d compared", cold.last, median(warm.theirs)/median(warm.ours), warm.last, compared, 2*b.runs)),
 		lower("tracked increment: read / changed", median(ratio), 1.1,
 			"bytes read from the disk in all passes, over bytes in blocks that changed; median of the same increments", ""),
 		lower("memory of the agent while capturing, MiB", float64(w.source.peak)/(1<<20), 150,
-			"largest resident memory of the agent over those captures, the first full one included; between captures no process of it runs", ""))
-	more, err := stunned(ctx, b)
-	if err != nil {
-		return rows, err
+			"largest resident memory of the agent over those captures, the first full one included; between captures no process of it runs", ""),
+	}, nil
+}
+
+func index(first bool) int {
+	if first {
+		return 0
 	}
-	rows = append(rows, more...)
+	return 1
+}
+
+// walked is what increments took, in seconds.
+type walked struct {
+	ours, theirs []float64 // theirs: the fastest of each round
+	last         string    // round, for people
+}
+
+// round takes one increment with us and with every peer.
+func (r *walked) round(ctx context.Context, w *busy, peers []walker, cold bool) (dr.Snapshot, error) {
+	empty := func() error {
+		if !cold {
+			return nil
+		}
+		unix.Sync()
+		return os.WriteFile("/proc/sys/vm/drop_caches", []byte("3"), 0)
+	}
+	if err := empty(); err != nil {
+		return dr.Snapshot{}, err
+	}
+	snap, took, err := w.take(ctx)
+	if err != nil {
+		return snap, err
+	}
+	best := math.Inf(1)
+	r.last = fmt.Sprintf("last round: muster %.2f s", took)
+	for _, p := range peers {
+		if err := empty(); err != nil {
+			return snap, err
+		}
+		t, err := timed(ctx, p.env, p.args[0], p.args[1:]...)
+		if err != nil {
+			return snap, err
+		}
+		best = min(best, t)
+		r.last += fmt.Sprintf(", %s %.2f s", p.args[0], t)
+	}
+	r.ours, r.theirs = append(r.ours, took), append(r.theirs, best)
+	return snap, nil
+}
+
+// tracking measures what tracking costs a server that does nothing but write.
+func tracking(ctx context.Context, b *bench) ([]Row, error) {
 	dir, err := b.fresh("cost")
 	if err != nil {
-		return rows, err
+		return nil, err
 	}
 	c, err := cost.Measure(ctx, dir, max(5, b.runs), 3*time.Second)
 	if err != nil {
-		return rows, err
+		return nil, err
 	}
-	return append(rows, lower("cost of tracking, % of 4 KiB random writes", 100*c.Ratio(), 5,
-		"by how much the median rate of fio's 4 KiB random writes at full speed is lower with tracking than without, in turns", c.String())), nil
+	return []Row{lower("cost of tracking, % of 4 KiB random writes", 100*c.Ratio(), 5,
+		"by how much the median rate of fio's 4 KiB random writes at full speed is lower with tracking than without, in turns", c.String())}, nil
 }
 
 // walker is a program that finds what changed by looking at every file.
@@ -282,7 +364,7 @@ func (b *bench) walkers(ctx context.Context, mount string) ([]walker, func(), er
 	all := []walker{
 		{restic, []string{"restic", "backup", mount}},
 		{borg, []string{"borg", "create", "--compression", "zstd,1", dir + "/borg::{now:%H%M%S%f}", mount}},
-		{os.Environ(), []string{"rsync", "-a", "--delete", mount + "/", dir + "/rsync/"}},
+		{os.Environ(), []string{"rsync", "-a", "--fsync", "--delete", mount + "/", dir + "/rsync/"}},
 	}
 	_, err1 := timed(ctx, restic, "restic", "init")
 	_, err2 := timed(ctx, borg, "borg", "init", "--encryption=repokey-blake2", dir+"/borg")
@@ -297,55 +379,4 @@ func (b *bench) walkers(ctx context.Context, mount string) ([]walker, func(), er
 		}
 	}
 	return all, stop, nil
-}
-
-// stunned measures how long file systems stand still while fio writes to them as a database does.
-func stunned(ctx context.Context, b *bench) ([]Row, error) {
-	var all []float64
-	compared := 0
-	for _, fstype := range []string{"ext4", "xfs"} {
-		frozen, n, err := b.stunsOf(ctx, fstype)
-		if err != nil {
-			return nil, err
-		}
-		all, compared = append(all, frozen...), compared+n
-	}
-	const what = "milliseconds for which a file system stands still in a tracked capture while fio writes to it: 4 KiB at random places of a file, with an fsync every 8, and 64 KiB buffered; "
-	detail := fmt.Sprintf("%d captures of ext4 and xfs, %d of them compared", len(all), compared)
-	return []Row{
-		lower("freeze under writes, median ms", median(all), 100, what+"median", detail),
-		lower("freeze under writes, worst ms", slices.Max(all), 500, what+"worst", detail),
-	}, nil
-}
-
-func (b *bench) stunsOf(ctx context.Context, fstype string) (frozen []float64, compared int, err error) {
-	w, err := b.newBusy(ctx, fstype, 2000)
-	if err != nil {
-		return nil, 0, err
-	}
-	defer func() { err = errors.Join(err, w.close()) }()
-	ctx, cancel := context.WithCancel(ctx)
-	load := exec.CommandContext(ctx, "fio", "--directory="+w.mount, "--time_based", "--runtime=600", "--size=200m", "--thread",
-		"--name=database", "--rw=randwrite", "--bs=4k", "--fsync=8", "--rate_iops=500",
-		"--name=files", "--rw=write", "--bs=64k", "--rate=20m")
-	if err := load.Start(); err != nil {
-		cancel()
-		return nil, 0, fmt.Errorf("start fio: %w", err)
-	}
-	defer func() { cancel(); _ = load.Wait() }()
-	if _, _, err := w.take(ctx); err != nil {
-		return nil, 0, err
-	}
-	for range stuns {
-		time.Sleep(time.Second) // for the load to change something
-		s, _, err := w.take(ctx)
-		if err != nil {
-			return nil, 0, err
-		}
-		if s.Pass.Kind != dr.PassTracked {
-			compared++
-		}
-		frozen = append(frozen, float64(s.Stats.Frozen)/float64(time.Millisecond))
-	}
-	return frozen, compared, nil
 }

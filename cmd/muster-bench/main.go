@@ -52,7 +52,15 @@ type part struct {
 	shop bool // it needs an installation in which the shop is protected
 }
 
-var parts = []part{{"ingest", ingest, false}, {"increment", increment, false}, {"capture", captures, false}, {"boot", boot, true}, {"prerecover", prerecoverSize, false}, {"invoke", invokeTime, true}}
+var parts = []part{{"ingest", ingest, false}, {"increment", increment, false}, {"capture", captures, false}, {"stun", stunned, false}, {"tracking", tracking, false}, {"boot", boot, true}, {"prerecover", prerecoverSize, false}, {"invoke", invokeTime, true}}
+
+func partNames() string {
+	var names []string
+	for _, p := range parts {
+		names = append(names, p.name)
+	}
+	return strings.Join(names, ", ")
+}
 
 func main() {
 	b := &bench{}
@@ -62,7 +70,7 @@ func main() {
 	flag.StringVar(&b.bin, "bin", "bin", "folder of muster's programs")
 	flag.StringVar(&b.dir, "dir", "", "installation that is served and has a last-known-good of the server 'shop'; boot and invoke need it")
 	flag.StringVar(&jsonFile, "json", "", "write rows of JSON to this file")
-	flag.StringVar(&only, "only", "", "only this part: ingest, increment, capture, boot, prerecover, invoke")
+	flag.StringVar(&only, "only", "", "only these parts, by commas: "+partNames())
 	flag.IntVar(&b.runs, "runs", 3, "how often each thing is timed; medians count")
 	flag.Parse()
 	if b.image == "" || b.work == "" || flag.NArg() > 0 {

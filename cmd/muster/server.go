@@ -30,6 +30,7 @@ type serverFlags struct {
 	memory, cpus, keepLast  int
 	overlays, key           string
 	resident                bool
+	readLimit               int64
 	checks                  []string
 
 	tier, standby string
@@ -63,6 +64,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	for _, name := range []string{"data", "exclude"} { // paths of the server, not of this host
 		_ = cmd.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
 	}
+	fl.Int64Var(&f.readLimit, "read-limit", 0, "with --ssh: MiB a second that are read of the server's disks at most; 0: no limit. It always comes after the server's own work")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
 }
 
@@ -79,8 +81,9 @@ func serverAddCommand() *cobra.Command {
 or block device on this machine is captured as it is.
 
 With --resident small programs stay in the server's kernel (eBPF; no module, no process) and note which blocks are written, so
-that a snapshot reads only those, and file systems stand still for a moment only. They are gone after 'muster server remove'
-and after a reboot, when the next snapshot compares everything once. Without it every snapshot reads the whole disks.
+that a snapshot reads only those. They are gone after 'muster server remove' and after a reboot, when the next snapshot compares
+everything once. Without it they are there while a snapshot is taken, and every snapshot reads all that is in use on the disks.
+Either way file systems stand still for a moment only, where the server's kernel can run them (5.8 or newer, with BTF).
 
 With --tier image+data the disks are captured now and then (--every), and the folders named with --data file by file more often
 (--data-every); only files that changed are read. The rescue image is the last image with the newest data put into it, and is
@@ -122,7 +125,7 @@ The server's host key is shown on first contact and must be confirmed; afterward
 				if err != nil {
 					return withCode(exitUsage, err)
 				}
-				source.HostKey, source.FreezeLimit, source.Disks, source.Resident = hostKey, f.freeze, only, f.resident
+				source.HostKey, source.FreezeLimit, source.Disks, source.Resident, source.ReadLimit = hostKey, f.freeze, only, f.resident, f.readLimit<<20
 				if source.KeyFile, err = absolute(f.key); err != nil {
 					return err
 				}
@@ -340,7 +343,7 @@ func printSchedule(out io.Writer, s api.ServerStatus) {
 func howRead(ssh dr.SSHSource, newest *dr.Record) string {
 	switch {
 	case !ssh.Resident:
-		return "every disk in full, twice; 'muster server set NAME --resident' has its kernel note what is written"
+		return "every disk in full; 'muster server set NAME --resident' has its kernel note what is written"
 	case newest == nil || newest.Snapshot.Pass.Kind == dr.PassFull:
 		return "its kernel notes what is written; the first snapshot is a full one"
 	case newest.Snapshot.Pass.Kind == dr.PassTracked:
@@ -394,6 +397,10 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 		if given(n.flag) {
 			*n.to = n.from
 		}
+	}
+	if given("read-limit") {
+		limit := f.readLimit << 20
+		c.ReadLimit = &limit
 	}
 	if given("resident") {
 		c.Resident = &f.resident

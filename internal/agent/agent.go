@@ -31,7 +31,7 @@ import (
 type Agent struct {
 	Version  string
 	Watchdog []string // program and arguments that run linux.Watchdog; the number of file systems is added
-	TrackDir string   // the tracker's folder
+	TrackDir string   // the tracker's folder; "": nothing is tracked
 	Top      string   // where the server's files lie; "" is "/"
 }
 

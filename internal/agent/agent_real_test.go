@@ -77,6 +77,8 @@ func newVolume(t *testing.T, fstype string, size int64) *volume {
 		command(t, "mkfs.ext4", "-q", "-F", v.device, strconv.FormatInt(size/1024-1024, 10))
 	case "xfs":
 		command(t, "mkfs.xfs", "-q", "-d", fmt.Sprintf("size=%d", size-1<<20), v.device)
+	case "btrfs":
+		command(t, "mkfs.btrfs", "-q", "-b", strconv.FormatInt(size-1<<20, 10), v.device)
 	}
 	command(t, "mount", v.device, v.mount)
 	t.Cleanup(func() {
@@ -384,7 +386,7 @@ func TestRealAFreezeThatWouldTakeTooLongIsRefusedBeforeItBegins(t *testing.T) {
 			t.Fatal(err)
 		}
 		if kind == wire.KindDone {
-			t.Fatal("400 MB were read in 10 ms")
+			t.Fatalf("400 MB were read in 10 ms: %s", payload)
 		}
 		if kind == wire.KindFailure {
 			if !strings.Contains(string(payload), "raise the freeze limit") || !strings.Contains(string(payload), "nothing was frozen") {
@@ -455,7 +457,7 @@ func TestRealWritesBelowTheFileSystemVoidThePass(t *testing.T) {
 			t.Fatal(err)
 		}
 		if kind == wire.KindDone {
-			t.Fatal("an image was made of a disk that did not stand still")
+			t.Fatalf("an image was made of a disk that did not stand still: %s", payload)
 		}
 		if kind == wire.KindFailure {
 			if !strings.Contains(string(payload), "writes to it directly") {

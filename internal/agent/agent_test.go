@@ -53,15 +53,18 @@ type child struct {
 	announced chan struct{} // closed when the agent announces a pass under freeze
 }
 
-func start(t *testing.T) *child {
+// start starts an agent that tracks nothing.
+func start(t *testing.T) *child { return startIn(t, "") }
+
+// startIn starts an agent with the tracker's folder.
+func startIn(t *testing.T, track string) *child {
 	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	c := &child{cmd: exec.Command(self, "serve"), announced: make(chan struct{})}
-	// A folder of the test's own: every agent that tracks nothing ends what others track.
-	c.cmd.Env = append(os.Environ(), "MUSTER_TEST_TRACK="+trackDir())
+	c.cmd.Env = append(os.Environ(), "MUSTER_TEST_TRACK="+track)
 	c.cmd.Stderr = os.Stderr
 	if c.in, err = c.cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
@@ -212,7 +215,7 @@ func TestWhatArrivesIsTheDisk(t *testing.T) {
 
 	c := start(t)
 	layout := c.begin(t, wire.Plan{Disks: []string{path}}, sums)
-	if len(layout.Disks) != 1 || layout.Disks[0] != (wire.Disk{Name: "disk.img", Size: int64(len(content))}) || layout.Inventory.Kernel == "" {
+	if len(layout.Disks) != 1 || layout.Disks[0].Name != "disk.img" || layout.Disks[0].Size != int64(len(content)) || layout.Disks[0].Tracked || layout.Inventory.Kernel == "" {
 		t.Errorf("layout: %+v", layout.Disks)
 	}
 	blocks, done := c.receive(t, image, sums)

@@ -14,15 +14,12 @@ import (
 // DefaultTrackDir is where the tracker lives on a server: in memory, because it must not outlive the boot.
 const DefaultTrackDir = "/run/muster-agent/track"
 
-// follow gives every disk its tracker, if the appliance wants one, and where the disk was written to since a snapshot whose
-// content the appliance has. That a disk cannot be tracked is no error: it says why, and is compared.
+// follow gives every disk its tracker, and if the appliance wants what was written to be known from one capture to the next,
+// where the disk was written to since a snapshot whose content the appliance has. Otherwise the trackers are there for this
+// capture, so that what is written while it goes on need not be looked for under freeze. That a disk cannot be tracked is no
+// error: it says why, and is compared.
 func follow(dir string, plan wire.Plan, disks []*disk) (stop func(), err error) {
 	stop = func() {}
-	if !plan.Track {
-		// A capture that is running and tracks, or a kernel without eBPF, is no reason not to capture.
-		_ = track.Remove(dir)
-		return stop, nil
-	}
 	var names []string
 	for _, d := range disks {
 		if d.Kernel != "" {
@@ -31,9 +28,15 @@ func follow(dir string, plan wire.Plan, disks []*disk) (stop func(), err error) 
 			d.reason = "it is a file: only the writes to disks are tracked"
 		}
 	}
+	if dir == "" || len(names) == 0 {
+		return stop, nil
+	}
+	if !plan.Track {
+		_ = track.Remove(dir) // what is left of another time; if somebody uses it Start says so
+	}
 	tracker, err := track.Start(dir, names)
 	if err != nil {
-		if errors.Is(err, track.ErrBusy) {
+		if errors.Is(err, track.ErrBusy) && plan.Track {
 			return stop, fmt.Errorf("start tracking: %w: another capture of this server is running", err)
 		}
 		for _, d := range disks {
@@ -43,16 +46,24 @@ func follow(dir string, plan wire.Plan, disks []*disk) (stop func(), err error) 
 		}
 		return stop, nil
 	}
+	stop = func() { _ = tracker.Close() } // what was not kept is put back by the next start
+	if !plan.Track {
+		stop = func() {
+			_ = tracker.Close()
+			_ = track.Remove(dir) // or the next capture does
+		}
+	}
 	for _, d := range disks {
 		if d.Kernel == "" {
 			continue
 		}
 		d.track = tracker.Disk(d.Kernel)
 		if err := d.since(plan.Since); err != nil {
-			return stop, errors.Join(err, tracker.Close())
+			stop()
+			return func() {}, err
 		}
 	}
-	return func() { _ = tracker.Close() }, nil // what was not kept is put back by the next start
+	return stop, nil
 }
 
 // since looks whether it is known where a disk was written to since one of the snapshots.
@@ -104,7 +115,28 @@ func (d *disk) left() int64 {
 	if d.track == nil || d.whole {
 		return d.Size
 	}
-	return only(d.todo, int64(d.block), d.Size).total
+	return d.due().total
+}
+
+// due is what the next pass reads.
+func (d *disk) due() pieces {
+	switch {
+	case d.track != nil && !d.whole:
+		return only(d.todo, d.swap, int64(d.block), d.Size)
+	case d.track != nil:
+		return d.used()
+	case len(d.swap) > 0:
+		return only([]track.Extent{{Offset: 0, Length: d.Size}}, d.swap, int64(d.block), d.Size)
+	}
+	return everything(d.Size)
+}
+
+// swapping gives where the kernel swaps to on a disk.
+func (d *disk) swapping() []linux.Range {
+	if d.Kernel == "" {
+		return nil
+	}
+	return linux.Swapping(d.Kernel)
 }
 
 // prove says whether every write to the tracked disks was seen. What was not is read as a whole by the next pass, and the
@@ -158,45 +190,55 @@ func (p *pieces) at(n int64) (off, length int64, ok bool) {
 	return p.ranges[n].Offset, p.ranges[n].Length, true
 }
 
-// used is everything but what file systems say is free. It may be left out only where it is noted what is written from now
-// on: what is free now may be in use before the capture ends.
+// used is everything but what file systems say is free, and swap. What is free may be left out only where it is noted what is
+// written from now on: it may be in use before the capture ends.
 func (d *disk) used() pieces {
-	free, err := linux.Free(d.Kernel)
-	if err != nil || len(free) == 0 {
-		return everything(d.Size)
-	}
-	var used []track.Extent
-	at := int64(0)
-	for _, f := range free {
-		if f.Offset > at {
-			used = append(used, track.Extent{Offset: at, Length: f.Offset - at})
-		}
-		at = max(at, f.Offset+f.Length)
-	}
-	if at < d.Size {
-		used = append(used, track.Extent{Offset: at, Length: d.Size - at})
-	}
-	return only(used, int64(d.block), d.Size)
+	free, _ := linux.Free(d.Kernel) // one that cannot be asked has nothing free
+	return only([]track.Extent{{Offset: 0, Length: d.Size}}, append(free, d.swap...), int64(d.block), d.Size)
 }
 
-// only makes pieces of the blocks that extents touch, each once.
-func only(extents []track.Extent, block, size int64) pieces {
+// only makes pieces of the blocks that extents touch, each once, without the blocks that lie in one of the holes.
+func only(extents []track.Extent, holes []linux.Range, block, size int64) pieces {
 	slices.SortFunc(extents, func(a, b track.Extent) int { return cmp.Compare(a.Offset, b.Offset) })
+	slices.SortFunc(holes, func(a, b linux.Range) int { return cmp.Compare(a.Offset, b.Offset) })
 	var p pieces
-	end := int64(0) // of what is in p
+	end := int64(0) // of what is in p, or is left out
 	for _, e := range extents {
 		from, to := max(end, e.Offset/block*block), min(size, (e.Offset+e.Length+block-1)/block*block)
 		for from < to {
-			n := min(chunk, to-from)
-			if last := len(p.ranges) - 1; last >= 0 && from == end && p.ranges[last].Length+n <= chunk {
-				p.ranges[last].Length += n
-			} else {
-				p.ranges = append(p.ranges, track.Extent{Offset: from, Length: n})
+			var hole linux.Range // the next one that holds a block
+			for len(holes) > 0 {
+				first, last := (holes[0].Offset+block-1)/block*block, (holes[0].Offset+holes[0].Length)/block*block
+				if hole = (linux.Range{Offset: first, Length: last - first}); last > max(from, first) {
+					break
+				}
+				holes, hole = holes[1:], linux.Range{}
 			}
-			p.total += n
-			from += n
-			end = from
+			stop := to
+			if hole.Length > 0 && hole.Offset <= from {
+				from = min(to, hole.Offset+hole.Length)
+				end = from
+				continue
+			} else if hole.Length > 0 {
+				stop = min(to, hole.Offset)
+			}
+			p.add(from, stop)
+			from, end = stop, stop
 		}
 	}
 	return p
+}
+
+// add adds a byte range in chunks, the first of them to the last range where it goes on from there.
+func (p *pieces) add(from, to int64) {
+	for from < to {
+		n := min(chunk, to-from)
+		if last := len(p.ranges) - 1; last >= 0 && p.ranges[last].Offset+p.ranges[last].Length == from && p.ranges[last].Length+n <= chunk {
+			p.ranges[last].Length += n
+		} else {
+			p.ranges = append(p.ranges, track.Extent{Offset: from, Length: n})
+		}
+		p.total += n
+		from += n
+	}
 }

@@ -2,11 +2,14 @@ package agent
 
 import (
 	"context"
+	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/time/rate"
 
 	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/linux/track"
@@ -35,6 +38,7 @@ type disk struct {
 	reason  string         // why not, or why not any more
 	whole   bool           // the next pass reads all of it
 	todo    []track.Extent // what the next pass reads otherwise
+	swap    []linux.Range  // where the kernel swaps to: of no use to anybody, and not read
 
 	now  pieces       // of this pass
 	next atomic.Int64 // number of the next piece
@@ -47,7 +51,6 @@ type reader struct {
 	disk   *disk
 	buf    []byte
 	packed []byte
-	zip    *zstd.Encoder
 }
 
 func newDisk(number int, d *linux.Disk, disks int) *disk {
@@ -58,16 +61,22 @@ func newDisk(number int, d *linux.Disk, disks int) *disk {
 	return out
 }
 
+// zip compresses for all readers: as many at once as there are processors, since each needs memory of more than a megabyte that
+// has to stay in a processor's cache to be fast.
+var zip = sync.OnceValue(func() *zstd.Encoder {
+	// The options are constants that the library accepts.
+	e, _ := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderConcurrency(min(maxReaders, runtime.GOMAXPROCS(0))),
+		zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(wire.MaxBlock))
+	return e
+})
+
 // prepare takes the memory that the readers need.
 func (d *disk) prepare() {
 	for _, r := range d.readers {
 		if r.buf == nil {
 			r.buf = linux.AlignedBuffer(chunk)
 			r.packed = make([]byte, 0, d.block+64<<10)
-			// The options are constants that the library accepts.
-			r.zip, _ = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
-				zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(max(zstd.MinWindowSize, d.block)))
-			r.packed = r.zip.EncodeAll(r.buf[:d.block], r.packed)[:0]
+			r.packed = zip().EncodeAll(r.buf[:d.block], r.packed)[:0]
 		}
 	}
 }
@@ -75,6 +84,7 @@ func (d *disk) prepare() {
 // pass is one reading of all disks.
 type pass struct {
 	w        *wire.Writer
+	rate     *rate.Limiter
 	into     *hold // for a frozen pass: where what differs is put
 	total    int64
 	done     atomic.Int64
@@ -101,13 +111,11 @@ func (r *run) total() (n int64) {
 // while there is room.
 func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 	p := &pass{w: r.w, into: into, start: time.Now()}
+	if into == nil {
+		p.rate = r.rate // who waits for the end of a freeze waits no longer for it
+	}
 	for _, d := range r.disks {
-		switch d.now = everything(d.Size); {
-		case d.track != nil && !d.whole:
-			d.now = only(d.todo, int64(d.block), d.Size)
-		case d.track != nil:
-			d.now = d.used()
-		}
+		d.now = d.due()
 		d.whole, d.todo = false, nil
 		p.total += d.now.total
 		d.next.Store(0)
@@ -159,6 +167,11 @@ func (r *reader) run(ctx context.Context, p *pass) error {
 		}
 		if err := ctx.Err(); err != nil {
 			return err
+		}
+		if p.rate != nil {
+			if err := p.rate.WaitN(ctx, int(length)); err != nil {
+				return err
+			}
 		}
 		began := time.Now()
 		data := r.buf[:length]
@@ -228,10 +241,10 @@ func (r *reader) compare(p *pass, off int64, data []byte) (waited time.Duration,
 	return waited, flush()
 }
 
-// send sends a block, compressed where that makes it at least a sixteenth smaller.
+// send sends a block, compressed where that makes it at least a sixteenth smaller. The store keeps it as it is compressed here.
 func (r *reader) send(w *wire.Writer, number int64, sum wire.Sum, block []byte) error {
 	b := wire.Block{Disk: r.disk.number, Number: number, Sum: sum, Data: block}
-	r.packed = r.zip.EncodeAll(block, r.packed[:0])
+	r.packed = zip().EncodeAll(block, r.packed[:0])
 	if len(r.packed) < len(block)-len(block)/16 {
 		b.Zstd, b.Data = true, r.packed
 	}

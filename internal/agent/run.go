@@ -4,10 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
-	"runtime/debug"
 	"slices"
 	"time"
+
+	"golang.org/x/time/rate"
 
 	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/wire"
@@ -16,11 +16,13 @@ import (
 
 // Limits of one capture.
 const (
-	maxLive     = 8       // passes while the server lives
-	maxFrozen   = 2       // passes under freeze: one, and one more if the first did not hold
-	worthwhile  = 0.7     // another live pass must be expected to find less than this part of the last one
-	frozenShare = 0.8     // of the freeze limit that the expected frozen pass may take
-	enough      = 4 << 20 // bytes left to read on tracked disks for which nothing has to be read once more before the freeze
+	maxLive     = 8                      // passes while the server lives
+	maxFrozen   = 3                      // freezes: those after the first only if the one before did not hold
+	maxQuiet    = 20                     // moments without a freeze
+	quietPause  = 300 * time.Millisecond // between two of them, at most
+	worthwhile  = 0.7                    // another live pass must be expected to find less than this part of the last one
+	frozenShare = 0.8                    // of the freeze limit that the expected frozen pass may take
+	enough      = 4 << 20                // bytes left to read on tracked disks for which nothing has to be read once more before the freeze
 )
 
 // run is one capture.
@@ -30,6 +32,8 @@ type run struct {
 	watchdog []string
 	disks    []*disk
 	hold     *hold
+	swapped  string        // linux.SwapState for which the disks' swap is known
+	rate     *rate.Limiter // of passes while the server lives; nil: no limit
 	read     int64
 	passes   int
 }
@@ -44,31 +48,53 @@ type found struct {
 }
 
 func newRun(w *wire.Writer, plan wire.Plan, watchdog []string, disks []*disk) *run {
-	return &run{w: w, plan: plan, watchdog: watchdog, disks: disks}
+	r := &run{w: w, plan: plan, watchdog: watchdog, disks: disks, swapped: linux.SwapState()}
+	for _, d := range disks {
+		d.swap = d.swapping() // after the state: a change in between is found
+	}
+	if plan.Rate > 0 {
+		r.rate = rate.NewLimiter(rate.Limit(plan.Rate), chunk)
+	}
+	return r
 }
 
-// all makes the passes and says what they came to.
+// errTooLong is a freeze that was not begun because it would not have ended in time.
+var errTooLong = errors.New("it would take too long")
+
+// all makes the passes and says what they came to: under freeze, or if that fails again and again, in a moment in which nobody
+// happened to write.
 func (r *run) all(ctx context.Context) error {
-	for attempt := 1; ; attempt++ {
+	linux.Yield()
+	var frozen error
+	for range maxFrozen {
 		var last found
 		live, err := linux.Writable(r.open())
-		if err == nil && live && (attempt == 1 || r.followed()) {
+		if err == nil && live && (frozen == nil || r.followed()) {
 			last, err = r.live(ctx)
 		}
 		if err != nil {
 			return err
 		}
-		held, err := r.frozen(ctx, last.expected)
+		held, err := r.frozen(ctx, last)
 		if err == nil {
 			return r.done(held)
+		}
+		if frozen = err; errors.Is(err, errTooLong) {
+			break // how long it takes was found out in many passes
 		}
 		if !errors.Is(err, linux.ErrVoid) {
 			return err
 		}
-		if attempt == maxFrozen {
-			return fmt.Errorf("read the disks at one instant, %d attempts: %w", attempt, err)
-		}
 	}
+	held, err := r.quiet(ctx)
+	if errors.Is(err, linux.ErrVoid) {
+		return fmt.Errorf("read the disks at one instant: %w; and somebody wrote whenever they were read without a freeze (%w)", frozen, err)
+	}
+	if err != nil {
+		return err
+	}
+	held.Notes = append(held.Notes, fmt.Sprintf("crash-consistent, read in a moment in which nobody wrote, because the file systems could not be frozen: %v", frozen))
+	return r.done(held)
 }
 
 // followed says whether it is known of every disk what is written to it from now on.
@@ -135,92 +161,6 @@ func (r *run) advance(ctx context.Context, f *found) error {
 
 func (r *run) tooLong(expected time.Duration) bool {
 	return float64(expected) > frozenShare*float64(r.plan.FreezeLimit)
-}
-
-// frozen reads the disks while their file systems stand still. ErrVoid if they did not until the end; what was sent is of
-// use all the same, because the next pass replaces what is wrong.
-func (r *run) frozen(ctx context.Context, expected time.Duration) (linux.Held, error) {
-	f, err := linux.Prepare(r.open(), r.plan.FreezeLimit, r.watchdog)
-	if err != nil {
-		return linux.Held{}, err
-	}
-	defer f.Close()
-	if f.Needed() {
-		if r.tooLong(expected) {
-			return linux.Held{}, fmt.Errorf("read the disks at one instant: it would take about %s at the speed measured just now, too close to the %s for which file systems may stand still: raise the freeze limit of this server, or choose a quieter time or fewer disks; nothing was frozen",
-				expected.Round(100*time.Millisecond), r.plan.FreezeLimit)
-		}
-		if err := r.prepare(); err != nil {
-			return linux.Held{}, err
-		}
-	}
-	if err := errors.Join(r.announce(true), f.Sync(ctx)); err != nil {
-		return linux.Held{}, err
-	}
-	// From Hold to Release the program touches no file system and takes no memory that it does not have yet.
-	runtime.GC()
-	defer debug.SetGCPercent(debug.SetGCPercent(-1))
-	if err := f.Hold(); err != nil {
-		return linux.Held{}, err
-	}
-	passErr := r.rest()
-	if passErr == nil {
-		passErr = r.readStill(ctx, f.Needed())
-	}
-	if passErr == nil {
-		passErr = prove(r.disks)
-	}
-	held, err := f.Release()
-	if ctx.Err() != nil {
-		return linux.Held{}, context.Cause(ctx)
-	}
-	if sendErr := r.hold.send(r.w, r.disks); sendErr != nil {
-		return linux.Held{}, sendErr
-	}
-	return held, errors.Join(err, passErr)
-}
-
-// rest asks the trackers what was written until everything stood still.
-func (r *run) rest() error {
-	for _, d := range r.disks {
-		if d.track == nil {
-			continue
-		}
-		known := !d.whole
-		if err := d.take(); err != nil {
-			return err
-		}
-		if known && d.whole {
-			return fmt.Errorf("%s: %s: %w", d.Name, d.reason, linux.ErrVoid) // reading all of it would be too long for a freeze
-		}
-	}
-	return nil
-}
-
-// readStill makes the pass that counts; under freeze within the limit, and into the hold.
-func (r *run) readStill(ctx context.Context, frozen bool) error {
-	if !frozen {
-		_, err := r.pass(ctx, nil)
-		return err
-	}
-	bounded, cancel := context.WithTimeout(ctx, r.plan.FreezeLimit)
-	defer cancel()
-	_, err := r.pass(bounded, r.hold)
-	if errors.Is(err, context.DeadlineExceeded) {
-		err = fmt.Errorf("not everything was read within %s: %w", r.plan.FreezeLimit, linux.ErrVoid)
-	}
-	return err
-}
-
-// prepare takes the memory that a pass under freeze needs, and keeps it.
-func (r *run) prepare() error {
-	if r.hold == nil {
-		r.hold = newHold(holdSize(), r.disks)
-	}
-	for _, d := range r.disks {
-		d.prepare()
-	}
-	return linux.Lock()
 }
 
 func (r *run) open() []*linux.Disk {

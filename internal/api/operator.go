@@ -78,6 +78,7 @@ type ServerChange struct {
 	KeyFile    *string        `json:"key_file,omitempty"`
 	HostKey    *string        `json:"host_key,omitempty"`
 	FreezeTime *time.Duration `json:"freeze_limit,omitempty"`
+	ReadLimit  *int64         `json:"read_limit,omitempty"`
 	Resident   *bool          `json:"resident,omitempty"`
 
 	Tier        *dr.Tier       `json:"tier,omitempty"`

@@ -23,7 +23,7 @@ import (
 // Limits of a session.
 const (
 	inFlight   = 64 // blocks that were received and not yet written
-	maxPasses  = 32
+	maxPasses  = 64
 	maxNotes   = 64
 	maxNote    = 500 // characters of one note or failure of an agent
 	writersMax = 8
@@ -430,8 +430,9 @@ func (r *receiver) block(payload, buf []byte) error {
 	if err != nil {
 		return err
 	}
-	s, data := r.sums[b.Disk], b.Data
+	s, data, frame := r.sums[b.Disk], b.Data, []byte(nil)
 	if b.Zstd {
+		frame = b.Data
 		if data, err = r.unzip.DecodeAll(b.Data, buf[:0]); err != nil {
 			return fmt.Errorf("unpack block %d of disk %d: %w: %w", b.Number, b.Disk, wire.ErrGarbage, err)
 		}
@@ -442,7 +443,7 @@ func (r *receiver) block(payload, buf []byte) error {
 	if r.blind[b.Disk] && s.At(b.Number) == b.Sum {
 		return nil // written with what was there already
 	}
-	if err := r.sink.Write(r.ctx, b.Disk, b.Number, data); err != nil {
+	if err := r.sink.Write(r.ctx, b.Disk, b.Number, data, frame); err != nil {
 		return err
 	}
 	s.Set(b.Number, b.Sum)

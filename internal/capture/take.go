@@ -190,9 +190,10 @@ func (k *Sink) known(ctx context.Context, layout Layout) (sums []*wire.Sums, why
 	return sums, ""
 }
 
-// Write writes one block.
-func (k *Sink) Write(ctx context.Context, disk int, block int64, data []byte) error {
-	return k.disks[disk].Write(ctx, block, data)
+// Write writes one block. Where it came as a zstd frame that unpacks to it, the frame is stored and not made once more; nil
+// otherwise.
+func (k *Sink) Write(ctx context.Context, disk int, block int64, data, frame []byte) error {
+	return k.disks[disk].WritePacked(ctx, block, data, frame)
 }
 
 // Zero makes blocks read as zeros.

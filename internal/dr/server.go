@@ -44,13 +44,17 @@ type SSHSource struct {
 	HostKey     string        `json:"host_key"`               // authorized_keys form: "ssh-ed25519 AAAA…"; checked on every connection
 	Disks       []string      `json:"disks,omitempty"`        // kernel names or absolute paths; none: every disk in use
 	FreezeLimit time.Duration `json:"freeze_limit,omitempty"` // the longest a file system may stay frozen; 0: DefaultFreezeLimit
+	ReadLimit   int64         `json:"read_limit,omitempty"`   // bytes a second that are read at most while the server goes on; 0: no limit
 	// Resident leaves the agent on the server, and programs in its kernel that note what is written, so that a snapshot
 	// reads only that.
 	Resident bool `json:"resident,omitempty"`
 }
 
 // DefaultFreezeLimit is how long a file system may stay frozen before the watchdog thaws it.
-const DefaultFreezeLimit = 30 * time.Second
+const DefaultFreezeLimit = 10 * time.Second
+
+// MinReadLimit is the smallest SSHSource.ReadLimit: slower a disk is not read before it has changed again.
+const MinReadLimit = 1 << 20
 
 // Kind names the source in one word, for people: "disk" or "ssh".
 func (s Source) Kind() string {
@@ -211,6 +215,9 @@ func (s Server) Validate() error {
 		}
 		if ssh.FreezeLimit < 0 || ssh.FreezeLimit > 10*time.Minute {
 			add("freeze limit %s: use up to 10 minutes", ssh.FreezeLimit)
+		}
+		if ssh.ReadLimit != 0 && ssh.ReadLimit < MinReadLimit {
+			add("read limit of %d bytes a second: use 0 for none, or at least 1 MiB a second", ssh.ReadLimit)
 		}
 	}
 	if s.Schedule.Every < MinEvery {

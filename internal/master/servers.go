@@ -105,6 +105,7 @@ func apply(server *dr.Server, c api.ServerChange) {
 		set(&ssh.KeyFile, c.KeyFile)
 		set(&ssh.HostKey, c.HostKey)
 		set(&ssh.FreezeLimit, c.FreezeTime)
+		set(&ssh.ReadLimit, c.ReadLimit)
 		set(&ssh.Resident, c.Resident)
 	}
 }

@@ -160,6 +160,12 @@ var zeroes [MaxBlockSize]byte
 // Write writes one block, which must be whole; only the last may be short. Zeros are noticed and cost nothing. It may
 // be called from many goroutines; the data is not kept. After an error nothing more of the snapshot is written.
 func (d *DiskWriter) Write(ctx context.Context, block int64, data []byte) error {
+	return d.WritePacked(ctx, block, data, nil)
+}
+
+// WritePacked is Write of a block that came compressed: frame is a zstd frame that the caller has unpacked to data. It is
+// stored as it is, if any reader could read it; nil for a block that did not come so.
+func (d *DiskWriter) WritePacked(ctx context.Context, block int64, data, frame []byte) error {
 	if err := d.w.usable(ctx); err != nil {
 		return err
 	}
@@ -172,7 +178,7 @@ func (d *DiskWriter) Write(ctx context.Context, block int64, data []byte) error 
 	if bytes.Equal(data, zeroes[:len(data)]) {
 		return d.w.fail(d.set(ctx, block, content.EmptyID))
 	}
-	id, err := d.store(data)
+	id, err := d.store(data, frame)
 	if err == nil {
 		err = d.set(ctx, block, id)
 	}
@@ -183,8 +189,18 @@ func (d *DiskWriter) Write(ctx context.Context, block int64, data []byte) error 
 }
 
 // store puts a block into the store if it is not there.
-func (d *DiskWriter) store(data []byte) (content.ID, error) {
-	oid, err := d.w.put(data, "", d.w.blockCmp)
+func (d *DiskWriter) store(data, frame []byte) (content.ID, error) {
+	var oid object.ID
+	put := func() (err error) {
+		oid, err = d.w.put(data, "", d.w.blockCmp)
+		return err
+	}
+	var err error
+	if storable(frame, len(data)) {
+		err = packed.during(data, frame, put)
+	} else {
+		err = put()
+	}
 	if err != nil {
 		return content.EmptyID, err
 	}

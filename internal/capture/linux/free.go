@@ -16,8 +16,8 @@ import (
 type Range struct{ Offset, Length int64 }
 
 // Free gives the parts of a disk (kernel name) that mounted file systems say hold nothing, in order. It is as the kernel has
-// it in memory at some moment during the call: what is put there later is written later. Only ext4 and xfs right on the disk or
-// on a partition of it are asked; what else is on the disk is not free. A file system that cannot say has nothing free.
+// it in memory at some moment during the call: what is put there later is written later. Only ext4, xfs and btrfs right on the
+// disk or on a partition of it are asked; what else is on the disk is not free. A file system that cannot say has nothing free.
 //
 // Source: the FS_IOC_GETFSMAP ioctl, include/uapi/linux/fsmap.h.
 func Free(disk string) ([]Range, error) {
@@ -29,27 +29,47 @@ func Free(disk string) ([]Range, error) {
 	blocks := Blocks(root)
 	var out []Range
 	for _, s := range systems {
-		if s.layer > 0 || s.Type != "ext4" && s.Type != "xfs" {
+		ask := freeOf
+		switch {
+		case s.layer > 0:
+			continue
+		case s.Type == "btrfs":
+			ask = btrfsFree
+		case s.Type != "ext4" && s.Type != "xfs":
 			continue
 		}
-		device := ofMount(root, blocks, s.Mount)
-		if len(device) != 1 {
-			continue
-		}
-		start, ok := partitionStart(root, disk, blocks[device[0]])
-		if !ok {
-			continue
-		}
-		free, err := freeOf(s.Path, blocks[device[0]].Dev)
-		if err != nil {
-			continue // an old kernel, or a file system without the map it needs
-		}
-		for _, f := range free {
-			out = append(out, Range{start + f.Offset, f.Length})
+		for _, device := range ofMount(root, blocks, s.Mount) {
+			start, ok := partitionStart(root, disk, blocks[device])
+			if !ok {
+				continue
+			}
+			free, err := ask(s.Path, blocks[device].Dev)
+			if err != nil {
+				continue // an old kernel, or a file system without the map it needs
+			}
+			for _, f := range free {
+				out = append(out, Range{start + f.Offset, f.Length})
+			}
 		}
 	}
 	slices.SortFunc(out, func(a, b Range) int { return cmp.Compare(a.Offset, b.Offset) })
 	return out, nil
+}
+
+// complement gives what of size bytes lies in none of the ranges, in order.
+func complement(used []Range, size int64) (out []Range) {
+	slices.SortFunc(used, func(a, b Range) int { return cmp.Compare(a.Offset, b.Offset) })
+	at := int64(0)
+	for _, u := range used {
+		if end := min(u.Offset, size); end > at {
+			out = append(out, Range{at, end - at})
+		}
+		at = max(at, u.Offset+u.Length)
+	}
+	if at < size {
+		out = append(out, Range{at, size - at})
+	}
+	return out
 }
 
 // partitionStart says at which byte of a disk a device begins, if it is the disk or a partition of it.

@@ -42,6 +42,7 @@ type Freeze struct {
 	before counters
 	notes  []string
 	weaker dr.Consistency // what is left of consistency if a file system could not be frozen
+	watch  bool           // nothing is frozen: it is only noticed whether anybody writes
 }
 
 // answerLimit is how long a watchdog may take for an answer that asks nothing of a file system.
@@ -74,6 +75,16 @@ func Prepare(disks []*Disk, limit time.Duration, command []string) (*Freeze, err
 		return nil, fmt.Errorf("start the watchdog that thaws: %w", err)
 	}
 	return f, nil
+}
+
+// Watch is Prepare for disks whose file systems cannot be frozen: nothing is, and Release says whether anybody wrote to the
+// disks since Hold. Where nobody did, they were as they would have been after a power cut.
+func Watch(disks []*Disk) (*Freeze, error) {
+	f := &Freeze{weaker: dr.CrashConsistent, open: disks, disks: kernelNames(disks), watch: true}
+	f.devices = counted("/", f.disks)
+	var err error
+	f.systems, err = writableOn("/", f.disks)
+	return f, err
 }
 
 // Writable says whether any file system on the disks could be written to.
@@ -109,8 +120,8 @@ func kernelNames(disks []*Disk) (names []string) {
 	return names
 }
 
-// Needed says whether anything has to stand still.
-func (f *Freeze) Needed() bool { return len(f.systems) > 0 }
+// Needed says whether anything has to be frozen.
+func (f *Freeze) Needed() bool { return len(f.systems) > 0 && !f.watch }
 
 func (f *Freeze) start(command []string) error {
 	f.dog = exec.Command(command[0], append(slices.Clone(command[1:]), strconv.Itoa(len(f.points)))...)
@@ -226,8 +237,10 @@ func (f *Freeze) Release() (Held, error) {
 			return Held{}, fmt.Errorf("the watchdog thawed after %s, before everything was read: %w", o.Frozen.Round(time.Millisecond), ErrVoid)
 		}
 	}
-	if err := f.before.disturbed(after); err != nil {
+	if err := f.before.disturbed(after); err != nil && f.watch {
 		return Held{}, fmt.Errorf("%w: %w", ErrVoid, err)
+	} else if err != nil {
+		return Held{}, fmt.Errorf("%w: %w while all file systems on it stood still: something writes to it directly", ErrVoid, err)
 	}
 	if err := f.unchanged(); err != nil {
 		return Held{}, err

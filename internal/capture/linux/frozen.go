@@ -219,7 +219,7 @@ func readCounters(root string, devices []string) counters {
 func (c counters) disturbed(later counters) error {
 	for name, before := range c.device {
 		if n := later.device[name] - before; n > later.swapped-c.swapped {
-			return fmt.Errorf("%s was written to (%d bytes) while all file systems on it stood still: something writes to it directly", name, n)
+			return fmt.Errorf("%s was written to (%d bytes)", name, n)
 		}
 	}
 	return nil

@@ -19,6 +19,7 @@ type Hello struct {
 type Plan struct {
 	Disks       []string      `json:"disks,omitempty"` // kernel names or absolute paths; none: every disk in use
 	FreezeLimit time.Duration `json:"freeze_limit"`    // the longest that file systems may stand still
+	Rate        int64         `json:"rate,omitempty"`  // bytes a second that are read at most while the server goes on; 0: no limit
 	Track       bool          `json:"track,omitempty"` // leave programs in the server's kernel that note what is written
 	Snapshot    string        `json:"snapshot,omitempty"`
 	// Since names the snapshot whose fingerprints the appliance has, and those before it, newest first: what was written
@@ -40,7 +41,7 @@ type Disk struct {
 	Name    string `json:"name"`
 	Size    int64  `json:"size"`              // bytes
 	Tracked bool   `json:"tracked,omitempty"` // it is known what was written since one of Plan.Since
-	Reason  string `json:"reason,omitempty"`  // why not, where Plan.Track asked for it
+	Reason  string `json:"reason,omitempty"`  // why not
 }
 
 // Known opens the fingerprints of one disk, which follow in Sums frames; those that do not follow stand for zeros.

@@ -16,8 +16,11 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/klauspost/compress/zstd"
 
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/image"
@@ -52,6 +55,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Driver) {
 		{"what goes in comes out", x.roundTrip},
 		{"an increment reads and stores what changed", x.increment},
 		{"zeros cost nothing", x.zeros},
+		{"a block that comes compressed is stored as it came", x.packed},
 		{"a disk may grow and shrink", x.resized},
 		{"a chain keeps its block size", x.blockSize},
 		{"writers do not disturb each other", x.parallel},
@@ -263,6 +267,82 @@ func (x *suite) increment(t *testing.T) {
 	again := x.id()
 	if s := write(t, x.s, again, inc, d, nil); s.Stats.Changed != 0 || s.Stats.New != 0 || s.Disks[0].Root != snap.Disks[0].Root {
 		t.Errorf("an unchanged disk: %+v %+v", s.Stats, s.Disks)
+	}
+}
+
+// packed writes blocks with frames that are larger than any the store would make itself, and one that not every reader could
+// unpack.
+func (x *suite) packed(t *testing.T) {
+	encoder := func(o ...zstd.EOption) *zstd.Encoder {
+		e, err := zstd.NewWriter(nil, append(o, zstd.WithEncoderConcurrency(1), zstd.WithEncoderCRC(false))...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { e.Close() })
+		return e
+	}
+	loose, wide := encoder(zstd.WithNoEntropyCompression(true), zstd.WithSingleSegment(true)), encoder(zstd.WithWindowSize(8<<20), zstd.WithSingleSegment(false))
+	const blocks = 64
+	var data []byte
+	r := rand.New(rand.NewPCG(11, uint64(x.n)))
+	for len(data) < blocks*block {
+		data = fmt.Appendf(data, "%d servers of %d stand, %x\n", r.IntN(1000), r.IntN(1000), r.Uint32())
+	}
+	data = data[:blocks*block]
+	write := func(frame func(plain []byte) []byte) (dr.Snapshot, int64) {
+		id := x.id()
+		w, err := x.s.Begin(t.Context(), id, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Abort(t.Context()) //nolint:errcheck // never fails
+		d, err := w.Disk(t.Context(), "vda", int64(len(data)), block)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var wait sync.WaitGroup
+		var frames atomic.Int64
+		for i := range int64(blocks) {
+			wait.Go(func() {
+				plain := bytes.Clone(data[i*block : (i+1)*block])
+				f := frame(plain)
+				frames.Add(int64(len(f)))
+				if err := d.WritePacked(t.Context(), i, plain, f); err != nil {
+					t.Error(err)
+				}
+				clear(plain) // it was the caller's
+				clear(f)
+			})
+		}
+		wait.Wait()
+		snap, err := w.Commit(t.Context(), snapshotOf())
+		if err != nil {
+			t.Fatal(err)
+		}
+		same(t, x.s, id, data)
+		intact(t, x.s, id)
+		return snap, frames.Load()
+	}
+	came, size := write(func(plain []byte) []byte { return loose.EncodeAll(plain, nil) })
+	if came.Stats.Stored < size || came.Stats.Stored > size+64<<10 {
+		t.Errorf("the store grew by %d for frames of %d bytes", came.Stats.Stored, size)
+	}
+	for i := range data {
+		data[i] ^= 0x40 // other blocks of the same kind
+	}
+	made, size := write(func(plain []byte) []byte {
+		var h zstd.Header
+		f := wide.EncodeAll(plain, nil)
+		if err := h.Decode(f); err != nil {
+			t.Error(err)
+		}
+		// A window of 2 GiB, which is as well encoded by hand: the byte after the magic and the descriptor.
+		f = append(append(bytes.Clone(f[:4]), f[4]&^0x20), f[5:]...)
+		f[5] = 0xa8
+		return f
+	})
+	if made.Stats.Stored >= came.Stats.Stored {
+		t.Errorf("frames of %d bytes that need a window of 2 GiB: the store grew by %d", size, made.Stats.Stored)
 	}
 }
 
