@@ -277,11 +277,17 @@ func Expirable(records []Record, keep Retention, lkg string, pinned map[string]b
 	sort.SliceStable(live, func(i, j int) bool { return live[i].Snapshot.Taken.Before(live[j].Snapshot.Taken) })
 	stays, newest := map[string]bool{lkg: true}, map[bool]string{}
 	tested := map[string]bool{} // images that data was tested with: they need no test of their own
-	for i, r := range live {
-		id := r.Snapshot.ID
-		newest[r.Snapshot.IsData()] = id
+	for _, r := range live {
+		newest[r.Snapshot.IsData()] = r.Snapshot.ID
 		tested[r.Snapshot.Image] = true
-		if i >= len(live)-keep.KeepLast || pinned[id] {
+	}
+	points := 0 // an image that data goes onto is no point of its own to go back to
+	for i := len(live) - 1; i >= 0; i-- {
+		id := live[i].Snapshot.ID
+		if !tested[id] {
+			points++
+		}
+		if !tested[id] && points <= keep.KeepLast || pinned[id] {
 			stays[id] = true
 		}
 	}
