@@ -26,8 +26,8 @@ const unpackLimit = 12 * time.Hour
 // room for the command's name and its first argument in a line of names.
 const lineRoom = 64
 
-// Walk implements prerecover.Guest. The names come in one piece, the rest in as many as guestfish's lines ask for: one answer
-// for some hundred names. A name that fits into no line has nothing but its path.
+// Walk implements prerecover.Guest. The names come in one piece, the rest folder by folder. A name that fits into no line of
+// guestfish's has nothing but its path.
 func (g *guest) Walk(ctx context.Context, folder string) ([]fileset.Entry, error) {
 	host := filepath.Join(g.work, "walk")
 	if _, err := g.do(ctx, "find0", folder, host); err != nil {
@@ -39,56 +39,71 @@ func (g *guest) Walk(ctx context.Context, folder string) ([]fileset.Entry, error
 	}
 	out := []fileset.Entry{{Path: folder}}
 	for name := range bytes.SplitSeq(bytes.TrimSuffix(raw, []byte{0}), []byte{0}) {
+		name = bytes.TrimPrefix(name, []byte("/"))
 		if path := folder + "/" + string(name); len(name) > 0 && len(path) <= fileset.MaxPath {
 			out = append(out, fileset.Entry{Path: path})
 		}
 	}
 	slices.SortFunc(out, func(a, b fileset.Entry) int { return fileset.Compare(a.Path, b.Path) })
 	out = slices.CompactFunc(out, func(a, b fileset.Entry) bool { return a.Path == b.Path })
-	var words strings.Builder
-	var batch []*fileset.Entry
-	length := 0 // of the words, quoted
-	ask := func() error {
-		if len(batch) == 0 {
-			return nil
-		}
-		answer, err := g.do(ctx, "lstatnslist", "/", words.String())
-		if err != nil {
-			return err
-		}
-		err = fillAll(batch, string(answer))
-		words.Reset()
-		batch, length = batch[:0], 0
-		return err
-	}
+	inside := map[string][]*fileset.Entry{} // by folder: one is asked about at a time
 	for i := range out {
-		e := &out[i]
-		if strings.Contains(e.Path, "'") { // a list cannot hold it
-			answer, err := g.do(ctx, "lstatns", e.Path)
-			if err == nil {
-				err = fillAll([]*fileset.Entry{e}, "[0] = {\n"+string(answer))
-			}
-			if err != nil && g.fish.broken != nil {
-				return nil, err
+		dir, name := filepath.Split(out[i].Path)
+		if strings.Contains(name, "'") || i == 0 { // a list cannot hold it
+			if err := g.statOne(ctx, &out[i]); err != nil {
+				return nil, fmt.Errorf("walk: %w", err)
 			}
 			continue
 		}
-		word := "'" + e.Path[1:] + "' "
-		if length+quotedLen(word) > maxLine-lineRoom {
-			if err := ask(); err != nil {
-				return nil, fmt.Errorf("walk: %w", err)
-			}
-		}
-		if quotedLen(word) < maxLine-lineRoom {
-			words.WriteString(word)
-			length += quotedLen(word)
-			batch = append(batch, e)
-		}
+		inside[dir] = append(inside[dir], &out[i])
 	}
-	if err := ask(); err != nil {
-		return nil, fmt.Errorf("walk: %w", err)
+	for dir, entries := range inside {
+		if err := g.statSome(ctx, dir, entries); err != nil {
+			return nil, fmt.Errorf("walk: %w", err)
+		}
 	}
 	return out, nil
+}
+
+// statOne asks for one path. One that cannot be asked for stays as it is.
+func (g *guest) statOne(ctx context.Context, e *fileset.Entry) error {
+	answer, err := g.do(ctx, "lstatns", e.Path)
+	if err == nil {
+		err = fillAll([]*fileset.Entry{e}, "[0] = {\n"+string(answer))
+	}
+	if g.fish.broken != nil {
+		return err
+	}
+	return nil
+}
+
+// statSome asks for names in one folder, as many at once as a line holds.
+func (g *guest) statSome(ctx context.Context, dir string, entries []*fileset.Entry) error {
+	room := maxLine - lineRoom - quotedLen(dir)
+	for len(entries) > 0 {
+		var words strings.Builder
+		n, length := 0, 0
+		for ; n < len(entries); n++ {
+			word := "'" + filepath.Base(entries[n].Path) + "' "
+			if length += quotedLen(word); length > room {
+				break
+			}
+			words.WriteString(word)
+		}
+		if n == 0 { // so deep that no line holds it
+			entries = entries[1:]
+			continue
+		}
+		answer, err := g.do(ctx, "lstatnslist", dir, words.String())
+		if err != nil {
+			return err
+		}
+		if err := fillAll(entries[:n], string(answer)); err != nil {
+			return err
+		}
+		entries = entries[n:]
+	}
+	return nil
 }
 
 // quotedLen is how long a string becomes when it is quoted.
