@@ -47,7 +47,7 @@ type arrow struct{ from, to string }
 var exceptions = map[arrow]string{
 	{"store", "image"}:                                  "what a store opens is an image.Image",
 	{"vm/libvirt", "probe"}:                             "both ends name the guest's port by the same constant",
-	{"agent", "capture/linux/files"}:                   "the same: files one by one",
+	{"agent", "capture/linux/files"}:                    "the same: files one by one",
 	{"agent", "capture/linux/track"}:                    "the same: where the kernel notes what is written",
 	{"agent", "capture/linux"}:                          "the agent is the Linux way of capturing, made a program",
 	{"agent", "capture/wire"}:                           "both ends of the conversation are written against its one description",

@@ -28,10 +28,11 @@ func (l *Lab) openSource(_ context.Context, source dr.Source) (capture.Source, e
 // CaptureFiles implements capture.FileSource.
 func (s live) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report dr.Progress) error {
 	ours, theirs := net.Pipe()
-	ended := make(chan error, 1)
+	ended := make(chan struct{})
 	go func() {
+		defer close(ended)
 		defer theirs.Close()
-		ended <- agent.Agent{Version: "lab", Top: s.top}.Serve(ctx, theirs, theirs)
+		_ = agent.Agent{Version: "lab", Top: s.top}.Serve(ctx, theirs, theirs) // it has told why over the line
 	}()
 	talk, err := capture.NewSession(ours, ours)
 	if err == nil {

@@ -466,14 +466,14 @@ func (w *Walk) enter(at int, name, path string, st *unix.Statx_t, dev uint64) er
 		if err := unix.Fstatfs(fd, &fs); err != nil {
 			return fmt.Errorf("look at %q: %w", path, err)
 		}
-		if !onLocalDisk[int64(fs.Type)] {
+		if !onLocalDisk[fs.Type] {
 			e.Edge = true
 			w.note(noteEdge, path)
 		}
 	}
 	err = w.folder(f, e, &now)
 	if gone(err) { // it was given already: that something of it is missing now is not that it was never there
-		return fmt.Errorf("read %q: part of it vanished: %v", path, err)
+		return fmt.Errorf("read %q: part of it vanished: %s", path, err.Error())
 	}
 	return err
 }
