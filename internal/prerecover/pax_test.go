@@ -27,6 +27,8 @@ var paxCases = []paxCase{
 	{fileset.Entry{Kind: fileset.File, Path: "/srv/\xff\n=" + strings.Repeat("n", 250), Mode: 0o6755, UID: 4294967294, GID: 70000, Size: 5,
 		Mtime: fileset.Time{Sec: -3, Nsec: 250_000_000}, Attrs: []fileset.Attr{{Name: "user.a=b%", Value: "x\x00\xff\n"}, {Name: "user.c"}}}, "hello", "hello"},
 	{fileset.Entry{Kind: fileset.File, Path: "/srv/empty"}, "", ""},
+	{fileset.Entry{Kind: fileset.File, Path: "/srv/acl", Mode: 0o660, Attrs: []fileset.Attr{{Name: "security.selinux", Value: "a:b:c:s0"}, {Name: "system.posix_acl_access", Value: paxACL}}}, "", ""},
+	{fileset.Entry{Kind: fileset.Folder, Path: "/srv/default", Mode: 0o750, Attrs: []fileset.Attr{{Name: "system.posix_acl_default", Value: paxACL}}}, "", ""},
 	{fileset.Entry{Kind: fileset.File, Path: "/srv/hole", Size: 3000, Sparse: true}, "", strings.Repeat("\x00", 3000)},
 	{fileset.Entry{Kind: fileset.File, Path: "/srv/sparse", Size: 10, Sparse: true, Data: []fileset.Extent{{Offset: 1, Length: 2}, {Offset: 6, Length: 1}}}, "abc", "\x00ab\x00\x00\x00c\x00\x00\x00"},
 	{fileset.Entry{Kind: fileset.File, Path: "/srv/sparse2", Size: 4, Sparse: true, Data: []fileset.Extent{{Offset: 2, Length: 2}}}, "ab", "\x00\x00ab"},
@@ -37,6 +39,8 @@ var paxCases = []paxCase{
 	{fileset.Entry{Kind: fileset.CharDev, Path: "/srv/v", Major: 4095, Minor: 1<<20 - 1}, "", ""},
 	{fileset.Entry{Kind: fileset.NamedPipe, Path: "/srv/w", Mode: 0o622}, "", ""},
 }
+
+const paxACL = "\x02\x00\x00\x00\x01\x00\x06\x00\xff\xff\xff\xff\x02\x00\x04\x00\x21\x00\x00\x00\x04\x00\x04\x00\xff\xff\xff\xff\x10\x00\x06\x00\xff\xff\xff\xff\x20\x00\x00\x00\xff\xff\xff\xff"
 
 func paxStream(t *testing.T, cases []paxCase) []byte {
 	t.Helper()

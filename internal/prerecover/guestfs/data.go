@@ -188,7 +188,9 @@ func (g *guest) Unpack(ctx context.Context, tar io.Reader) error {
 	defer os.Remove(pipe)
 	fed := make(chan error, 1)
 	go func() { fed <- feed(pipe, tar) }()
-	_, err := g.fish.do(ctx, "tar-in", pipe, "/", "xattrs:true", "acls:true", "selinux:true")
+	// Labels and access lists are attributes in the stream. Asked for access lists, tar would take them from elsewhere, find
+	// none, and remove those that it has just set.
+	_, err := g.fish.do(ctx, "tar-in", pipe, "/", "xattrs:true")
 	// If guestfish never opened the pipe, or stopped reading it, whoever feeds it must not wait for ever.
 	if f, oerr := os.OpenFile(pipe, os.O_RDONLY|syscall.O_NONBLOCK, 0); oerr == nil {
 		f.Close()

@@ -174,7 +174,7 @@ func TestTheNewestDataGoesIntoTheImage(t *testing.T) {
 
 	// Data for which there is no room is refused, and says so.
 	big := *want
-	big.all = append(big.all[:len(big.all):len(big.all)], fileset.Entry{Kind: fileset.File, Path: "/srv/zzz", Size: 5 << 30})
+	big.all = append(big.all[:len(big.all):len(big.all)], fileset.Entry{Kind: fileset.File, Path: "/srv/\xff\xff", Size: 5 << 30})
 	req.Dir, req.Data = t.TempDir(), big.asData()
 	_, err = prerecover.Run(t.Context(), driver, req, nil)
 	if !errors.Is(err, prerecover.ErrNotRescuable) || !strings.Contains(err.Error(), "does not fit into the image") {
