@@ -49,6 +49,7 @@ var exceptions = map[arrow]string{
 	{"vm/libvirt", "probe"}:                             "both ends name the guest's port by the same constant",
 	{"agent", "capture/linux/files"}:                    "the same: files one by one",
 	{"agent", "capture/linux/track"}:                    "the same: where the kernel notes what is written",
+	{"agent", "capture/linux/hooks"}:                    "the same: how its applications come to rest",
 	{"agent", "capture/linux"}:                          "the agent is the Linux way of capturing, made a program",
 	{"agent", "capture/wire"}:                           "both ends of the conversation are written against its one description",
 	{"capture", "capture/wire"}:                         "both ends of the conversation are written against its one description",

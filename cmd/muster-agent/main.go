@@ -6,6 +6,7 @@
 //	muster-agent forget             end tracking what is written to the disks
 //	muster-agent version            print the version
 //	muster-agent watchdog COUNT     freeze and thaw the file systems open from descriptor 3 on; started by serve
+//	muster-agent hooks              hold the applications at rest, until descriptor 3 ends if serve is gone; started by serve
 package main
 
 import (
@@ -24,6 +25,7 @@ import (
 
 	"github.com/musterdr/muster/internal/agent"
 	"github.com/musterdr/muster/internal/capture/linux"
+	"github.com/musterdr/muster/internal/capture/linux/hooks"
 	"github.com/musterdr/muster/internal/capture/linux/track"
 )
 
@@ -56,6 +58,8 @@ func run(args []string) error {
 			return fmt.Errorf("start the watchdog: %q is not a number of file systems", args[1])
 		}
 		return linux.Watchdog(count)
+	case "hooks":
+		return hooks.Keep(hooks.DefaultDir, os.Stdin, os.Stdout, os.NewFile(3, "thaw"))
 	case "inventory":
 		out := json.NewEncoder(os.Stdout)
 		out.SetIndent("", "  ")
@@ -87,7 +91,9 @@ func serve() error {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer stop()
 	signal.Ignore(syscall.SIGPIPE)
-	a := agent.Agent{Version: version, Watchdog: []string{"/proc/self/exe", "watchdog"}, TrackDir: agent.DefaultTrackDir}
+	a := agent.Agent{
+		Version: version, Watchdog: []string{"/proc/self/exe", "watchdog"}, Hooks: []string{"/proc/self/exe", "hooks"}, TrackDir: agent.DefaultTrackDir,
+	}
 	return a.Serve(ctx, os.Stdin, os.Stdout)
 }
 

@@ -23,7 +23,7 @@ func TestTheAgentLinksNothingThatItDoesNotNeed(t *testing.T) {
 		t.Fatalf("go list found only %d packages", len(deps))
 	}
 	allowed := map[string]bool{}
-	for _, p := range []string{"agent", "capture/linux", "capture/linux/files", "capture/linux/track", "capture/wire", "dr", "fileset"} {
+	for _, p := range []string{"agent", "capture/linux", "capture/linux/files", "capture/linux/hooks", "capture/linux/track", "capture/wire", "dr", "fileset"} {
 		allowed["github.com/musterdr/muster/internal/"+p] = true
 	}
 	for _, dep := range deps {

@@ -52,7 +52,7 @@ func probeFile(i install) string {
 }
 
 func diagnose(ctx context.Context, i install, set settings, hv *libvirt.Hypervisor, unreached error) []api.Finding {
-	p := doctor.Patient{Data: i.Dir, Store: set.Store, Hypervisor: unreached, AppArmor: libvirt.AppArmorRules(i.Dir), ProbeKVM: probeKVM}
+	p := doctor.Patient{Data: i.Dir, Store: set.Store, Hypervisor: unreached, AppArmor: append(libvirt.AppArmorRules(i.Dir), libvirt.AppArmorRules(i.Run)[:1]...), ProbeKVM: probeKVM}
 	if hv != nil && unreached == nil {
 		if host, err := hv.Host(ctx); err == nil {
 			p.Machines = &host

@@ -113,6 +113,7 @@ func printRecord(w io.Writer, r dr.Record) {
 		pass += ": " + tame(s.Pass.Reason)
 	}
 	fmt.Fprintf(w, "pass         %s\n", pass)
+	printApplications(w, s.Applications)
 	for _, note := range s.Notes {
 		fmt.Fprintf(w, "note         %s\n", tame(note))
 	}

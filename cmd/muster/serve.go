@@ -18,6 +18,7 @@ import (
 	"github.com/musterdr/muster/internal/appliance"
 	"github.com/musterdr/muster/internal/capture"
 	capturedisk "github.com/musterdr/muster/internal/capture/disk"
+	captureqemu "github.com/musterdr/muster/internal/capture/qemu"
 	capturessh "github.com/musterdr/muster/internal/capture/ssh"
 	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/dr"
@@ -157,7 +158,7 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 		defer cancel()
 		return eng.Close(limit)
 	})
-	return master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: &appliance.Appliance{Store: st, Open: openSource},
+	return master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: &appliance.Appliance{Store: st, Open: i.openSource},
 		Silo: s, Log: p.log, Version: version, Data: i.Dir, Location: set.Store}), nil
 }
 
@@ -209,8 +210,15 @@ func isFile(path string) bool {
 }
 
 // openSource knows the ways of reading a server.
-func openSource(ctx context.Context, source dr.Source) (capture.Source, error) {
-	if source.SSH == nil {
+func (i install) openSource(ctx context.Context, source dr.Source) (capture.Source, error) {
+	switch {
+	case source.VM != nil:
+		self, err := os.Executable()
+		if err != nil {
+			return nil, fmt.Errorf("find the watchdog: %w", err)
+		}
+		return captureqemu.Open(*source.VM, captureqemu.Host{Run: i.Run, Scratch: i.path("scratch"), Watchdog: []string{self, watchdogCommand}})
+	case source.SSH == nil:
 		return capturedisk.Open(source.Disks)
 	}
 	return capturessh.Open(ctx, *source.SSH, func(arch string) ([]byte, error) {
@@ -224,4 +232,15 @@ func openSource(ctx context.Context, source dr.Source) (capture.Source, error) {
 		}
 		return os.ReadFile(path)
 	})
+}
+
+// watchdogCommand is the hidden command under which a capture starts this program as its watchdog.
+const watchdogCommand = "vm-watchdog"
+
+func vmWatchdogCommand() *cobra.Command {
+	return &cobra.Command{Use: watchdogCommand + " SOCKET UUID LIMIT", Hidden: true, Args: cobra.ExactArgs(3),
+		Short: "Freeze and thaw a virtual machine's file systems; started by a capture",
+		RunE: func(_ *cobra.Command, args []string) error {
+			return captureqemu.Watchdog(args, os.Stdin, os.Stdout)
+		}}
 }

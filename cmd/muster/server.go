@@ -15,6 +15,7 @@ import (
 	"golang.org/x/term"
 
 	"github.com/musterdr/muster/internal/api"
+	captureqemu "github.com/musterdr/muster/internal/capture/qemu"
 	"github.com/musterdr/muster/internal/dr"
 )
 
@@ -32,6 +33,7 @@ type serverFlags struct {
 	resident                bool
 	readLimit               int64
 	checks                  []string
+	hooks                   hookFlags
 
 	tier, standby string
 	data, exclude []string
@@ -66,24 +68,35 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	}
 	fl.Int64Var(&f.readLimit, "read-limit", 0, "with --ssh: MiB a second that are read of the server's disks at most; 0: no limit. It always comes after the server's own work")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
+	f.hooks.register(cmd)
 }
 
 func serverAddCommand() *cobra.Command {
 	var f serverFlags
-	var ssh, hostKey string
+	var ssh, hostKey, vm, connect string
 	var disks, only []string
 	var accept bool
 	cmd := &cobra.Command{
-		Use:   "add NAME (--ssh USER@HOST[:PORT] --key FILE | --disk PATH…)",
+		Use:   "add NAME (--ssh USER@HOST[:PORT] --key FILE | --vm DOMAIN | --disk PATH…)",
 		Short: "Protect a server",
 		Long: `Protect a server. With --ssh a live Linux server is captured over its own SSH: a small agent is copied into
-/var/cache/muster there, runs as root while a snapshot is taken, and changes nothing else. With --disk a raw disk image file
-or block device on this machine is captured as it is.
+/var/cache/muster there, runs as root while a snapshot is taken, and changes nothing else. With --vm a virtual machine that
+libvirt runs on this host is captured through its QEMU, and nothing is installed in it. With --disk a raw disk image file or block
+device on this machine is captured as it is.
 
 With --resident small programs stay in the server's kernel (eBPF; no module, no process) and note which blocks are written, so
 that a snapshot reads only those. They are gone after 'muster server remove' and after a reboot, when the next snapshot compares
 everything once. Without it they are there while a snapshot is taken, and every snapshot reads all that is in use on the disks.
 Either way file systems stand still for a moment only, where the server's kernel can run them (5.8 or newer, with BTF).
+
+A virtual machine's qcow2 disks get a dirty bitmap, which QEMU keeps in them, so that a snapshot reads only what was written
+since the last one, over restarts too; 'muster server remove' takes it out again. While it is there libvirt refuses to make an
+external snapshot of the machine or to go back to one ('virsh checkpoint-delete' makes way). Raw disks hold none and are read as a whole. If
+qemu-guest-agent runs in the machine, its file systems are frozen for the moment in which a backup begins; otherwise a snapshot is
+as after a power cut. While it is read QEMU puts aside what the machine overwrites, in a file beside each image.
+
+PostgreSQL, MySQL and MariaDB that run on it are brought to rest for the moment of a snapshot, which is then application-consistent,
+and so is whatever has a hook in /etc/muster/hooks.d there: an executable file of root's, run with "pre" before and "post" after.
 
 With --tier image+data the disks are captured now and then (--every), and the folders named with --data file by file more often
 (--data-every); only files that changed are read. The rescue image is the last image with the newest data put into it, and is
@@ -92,6 +105,8 @@ compatible system and the application installed.
 
 The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
 		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --resident --rto 15m --rpo 24h --check shop-checks.yaml
+  muster server add mail --vm mail-1 --rto 15m --rpo 24h
+  muster server add lab --vm lab --connect 'qemu:///system?socket=/run/other/libvirt-sock' --only-disk vda
   muster server add old --disk /images/old.raw
   muster server add web --ssh root@10.0.0.6 --key /root/.ssh/muster --tier image+data --every 168h --data /srv --data /var/lib/app --exclude '*.tmp' --data-every 24h
   muster server add web2 --ssh root@10.0.0.7 --key /root/.ssh/muster --tier data --data /srv --standby old`,
@@ -129,7 +144,16 @@ The server's host key is shown on first contact and must be confirmed; afterward
 				if source.KeyFile, err = absolute(f.key); err != nil {
 					return err
 				}
+				if source.Hooks, err = f.hooks.settings(); err != nil {
+					return withCode(exitUsage, err)
+				}
 				s.Source.SSH = &source
+			}
+			if vm != "" {
+				s.Source.VM = &dr.VMSource{URI: connect, Domain: vm, Disks: only}
+				if _, err := s.Source.VM.Socket(); err != nil {
+					return withCode(exitUsage, err)
+				}
 			}
 			return addServer(cmd, s, accept)
 		},
@@ -137,11 +161,27 @@ The server's host key is shown on first contact and must be confirmed; afterward
 	f.register(cmd)
 	cmd.Flags().StringVar(&ssh, "ssh", "", "live Linux server: USER@HOST[:PORT]")
 	cmd.Flags().StringArrayVar(&disks, "disk", nil, "raw disk image or block device (may be repeated, in the server's own order)")
-	cmd.Flags().StringArrayVar(&only, "only-disk", nil, "with --ssh: only this disk of the server, as sda (may be repeated); without it every disk in use")
+	cmd.Flags().StringArrayVar(&only, "only-disk", nil, "with --ssh or --vm: only this disk of the server, as sda (may be repeated); without it every disk in use")
+	cmd.Flags().StringVar(&vm, "vm", "", "virtual machine of this host's libvirt: its name or UUID")
+	cmd.Flags().StringVar(&connect, "connect", "", "with --vm: libvirt to ask, "+dr.DefaultVMURI+" or "+dr.DefaultVMURI+"?socket=/PATH (default "+dr.DefaultVMURI+")")
 	cmd.Flags().StringVar(&hostKey, "host-key", "", "host key to expect, as in known_hosts: 'ssh-ed25519 AAAA…'")
 	cmd.Flags().BoolVar(&accept, "accept-host-key", false, "accept the host key shown on first contact without asking")
-	cmd.MarkFlagsMutuallyExclusive("ssh", "disk")
-	cmd.MarkFlagsOneRequired("ssh", "disk")
+	cmd.MarkFlagsMutuallyExclusive("ssh", "disk", "vm")
+	cmd.MarkFlagsOneRequired("ssh", "disk", "vm")
+	for _, other := range []string{"key", "host-key", "accept-host-key", "resident", "freeze-limit", "read-limit"} {
+		cmd.MarkFlagsMutuallyExclusive("vm", other)
+	}
+	for _, other := range []string{"ssh", "disk"} {
+		cmd.MarkFlagsMutuallyExclusive("connect", other)
+	}
+	_ = cmd.RegisterFlagCompletionFunc("vm", func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+		names, err := captureqemu.Machines(cmd.Context(), dr.VMSource{URI: connect})
+		if err != nil {
+			return nil, cobra.ShellCompDirectiveNoFileComp
+		}
+		return names, cobra.ShellCompDirectiveNoFileComp
+	})
+	_ = cmd.RegisterFlagCompletionFunc("connect", cobra.FixedCompletions([]string{dr.DefaultVMURI}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 
@@ -211,6 +251,8 @@ func addServer(cmd *cobra.Command, s dr.Server, accept bool) error {
 	fmt.Fprintf(out, "%s is protected.\n", added.Name)
 	if inv.Distro.Name != "" {
 		fmt.Fprintf(out, "  %s, kernel %s, %s firmware, %d processors, %s memory\n", tame(inv.Distro.Name), tame(inv.Kernel), inv.Firmware, inv.CPU.Count, size(inv.Memory))
+	} else if inv.CPU.Count > 0 {
+		fmt.Fprintf(out, "  %s firmware, %d processors, %s memory\n", inv.Firmware, inv.CPU.Count, size(inv.Memory))
 	}
 	for _, d := range inv.Disks {
 		fmt.Fprintf(out, "  disk %s, %s\n", tame(d.Name), size(d.Size))
@@ -294,6 +336,10 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
 	if ssh := s.Server.Source.SSH; ssh != nil && s.Server.HasImage() {
 		fmt.Fprintf(out, "read         %s\n", howRead(*ssh, s.Newest))
+		fmt.Fprintf(out, "hooks        %s\n", hooksOf(ssh.Hooks))
+	}
+	if s.Server.Source.VM != nil {
+		fmt.Fprintf(out, "read         %s\n", howReadVM(s.Newest))
 	}
 	printSchedule(out, s)
 	if o := s.Server.Objectives; o.RTO > 0 || o.RPO > 0 {
@@ -352,11 +398,33 @@ func howRead(ssh dr.SSHSource, newest *dr.Record) string {
 	return "compared as a whole the last time: " + tame(newest.Snapshot.Pass.Reason)
 }
 
+// howReadVM says how a virtual machine is captured, and why it is not done better.
+func howReadVM(newest *dr.Record) string {
+	if newest == nil {
+		return "through its QEMU, from outside"
+	}
+	how := "through its QEMU: "
+	switch pass := newest.Snapshot.Pass; pass.Kind {
+	case dr.PassTracked:
+		how += "only what was written, which its bitmaps note"
+	case dr.PassFull:
+		how += "in full the last time"
+	default:
+		how += "compared as a whole the last time: " + tame(pass.Reason)
+	}
+	if newest.Snapshot.Consistency == dr.CrashConsistent {
+		how += "; not frozen (is qemu-guest-agent installed in it?)"
+	}
+	return how
+}
+
 func serverSetCommand() *cobra.Command {
 	var f serverFlags
 	cmd := &cobra.Command{Use: "set NAME", Short: "Change a server's settings; what is not named stays", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers,
 		Example: `  muster server set shop --every 4h --rto 30m
-  muster server set shop --tier image+data --every 168h --data /srv --data-every 4h`,
+  muster server set shop --tier image+data --every 168h --data /srv --data-every 4h
+  muster server set shop --hook-limit 5m --hooks-required
+  muster server set shop --hooks off`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			change, err := f.change(cmd)
 			if err != nil {
@@ -425,6 +493,9 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 	}
 	if given("standby") {
 		c.Standby = &f.standby
+	}
+	if err := f.hooks.change(cmd, &c); err != nil {
+		return c, err
 	}
 	if given("check") {
 		checks, err := readChecks(f.checks)

@@ -31,6 +31,7 @@ import (
 type Agent struct {
 	Version  string
 	Watchdog []string // program and arguments that run linux.Watchdog; the number of file systems is added
+	Hooks    []string // program and arguments that run hooks.Keep; none: applications are left alone
 	TrackDir string   // the tracker's folder; "": nothing is tracked
 	Top      string   // where the server's files lie; "" is "/"
 }
@@ -136,7 +137,7 @@ func (a Agent) capture(ctx context.Context, r *wire.Reader, w *wire.Writer, plan
 		cancel(fmt.Errorf("the appliance ended the conversation: %w", errors.Join(context.Canceled, err)))
 	}()
 	ended := make(chan error, 1)
-	go func() { ended <- newRun(w, plan, a.Watchdog, disks).all(ctx) }()
+	go func() { ended <- newRun(w, plan, a, disks).all(ctx) }()
 	err = await(ctx, ended)
 	if err != nil || !plan.Track {
 		return err

@@ -17,6 +17,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/musterdr/muster/internal/capture/linux"
+	"github.com/musterdr/muster/internal/capture/linux/hooks"
 	"github.com/musterdr/muster/internal/capture/wire"
 )
 
@@ -28,7 +29,15 @@ func TestMain(m *testing.M) {
 	switch {
 	case len(os.Args) == 2 && os.Args[1] == "serve":
 		a := Agent{Version: "test", Watchdog: []string{"/proc/self/exe", "watchdog"}, TrackDir: os.Getenv("MUSTER_TEST_TRACK")}
+		if os.Getenv("MUSTER_TEST_HOOKS") != "" {
+			a.Hooks = []string{"/proc/self/exe", "hooks"}
+		}
 		if err := a.Serve(context.Background(), os.Stdin, os.Stdout); err != nil {
+			os.Exit(1)
+		}
+		os.Exit(0)
+	case len(os.Args) == 2 && os.Args[1] == "hooks":
+		if hooks.Keep(os.Getenv("MUSTER_TEST_HOOKS"), os.Stdin, os.Stdout, os.NewFile(3, "thaw")) != nil {
 			os.Exit(1)
 		}
 		os.Exit(0)
@@ -334,7 +343,7 @@ func FuzzAppliance(f *testing.F) {
 		if err := known(wire.NewReader(bytes.NewReader(in)), disks); err != nil {
 			return
 		}
-		if err := newRun(wire.NewWriter(io.Discard), wire.Plan{FreezeLimit: time.Second}, nil, disks).all(t.Context()); err != nil {
+		if err := newRun(wire.NewWriter(io.Discard), wire.Plan{FreezeLimit: time.Second}, Agent{}, disks).all(t.Context()); err != nil {
 			t.Errorf("capture: %v", err)
 		}
 	})
@@ -353,7 +362,7 @@ func TestAHoldGivesBackWhatWasPutAside(t *testing.T) {
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
-	r := newRun(wire.NewWriter(&out), wire.Plan{}, nil, disks)
+	r := newRun(wire.NewWriter(&out), wire.Plan{}, Agent{}, disks)
 	r.disks[0].prepare()
 	r.hold = newHold(5*blockSize, r.disks) // too small for all: the rest is sent while reading
 	if _, err := r.pass(t.Context(), r.hold); err != nil {
@@ -362,7 +371,7 @@ func TestAHoldGivesBackWhatWasPutAside(t *testing.T) {
 	if len(r.hold.kept) != 5 {
 		t.Errorf("%d blocks were put aside where 5 fit", len(r.hold.kept))
 	}
-	if err := errors.Join(r.hold.send(r.w, r.disks), r.done(linux.Held{Since: time.Now()})); err != nil {
+	if err := errors.Join(r.hold.send(r.w, r.disks), r.done(t.Context(), linux.Held{Since: time.Now()})); err != nil {
 		t.Fatal(err)
 	}
 	image, have := make([]byte, len(content)), &child{r: wire.NewReader(&out)}

@@ -17,7 +17,7 @@ import (
 func (r *run) frozen(ctx context.Context, last found) (linux.Held, error) {
 	linux.Hurry() // and with it the watchdog, which begins now
 	defer linux.Yield()
-	f, err := linux.Prepare(r.open(), r.plan.FreezeLimit, r.watchdog)
+	f, err := linux.Prepare(r.open(), r.plan.FreezeLimit, r.watchdog, r.apps.thaw())
 	if err != nil {
 		return linux.Held{}, err
 	}
@@ -75,7 +75,13 @@ func (r *run) instant(ctx context.Context, f *linux.Freeze, into *hold) (linux.H
 	// From Hold to Release the program touches no file system and takes no memory that it does not have yet.
 	runtime.GC()
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	if f.Needed() { // otherwise nothing stands still, and applications need not either
+		if err := r.apps.lock(ctx, r.plan.FreezeLimit); err != nil {
+			return linux.Held{}, err
+		}
+	}
 	if err := f.Hold(); err != nil {
+		r.apps.unlock()
 		return linux.Held{}, err
 	}
 	passErr := r.rest()
@@ -86,6 +92,11 @@ func (r *run) instant(ctx context.Context, f *linux.Freeze, into *hold) (linux.H
 		passErr = prove(r.disks)
 	}
 	held, err := f.Release()
+	if err == nil && passErr == nil {
+		r.apps.end()
+	} else {
+		r.apps.unlock()
+	}
 	if ctx.Err() != nil {
 		return linux.Held{}, context.Cause(ctx)
 	}

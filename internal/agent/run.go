@@ -30,6 +30,7 @@ type run struct {
 	w        *wire.Writer
 	plan     wire.Plan
 	watchdog []string
+	apps     applications
 	disks    []*disk
 	hold     *hold
 	swapped  string        // linux.SwapState for which the disks' swap is known
@@ -47,8 +48,8 @@ type found struct {
 	expected time.Duration // that the next pass would take if nothing had to be sent
 }
 
-func newRun(w *wire.Writer, plan wire.Plan, watchdog []string, disks []*disk) *run {
-	r := &run{w: w, plan: plan, watchdog: watchdog, disks: disks, swapped: linux.SwapState()}
+func newRun(w *wire.Writer, plan wire.Plan, a Agent, disks []*disk) *run {
+	r := &run{w: w, plan: plan, watchdog: a.Watchdog, apps: applications{command: a.Hooks, settings: plan.Hooks}, disks: disks, swapped: linux.SwapState()}
 	for _, d := range disks {
 		d.swap = d.swapping() // after the state: a change in between is found
 	}
@@ -64,6 +65,7 @@ var errTooLong = errors.New("it would take too long")
 // all makes the passes and says what they came to: under freeze, or if that fails again and again, in a moment in which nobody
 // happened to write.
 func (r *run) all(ctx context.Context) error {
+	defer r.apps.close()
 	linux.Yield()
 	var frozen error
 	for range maxFrozen {
@@ -75,9 +77,14 @@ func (r *run) all(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		if frozen == nil && live {
+			if last, err = r.quiesce(ctx, last); err != nil {
+				return err
+			}
+		}
 		held, err := r.frozen(ctx, last)
 		if err == nil {
-			return r.done(held)
+			return r.done(ctx, held)
 		}
 		if frozen = err; errors.Is(err, errTooLong) {
 			break // how long it takes was found out in many passes
@@ -94,7 +101,7 @@ func (r *run) all(ctx context.Context) error {
 		return err
 	}
 	held.Notes = append(held.Notes, fmt.Sprintf("crash-consistent, read in a moment in which nobody wrote, because the file systems could not be frozen: %v", frozen))
-	return r.done(held)
+	return r.done(ctx, held)
 }
 
 // followed says whether it is known of every disk what is written to it from now on.
@@ -129,6 +136,28 @@ func (r *run) live(ctx context.Context) (found, error) {
 			continue // measure again without sending before giving up
 		}
 		break
+	}
+	return last, nil
+}
+
+// quiesce brings the applications near to rest: first what is slow, then what somebody may wait for. What that wrote is not
+// left for the freeze.
+func (r *run) quiesce(ctx context.Context, last found) (found, error) {
+	for _, step := range []func(context.Context) (bool, error){r.apps.begin, r.apps.ready} {
+		wrote, err := step(ctx)
+		if err != nil {
+			return found{}, err
+		}
+		if !wrote || !r.followed() {
+			continue
+		}
+		last = found{}
+		if err = r.advance(ctx, &last); err == nil && last.left > enough {
+			last, err = r.live(ctx)
+		}
+		if err != nil {
+			return found{}, err
+		}
 	}
 	return last, nil
 }
@@ -172,12 +201,20 @@ func (r *run) open() []*linux.Disk {
 }
 
 // done says what the capture came to.
-func (r *run) done(held linux.Held) error {
-	d := wire.Done{
-		Age: time.Since(held.Since), Consistency: held.Consistency, Frozen: held.Frozen, Read: r.read, Passes: r.passes, Notes: held.Notes,
+func (r *run) done(ctx context.Context, held linux.Held) error {
+	apps, err := r.apps.last(ctx)
+	if err != nil {
+		return err
 	}
-	if d.Consistency == "" {
+	d := wire.Done{
+		Age: time.Since(held.Since), Consistency: held.Consistency, Frozen: held.Frozen, Read: r.read, Passes: r.passes,
+		Applications: apps.All(), Notes: append(held.Notes, apps.Notes...),
+	}
+	switch {
+	case d.Consistency == "":
 		d.Consistency = dr.CrashConsistent
+	case d.Consistency == dr.FilesystemConsistent && apps.Rested():
+		d.Consistency = dr.ApplicationConsistent
 	}
 	for _, disk := range r.disks {
 		var digest []byte

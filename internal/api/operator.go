@@ -86,6 +86,10 @@ type ServerChange struct {
 	DataExclude *[]string      `json:"data_exclude,omitempty"`
 	DataEvery   *time.Duration `json:"data_every,omitempty"`
 	Standby     *string        `json:"standby,omitempty"`
+
+	HooksOff      *bool          `json:"hooks_off,omitempty"`
+	HookLimit     *time.Duration `json:"hook_limit,omitempty"`
+	HooksRequired *bool          `json:"hooks_required,omitempty"`
 }
 
 // ServerStatus is a server with where it stands.

@@ -65,6 +65,7 @@ func TestTheComparisonTellsEveryDifference(t *testing.T) {
 		}, "network interfaces", dr.CheckFail, dr.CodeBaseline, "called enp1s0"},
 		"no card":              {func(_ *Questions, s *probe.Status) { s.NICs = nil }, "network interfaces", dr.CheckFail, dr.CodeBaseline, "missing"},
 		"an address is lost":   {func(_ *Questions, s *probe.Status) { s.NICs = []dr.NIC{{Name: "ens3", MAC: "52:54:00:00:00:01"}} }, "network interfaces", dr.CheckFail, dr.CodeBaseline, "has lost 10.9.0.2/24"},
+		"seen from outside":    {func(q *Questions, _ *probe.Status) { q.Baseline.NICs[0].Name = "" }, "network interfaces", dr.CheckPass, "", ""},
 		"a lease is lost":      {func(q *Questions, s *probe.Status) { s.NICs[1].Addresses = nil; q.Baseline.NICs[0].DHCP = true }, "network interfaces", dr.CheckWarn, "", "DHCP"},
 		"no cable, no address": {func(q *Questions, s *probe.Status) { s.NICs[1].Addresses = nil; q.Networks[0].Bridge = "" }, "network interfaces", dr.CheckPass, "", ""},
 		"the address moved to a bridge": {func(_ *Questions, s *probe.Status) {

@@ -1,6 +1,6 @@
 // Package capture turns a server into a snapshot: every disk at one instant, with the inventory of the machine.
 //
-//	Source   one way to read a server (capture/ssh, capture/disk; capturetest proves them right)
+//	Source   one way to read a server (capture/ssh, capture/qemu, capture/disk; capturetest proves them right)
 //	Sink     the snapshot being written, into which a source puts what it reads
 //	Session  the appliance's side of the conversation with an agent, over whatever carries it
 //	Take     a source, a store, a task: a kept snapshot or an error, nothing between
@@ -56,4 +56,6 @@ type Outcome struct {
 	PassedOver  []dr.PassedOver
 	Reasons     []string // of each disk: why it was read as a whole, "" if only what was written was; nil: it always is
 	Notes       []string
+	// Applications are those that were found running; all of them at rest, and at least one, if that is the consistency.
+	Applications []dr.Application
 }

@@ -216,17 +216,34 @@ func check(l wire.Layout) error {
 func outcome(inv dr.Inventory, done wire.Done, sent int64) (Outcome, error) {
 	switch done.Consistency {
 	case dr.CrashConsistent, dr.FilesystemConsistent:
+	case dr.ApplicationConsistent:
+		if rested(done.Applications) {
+			break
+		}
+		fallthrough
 	default:
 		return Outcome{}, fmt.Errorf("end the capture: the agent claims consistency %q: %w", plain(string(done.Consistency)), wire.ErrGarbage)
 	}
-	if done.Age < 0 || done.Age > 24*time.Hour || done.Frozen < 0 || done.Frozen > 24*time.Hour || done.Read < 0 || len(done.Notes) > maxNotes {
+	if done.Age < 0 || done.Age > 24*time.Hour || done.Frozen < 0 || done.Frozen > 24*time.Hour || done.Read < 0 || len(done.Notes) > maxNotes || len(done.Applications) > dr.MaxApplications {
 		return Outcome{}, fmt.Errorf("end the capture: the agent's figures make no sense: %w", wire.ErrGarbage)
 	}
 	o := Outcome{Inventory: inv, Taken: time.Now().Add(-done.Age), Consistency: done.Consistency, Read: done.Read, Sent: sent, Frozen: done.Frozen}
 	for _, n := range done.Notes {
 		o.Notes = append(o.Notes, plain(n))
 	}
+	for _, a := range done.Applications {
+		if a.Still < 0 || a.Still > 24*time.Hour {
+			return Outcome{}, fmt.Errorf("end the capture: %s stood still for %s: %w", plain(a.Name), a.Still, wire.ErrGarbage)
+		}
+		a.Name, a.Reason = plain(a.Name), plain(a.Reason)
+		o.Applications = append(o.Applications, a)
+	}
 	return o, nil
+}
+
+// rested says whether every application was at rest, and there was one.
+func rested(all []dr.Application) bool {
+	return len(all) > 0 && !slices.ContainsFunc(all, func(a dr.Application) bool { return !a.AtRest })
 }
 
 // receiver takes the blocks of one capture: one goroutine reads frames, several unpack, check and write. Whatever a

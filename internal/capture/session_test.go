@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -258,6 +259,18 @@ func TestAHostileAgentGetsNoSnapshot(t *testing.T) {
 		"claims applications": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
 			_ = w.Message(wire.KindDone, wire.Done{Consistency: dr.ApplicationConsistent, Digests: [][]byte{s.Digest()}})
 		}, "consistency"},
+		"claims an application that was not at rest": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
+			_ = w.Message(wire.KindDone, wire.Done{Consistency: dr.ApplicationConsistent, Digests: [][]byte{s.Digest()},
+				Applications: []dr.Application{{Name: "a", AtRest: true}, {Name: "b"}}})
+		}, "consistency"},
+		"names too many applications": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
+			_ = w.Message(wire.KindDone, wire.Done{Consistency: dr.CrashConsistent, Digests: [][]byte{s.Digest()},
+				Applications: make([]dr.Application, dr.MaxApplications+1)})
+		}, "make no sense"},
+		"an application that stood still before the server was built": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
+			_ = w.Message(wire.KindDone, wire.Done{Consistency: dr.CrashConsistent, Digests: [][]byte{s.Digest()},
+				Applications: []dr.Application{{Name: "a", Still: 1 << 60}}})
+		}, "stood still"},
 		"endless passes": {func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
 			for w.Message(wire.KindPass, wire.Pass{}) == nil {
 			}
@@ -294,6 +307,20 @@ func TestALayoutThatMakesNoSenseIsRefused(t *testing.T) {
 		if err := check(l); !errors.Is(err, wire.ErrGarbage) {
 			t.Errorf("%s: %v", name, err)
 		}
+	}
+}
+
+func TestASnapshotNamesTheApplicationsThatWereAtRest(t *testing.T) {
+	snap, err := play(t, func(w *wire.Writer, _ wire.Seed, s *wire.Sums) {
+		_ = w.Message(wire.KindDone, wire.Done{Consistency: dr.ApplicationConsistent, Digests: [][]byte{s.Digest()},
+			Applications: []dr.Application{{Name: "Maria\x1bDB", AtRest: true, Still: time.Second}, {Name: "PostgreSQL", AtRest: true}}})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []dr.Application{{Name: "Maria DB", AtRest: true, Still: time.Second}, {Name: "PostgreSQL", AtRest: true}}
+	if snap.Consistency != dr.ApplicationConsistent || !slices.Equal(snap.Applications, want) {
+		t.Errorf("%s, %+v", snap.Consistency, snap.Applications)
 	}
 }
 

@@ -45,7 +45,8 @@ func (k *Sink) Keep(ctx context.Context, out Outcome) error {
 	}
 	kept, err := k.writer.Commit(ctx, dr.Snapshot{
 		ID: k.task.ID, ServerID: k.task.Server.ID, Server: k.task.Server.Name, Parent: k.parent, Taken: out.Taken.UTC(),
-		Consistency: out.Consistency, Pass: k.passOf(out), Inventory: out.Inventory, Notes: out.Notes,
+		Consistency: out.Consistency, Pass: k.passOf(out), Inventory: out.Inventory,
+		Applications: out.Applications, Notes: out.Notes,
 		Stats: dr.CaptureStats{Read: out.Read, Sent: out.Sent, Frozen: out.Frozen, Duration: time.Since(k.began)},
 	})
 	if err != nil {
@@ -90,6 +91,9 @@ func (k *Sink) Since(ctx context.Context, most int) (ids []string) {
 
 // ID is the snapshot's.
 func (k *Sink) ID() string { return k.task.ID }
+
+// Server is the identifier of the server that the snapshot is taken of.
+func (k *Sink) Server() string { return k.task.Server.ID }
 
 // Inherits says whether blocks that are not written stay as the parent has them, with fingerprints that say so.
 func (k *Sink) Inherits(disk int) bool { return k.inherits[disk] }
@@ -204,6 +208,11 @@ func (k *Sink) Zero(ctx context.Context, disk int, first, count int64) error {
 // Image takes a whole disk that does not change.
 func (k *Sink) Image(ctx context.Context, disk int, img image.Image, report dr.Progress) error {
 	return k.disks[disk].Ingest(ctx, img, nil, report)
+}
+
+// Part takes some extents of a disk that does not change. The rest stays as the parent has it.
+func (k *Sink) Part(ctx context.Context, disk int, img image.Image, extents []image.Extent, report dr.Progress) error {
+	return k.disks[disk].Ingest(ctx, img, append([]image.Extent{}, extents...), report)
 }
 
 // abort gives up what was not committed.

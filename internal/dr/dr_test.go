@@ -221,3 +221,28 @@ func TestAnExpiredSnapshotStaysExpired(t *testing.T) {
 		t.Error("a snapshot was verified without a rescue image")
 	}
 }
+
+func TestAVirtualMachineIsReadOnItsOwnHostOnly(t *testing.T) {
+	for uri, socket := range map[string]string{"": "", "qemu:///system": "", "qemu:///system?socket=/run/other/libvirt-sock": "/run/other/libvirt-sock"} {
+		if got, err := (VMSource{URI: uri, Domain: "web"}).Socket(); err != nil || got != socket {
+			t.Errorf("%q: %q, %v", uri, got, err)
+		}
+	}
+	for _, uri := range []string{"qemu+ssh://root@far/system", "qemu:///session", "xen:///", "qemu:///system?socket=relative", "qemu:///system?socket=/a&mode=direct"} {
+		if _, err := (VMSource{URI: uri, Domain: "web"}).Socket(); err == nil {
+			t.Errorf("%q was taken", uri)
+		}
+	}
+	s := Server{Name: "web", Schedule: Schedule{Every: DefaultEvery}, Source: Source{VM: &VMSource{Domain: "web"}}}
+	if err := s.Validate(); err != nil || s.Source.Kind() != "vm" || s.Source.String() != "web on qemu:///system" {
+		t.Errorf("%v, %s: %s", err, s.Source.Kind(), s.Source)
+	}
+	s.Source.Disks = []string{"/a"}
+	if s.Validate() == nil {
+		t.Error("two sources were taken")
+	}
+	s.Source = Source{VM: &VMSource{Domain: "../etc"}}
+	if s.Validate() == nil {
+		t.Error("a path was taken for a machine")
+	}
+}

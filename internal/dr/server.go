@@ -29,11 +29,22 @@ type Server struct {
 	Created    time.Time  `json:"created"`
 }
 
-// Source says where a server's disks are read from. Exactly one of Disks and SSH is set.
+// Source says where a server's disks are read from. Exactly one of Disks, SSH and VM is set.
 type Source struct {
 	Disks []string   `json:"disks,omitempty"` // paths of raw disk images or block devices, in the server's own order
 	SSH   *SSHSource `json:"ssh,omitempty"`
+	VM    *VMSource  `json:"vm,omitempty"`
 }
+
+// VMSource is a virtual machine on QEMU that the appliance's own host runs under libvirt, read through the hypervisor.
+type VMSource struct {
+	URI    string   `json:"uri,omitempty"`   // libvirt's: DefaultVMURI, or the same with ?socket=/PATH; "" is DefaultVMURI
+	Domain string   `json:"domain"`          // name or UUID
+	Disks  []string `json:"disks,omitempty"` // libvirt's names of disks, as vda; none: every disk that the machine can write to
+}
+
+// DefaultVMURI is where virtual machines are looked for.
+const DefaultVMURI = "qemu:///system"
 
 // SSHSource is a live Linux server reached over its own SSH as a user that may read block devices.
 type SSHSource struct {
@@ -48,6 +59,8 @@ type SSHSource struct {
 	// Resident leaves the agent on the server, and programs in its kernel that note what is written, so that a snapshot
 	// reads only that.
 	Resident bool `json:"resident,omitempty"`
+	// Hooks says what is done about its applications.
+	Hooks Hooks `json:"hooks,omitzero"`
 }
 
 // DefaultFreezeLimit is how long a file system may stay frozen before the watchdog thaws it.
@@ -56,19 +69,46 @@ const DefaultFreezeLimit = 10 * time.Second
 // MinReadLimit is the smallest SSHSource.ReadLimit: slower a disk is not read before it has changed again.
 const MinReadLimit = 1 << 20
 
-// Kind names the source in one word, for people: "disk" or "ssh".
+// Kind names the source in one word, for people: "disk", "ssh" or "vm".
 func (s Source) Kind() string {
-	if s.SSH != nil {
+	switch {
+	case s.SSH != nil:
 		return "ssh"
+	case s.VM != nil:
+		return "vm"
 	}
 	return "disk"
 }
 
 func (s Source) String() string {
-	if s.SSH != nil {
+	switch {
+	case s.SSH != nil:
 		return s.SSH.String()
+	case s.VM != nil:
+		return s.VM.String()
 	}
 	return strings.Join(s.Disks, ", ")
+}
+
+func (v VMSource) String() string {
+	if v.URI == "" {
+		return v.Domain + " on " + DefaultVMURI
+	}
+	return v.Domain + " on " + v.URI
+}
+
+// Socket reads the URI: the path of libvirtd's socket on this host, "" for the usual one. Machines of another host are not
+// reached: their disks would have to cross the network unsealed.
+func (v VMSource) Socket() (string, error) {
+	if v.URI == "" || v.URI == DefaultVMURI {
+		return "", nil
+	}
+	socket, ok := strings.CutPrefix(v.URI, DefaultVMURI+"?socket=")
+	if !ok || !filepath.IsAbs(socket) || strings.ContainsAny(socket, "&%# \t\n") {
+		return "", fmt.Errorf("libvirt URI %q: this release reads machines of its own host only: use %s or %s?socket=/PATH; protect a machine elsewhere with --ssh",
+			v.URI, DefaultVMURI, DefaultVMURI)
+	}
+	return socket, nil
 }
 
 func (s SSHSource) String() string {
@@ -177,6 +217,22 @@ func ValidateName(name string) error {
 	return nil
 }
 
+// maxDomain bounds the name of a virtual machine in bytes.
+const maxDomain = 255
+
+func (v VMSource) validate() error {
+	if _, err := v.Socket(); err != nil {
+		return err
+	}
+	if v.Domain == "" || len(v.Domain) > maxDomain || strings.ContainsAny(v.Domain, "/\n\x00") {
+		return fmt.Errorf("virtual machine %q: give its name or UUID, as 'virsh list --all' shows it", v.Domain)
+	}
+	if len(v.Disks) > MaxDisks {
+		return fmt.Errorf("virtual machine %s has %d disks: the most is %d", v.Domain, len(v.Disks), MaxDisks)
+	}
+	return nil
+}
+
 // Limits on a server's definition.
 const (
 	MaxDisks  = 32
@@ -190,11 +246,17 @@ func (s Server) Validate() error {
 	if err := ValidateName(s.Name); err != nil {
 		errs = append(errs, err)
 	}
+	sources := 0
+	for _, set := range []bool{len(s.Source.Disks) > 0, s.Source.SSH != nil, s.Source.VM != nil} {
+		if set {
+			sources++
+		}
+	}
 	switch {
-	case s.Source.SSH == nil && len(s.Source.Disks) == 0:
-		add("server %s has no source: give --disk PATH or --ssh USER@HOST", s.Name)
-	case s.Source.SSH != nil && len(s.Source.Disks) > 0:
-		add("server %s has two sources: give --disk or --ssh, not both", s.Name)
+	case sources == 0:
+		add("server %s has no source: give --disk PATH, --ssh USER@HOST or --vm DOMAIN", s.Name)
+	case sources > 1:
+		add("server %s has %d sources: give one of --disk, --ssh and --vm", s.Name, sources)
 	case len(s.Source.Disks) > MaxDisks:
 		add("server %s has %d disks: the most is %d", s.Name, len(s.Source.Disks), MaxDisks)
 	}
@@ -216,8 +278,16 @@ func (s Server) Validate() error {
 		if ssh.FreezeLimit < 0 || ssh.FreezeLimit > 10*time.Minute {
 			add("freeze limit %s: use up to 10 minutes", ssh.FreezeLimit)
 		}
+		if err := ssh.Hooks.Validate(); err != nil {
+			errs = append(errs, err)
+		}
 		if ssh.ReadLimit != 0 && ssh.ReadLimit < MinReadLimit {
 			add("read limit of %d bytes a second: use 0 for none, or at least 1 MiB a second", ssh.ReadLimit)
+		}
+	}
+	if vm := s.Source.VM; vm != nil {
+		if err := vm.validate(); err != nil {
+			errs = append(errs, err)
 		}
 	}
 	if s.Schedule.Every < MinEvery {

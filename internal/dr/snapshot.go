@@ -23,6 +23,8 @@ type Snapshot struct {
 	Files       *SnapshotFiles `json:"files,omitempty"` // data
 	Inventory   Inventory      `json:"inventory"`       // image
 	Stats       CaptureStats   `json:"stats"`
+	// Applications are those that were found running, and whether they were at rest at that instant; see Hooks.
+	Applications []Application `json:"applications,omitempty"`
 }
 
 // SnapshotDisk is one disk's image.
@@ -90,7 +92,7 @@ const (
 	CrashConsistent       Consistency = "crash"       // as if the power had been cut at that instant
 	FileConsistent        Consistency = "file"        // each file for itself, one after another
 	FilesystemConsistent  Consistency = "filesystem"  // every file system was frozen at that instant
-	ApplicationConsistent Consistency = "application" // the applications' own hooks ran as well
+	ApplicationConsistent Consistency = "application" // and every application that was found was at rest
 )
 
 // CapturePass says how a capture saw the disks at one instant, and how it found out what changed.

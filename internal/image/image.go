@@ -4,6 +4,7 @@
 //	Extent    a byte range that holds data or is known to read as zeros
 //	File      a raw disk image file or a block device as an Image
 //	Server    an NBD export of images over a unix socket, for QEMU and for people
+//	Remote    somebody else's NBD export as an Image; QEMU's tell what is dirty as well
 //
 // An Image never changes while it is open. What changes it, a delta or a live layer, lies above it in qcow2.
 //

@@ -20,6 +20,21 @@ const (
 	qemuResize      = 3
 )
 
+// CheckInUse is ErrInUse, with the reason, if somebody can be seen who may write to the file or block device at path,
+// whatever its format.
+func CheckInUse(path string) error {
+	file, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("open disk: %w", err)
+	}
+	defer file.Close()
+	info, err := file.Stat()
+	if err != nil {
+		return fmt.Errorf("open disk: %w", err)
+	}
+	return (&File{file: file, device: info.Mode()&os.ModeDevice != 0}).checkInUse()
+}
+
 // checkInUse is ErrInUse, with the reason, if somebody can be seen who may write to the disk.
 func (f *File) checkInUse() error {
 	for _, permission := range []int64{qemuWrite, qemuResize} {

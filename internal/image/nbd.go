@@ -70,6 +70,8 @@ const (
 	chunkErrorOffset = 1<<15 + 2
 
 	stateHoleAndZero = 1<<0 | 1<<1 // of an extent in base:allocation
+	stateZero        = 1 << 1
+	stateDirty       = 1 << 0 // of an extent in one of QEMU's dirty bitmaps
 
 	errnoPerm     = 1
 	errnoIO       = 5
@@ -77,6 +79,7 @@ const (
 	errnoOverflow = 75
 
 	metaAllocation = "base:allocation"
+	metaBitmap     = "qemu:dirty-bitmap:" // and the bitmap's name
 	metaID         = 1
 )
 
@@ -84,6 +87,8 @@ const (
 const (
 	requestSize   = 28
 	optionSize    = 16
+	optReplySize  = 20 // header of the answer to an option
+	greetingSize  = 18
 	chunkSize     = 20 // header of a structured chunk
 	dataFrameSize = chunkSize + 8
 	holeFrameSize = chunkSize + 12
@@ -112,6 +117,15 @@ func parseRequest(b *[requestSize]byte) (request, error) {
 	}, nil
 }
 
+func appendRequest(b []byte, r request) []byte {
+	b = binary.BigEndian.AppendUint32(b, magicRequest)
+	b = binary.BigEndian.AppendUint16(b, r.flags)
+	b = binary.BigEndian.AppendUint16(b, r.kind)
+	b = binary.BigEndian.AppendUint64(b, r.cookie)
+	b = binary.BigEndian.AppendUint64(b, r.offset)
+	return binary.BigEndian.AppendUint32(b, r.length)
+}
+
 // within says whether the request's range lies inside a disk of that size.
 func (r request) within(size int64) bool {
 	return r.offset <= uint64(size) && uint64(r.length) <= uint64(size)-r.offset
@@ -122,6 +136,18 @@ func parseOption(b *[optionSize]byte) (option, length uint32, err error) {
 		return 0, 0, fmt.Errorf("option begins with %#x", m)
 	}
 	return binary.BigEndian.Uint32(b[8:]), binary.BigEndian.Uint32(b[12:]), nil
+}
+
+func appendOption(b []byte, option uint32, data []byte) []byte {
+	b = binary.BigEndian.AppendUint64(b, magicOption)
+	b = binary.BigEndian.AppendUint32(b, option)
+	b = binary.BigEndian.AppendUint32(b, uint32(len(data)))
+	return append(b, data...)
+}
+
+// appendText appends a text with its 32-bit length; cutText takes it off again.
+func appendText(b []byte, text string) []byte {
+	return append(binary.BigEndian.AppendUint32(b, uint32(len(text))), text...)
 }
 
 var errOption = errors.New("the option's lengths do not add up")

@@ -107,6 +107,9 @@ func apply(server *dr.Server, c api.ServerChange) {
 		set(&ssh.FreezeLimit, c.FreezeTime)
 		set(&ssh.ReadLimit, c.ReadLimit)
 		set(&ssh.Resident, c.Resident)
+		set(&ssh.Hooks.Off, c.HooksOff)
+		set(&ssh.Hooks.Limit, c.HookLimit)
+		set(&ssh.Hooks.Required, c.HooksRequired)
 	}
 }
 

@@ -13,12 +13,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"path/filepath"
-	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture"
@@ -94,7 +90,7 @@ type disks []*disk
 type disk struct {
 	*image.File
 	path   string
-	before mark
+	before image.Mark
 }
 
 func openAll(paths []string) (disks, error) {
@@ -110,7 +106,7 @@ func openAll(paths []string) (disks, error) {
 		if f.Device() {
 			f.Direct() // what the device holds, not what an earlier read of it saw
 		}
-		if d.before, err = look(path); err != nil {
+		if d.before, err = image.LookAt(path); err != nil {
 			out.close()
 			return nil, err
 		}
@@ -139,41 +135,8 @@ func (ds disks) layout() capture.Layout {
 	return l
 }
 
-// mark is what changes when a disk is written to: for a file its times and size, for a device the kernel's count of
-// sectors written and discarded.
-type mark struct {
-	inode          uint64
-	size           int64
-	mtime, ctime   unix.Timespec
-	written, other string
-}
-
-func look(path string) (mark, error) {
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		return mark{}, fmt.Errorf("look at disk %s: %w", path, err)
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
-		return mark{inode: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}, nil
-	}
-	m := mark{inode: st.Ino}
-	stat, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/stat", unix.Major(st.Rdev), unix.Minor(st.Rdev)))
-	if err != nil {
-		return mark{}, fmt.Errorf("count what is written to disk %s: %w", path, err)
-	}
-	const sectorsWritten, sectorsDiscarded = 6, 13
-	f := strings.Fields(string(stat))
-	if len(f) > sectorsWritten {
-		m.written = f[sectorsWritten]
-	}
-	if len(f) > sectorsDiscarded {
-		m.other = f[sectorsDiscarded]
-	}
-	return m, nil
-}
-
 func (d *disk) unchanged() error {
-	now, err := look(d.path)
+	now, err := image.LookAt(d.path)
 	if err != nil {
 		return err
 	}

@@ -50,8 +50,8 @@ const answerLimit = 15 * time.Second
 
 // Prepare finds the file systems to freeze and starts a watchdog over them; command is the program and arguments that run
 // Watchdog, to which the number of file systems is added. Nothing is frozen yet. With nothing to freeze there is no
-// watchdog, and Hold and Release only take the time.
-func Prepare(disks []*Disk, limit time.Duration, command []string) (*Freeze, error) {
+// watchdog, and Hold and Release only take the time. The watchdog keeps thaw open until it has thawed, unless it is nil.
+func Prepare(disks []*Disk, limit time.Duration, command []string, thaw *os.File) (*Freeze, error) {
 	f := &Freeze{weaker: dr.FilesystemConsistent, limit: limit, open: disks}
 	f.disks = kernelNames(disks)
 	var err error
@@ -70,7 +70,7 @@ func Prepare(disks []*Disk, limit time.Duration, command []string) (*Freeze, err
 	if len(f.systems) == 0 {
 		return f, nil
 	}
-	if err := f.start(command); err != nil {
+	if err := f.start(command, thaw); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("start the watchdog that thaws: %w", err)
 	}
@@ -123,9 +123,12 @@ func kernelNames(disks []*Disk) (names []string) {
 // Needed says whether anything has to be frozen.
 func (f *Freeze) Needed() bool { return len(f.systems) > 0 && !f.watch }
 
-func (f *Freeze) start(command []string) error {
+func (f *Freeze) start(command []string, thaw *os.File) error {
 	f.dog = exec.Command(command[0], append(slices.Clone(command[1:]), strconv.Itoa(len(f.points)))...)
-	f.dog.ExtraFiles = f.points
+	f.dog.ExtraFiles = slices.Clone(f.points)
+	if thaw != nil {
+		f.dog.ExtraFiles = append(f.dog.ExtraFiles, thaw)
+	}
 	f.dog.Stderr = os.Stderr
 	f.dog.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	f.dog.Dir = "/"
@@ -148,10 +151,7 @@ func (f *Freeze) start(command []string) error {
 			f.from <- lines.Text()
 		}
 	}()
-	if _, err := f.answer("ready"); err != nil {
-		return err
-	}
-	_, err = f.ask("arm "+strconv.FormatInt(int64(f.limit), 10), "armed")
+	_, err = f.answer("ready")
 	return err
 }
 
@@ -171,7 +171,11 @@ func (f *Freeze) Sync(ctx context.Context) error {
 // Hold freezes. On an error everything is thawed.
 func (f *Freeze) Hold() error {
 	if f.Needed() {
-		o, err := f.ask("freeze", "frozen")
+		_, err := f.ask("arm "+strconv.FormatInt(int64(f.limit), 10), "armed")
+		o := outcome{}
+		if err == nil {
+			o, err = f.ask("freeze", "frozen")
+		}
 		if err != nil {
 			f.thawOurselves()
 			return fmt.Errorf("freeze: %w: %w", ErrVoid, err)

@@ -11,7 +11,7 @@ import (
 const (
 	ioprioProcess = 1         // of one thread
 	ioprioLast    = 2<<13 | 7 // best effort, after all others
-	ioprioFirst   = 2<<13 | 0 // best effort, before all others
+	ioprioFirst   = 2 << 13   // best effort, before all others
 	niceLast      = 10
 )
 

@@ -53,7 +53,7 @@ func (s *Source) Contact(ctx context.Context) (api.Contact, error) {
 // Capture implements capture.Source.
 func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Progress) error {
 	return s.read(ctx, func(talk *capture.Session) error {
-		return talk.Capture(ctx, wire.Plan{Disks: s.source.Disks, FreezeLimit: s.source.FreezeLimit, Rate: s.source.ReadLimit, Track: s.source.Resident}, sink, report)
+		return talk.Capture(ctx, wire.Plan{Disks: s.source.Disks, FreezeLimit: s.source.FreezeLimit, Rate: s.source.ReadLimit, Track: s.source.Resident, Hooks: s.source.Hooks}, sink, report)
 	})
 }
 

@@ -25,6 +25,8 @@ type Plan struct {
 	// Since names the snapshot whose fingerprints the appliance has, and those before it, newest first: what was written
 	// since any of them covers what was written since the first.
 	Since []string `json:"since,omitempty"`
+	// Hooks says what is done about the applications.
+	Hooks dr.Hooks `json:"hooks,omitzero"`
 }
 
 // MaxSince bounds Plan.Since.
@@ -76,6 +78,8 @@ type Done struct {
 	Sent        []int64        `json:"sent"`            // blocks of each disk, zeros included, in all passes
 	Reasons     []string       `json:"reasons"`         // of each disk: why it was read as a whole; "" if only what was written was
 	Notes       []string       `json:"notes,omitempty"` // what an operator may want to know
+	// Applications are those that were found running.
+	Applications []dr.Application `json:"applications,omitempty"`
 }
 
 // Failure says why there will be no Done.
