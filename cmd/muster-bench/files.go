@@ -78,7 +78,7 @@ func filesets(ctx context.Context, b *bench) (rows []Row, err error) {
 			if err != nil {
 				return nil, err
 			}
-			if fastest == 0 || took < fastest {
+			if p.args[0] != "rsync" && (fastest == 0 || took < fastest) { // it keeps one copy, unsealed: a figure, not a peer
 				fastest = took
 			}
 			detail += fmt.Sprintf(", %s %.2f s", p.args[0], took)
@@ -88,8 +88,8 @@ func filesets(ctx context.Context, b *bench) (rows []Row, err error) {
 		ratio = append(ratio, float64(snap.Stats.Read)/changed)
 	}
 	return []Row{
-		higher("increment of files vs restic, borg, rsync", median(theirs)/median(ours), 1,
-			fmt.Sprintf("seconds the fastest of 'restic backup', 'borg create' and 'rsync -a --fsync' takes for an increment of a folder of %d files (1 %% rewritten in place, 50 MB new), over seconds of a capture of the same folder file by file (agent started, kept, read back); medians; each begins with nothing of the file system in memory", busyFiles), detail),
+		higher("increment of files vs restic, borg", median(theirs)/median(ours), 1.5,
+			fmt.Sprintf("seconds the faster of 'restic backup' and 'borg create' takes for an increment of a folder of %d files (1 %% rewritten in place, 50 MB new), over seconds of a capture of the same folder file by file (agent started, kept, read back); medians; each begins with nothing of the file system in memory", busyFiles), detail),
 		lower("increment of files: read / changed", median(ratio), 1.01, "bytes of content read, over bytes in files that were rewritten or are new; median of the same increments", ""),
 	}, nil
 }
