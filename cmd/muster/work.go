@@ -47,12 +47,22 @@ func started(cmd *cobra.Command, op api.Operation) error {
 func snapshotCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "snapshot NAME", Short: "Take a snapshot now, and prepare, test and promote it", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers,
 		Long: `Take a snapshot of a server now. What is kept is pre-recovered and boot-tested at once; if it passes it becomes
-last-known-good. The exit code tells a test that failed (6) from one that could not decide (7).`}
+last-known-good. The exit code tells a test that failed (6) from one that could not decide (7).
+
+Of a server with --tier image+data both are taken, the disks and then the data; with --data only the data, which goes onto the
+last image.`,
+		Example: `  muster snapshot shop
+  muster snapshot shop --data`}
+	data := cmd.Flags().Bool("data", false, "only the data, file by file; it goes onto the last image")
 	noWait := noWaitFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		c := client(cmd)
 		defer c.Close()
-		op, err := c.Snapshot(cmd.Context(), args[0])
+		take := c.Snapshot
+		if *data {
+			take = c.SnapshotData
+		}
+		op, err := take(cmd.Context(), args[0])
 		if err != nil {
 			return err
 		}

@@ -25,7 +25,8 @@ type Appliance interface {
 type SnapshotTask struct {
 	ID     string    `json:"id"` // of the snapshot to be made
 	Server dr.Server `json:"server"`
-	Parent string    `json:"parent,omitempty"` // newest kept snapshot of the server, "" for a full one
+	Parent string    `json:"parent,omitempty"` // newest kept snapshot of the server of the same kind, "" for a full one
+	Image  string    `json:"image,omitempty"`  // not "": take the server's data, which goes onto this image
 }
 
 // Contact is what a first contact with a source found.
