@@ -22,7 +22,7 @@ const module = "github.com/musterdr/muster/"
 
 // The levels, lowest first. A part imports only parts of lower levels.
 var levels = [][]string{
-	{"dr", "durable"},
+	{"dr", "durable", "fileset"},
 	{"image", "store", "vm", "trust", "engine", "catalog", "api", "probe", "signs"},
 	{"capture", "prerecover", "boottest", "invoke", "files", "doctor"},
 	{"agent", "appliance", "master", "silo"},
@@ -32,7 +32,7 @@ var levels = [][]string{
 
 // levelWhy says what an arrow that goes sideways or up breaks, by the level of the part that imports.
 var levelWhy = []string{
-	"dr is nouns and pure rules, durable is a file on a medium: they know nothing else of Muster",
+	"dr is nouns and pure rules, durable is a file on a medium, fileset describes files: they know nothing else of Muster",
 	"ground is ideas without policy: each stands alone over dr",
 	"a stage is one verb: stages meet in the roles, through images and records",
 	"roles never import roles: they meet through api, engine and store",
@@ -47,6 +47,7 @@ type arrow struct{ from, to string }
 var exceptions = map[arrow]string{
 	{"store", "image"}:                                  "what a store opens is an image.Image",
 	{"vm/libvirt", "probe"}:                             "both ends name the guest's port by the same constant",
+	{"agent", "capture/linux/files"}:                    "the same: files one by one",
 	{"agent", "capture/linux/track"}:                    "the same: where the kernel notes what is written",
 	{"agent", "capture/linux/hooks"}:                    "the same: how its applications come to rest",
 	{"agent", "capture/linux"}:                          "the agent is the Linux way of capturing, made a program",

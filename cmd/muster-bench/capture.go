@@ -49,6 +49,17 @@ func (h *here) Forget(ctx context.Context) error {
 }
 
 func (h *here) Capture(ctx context.Context, sink *capture.Sink, report dr.Progress) error {
+	return h.converse(ctx, func(talk *capture.Session) error {
+		return talk.Capture(ctx, wire.Plan{Disks: []string{h.disk}, FreezeLimit: dr.DefaultFreezeLimit, Track: true}, sink, report)
+	})
+}
+
+// CaptureFiles implements capture.FileSource.
+func (h *here) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report dr.Progress) error {
+	return h.converse(ctx, func(talk *capture.Session) error { return talk.Files(ctx, sink, report) })
+}
+
+func (h *here) converse(ctx context.Context, say func(*capture.Session) error) error {
 	c := exec.CommandContext(ctx, h.agent, "serve")
 	c.Stderr = os.Stderr
 	in, err := c.StdinPipe()
@@ -78,7 +89,7 @@ func (h *here) Capture(ctx context.Context, sink *capture.Sink, report dr.Progre
 	}()
 	talk, err := capture.NewSession(out, in)
 	if err == nil {
-		err = talk.Capture(ctx, wire.Plan{Disks: []string{h.disk}, FreezeLimit: dr.DefaultFreezeLimit, Track: true}, sink, report)
+		err = say(talk)
 	}
 	_ = in.Close()
 	close(gone)

@@ -46,6 +46,12 @@ need run. SNAPSHOT is an identifier, "newest" (default) or "lkg".`,
 		if err != nil {
 			return err
 		}
+		if snap.IsData() {
+			fmt.Fprintf(cmd.ErrOrStderr(), "muster: %s is of data, which is no disk: this is the image that it goes onto, as it was when that was taken\n", snap.ID)
+			if snap, err = st.Snapshot(cmd.Context(), snap.Image); err != nil {
+				return err
+			}
+		}
 		return export(cmd, st, snap, *socket, *disk, *group)
 	}
 	return cmd

@@ -122,7 +122,12 @@ func printRecord(w io.Writer, r dr.Record) {
 	for _, note := range s.Notes {
 		fmt.Fprintf(w, "note         %s\n", tame(note))
 	}
-	fmt.Fprintf(w, "disks        %d, %s in all\n", len(s.Disks), size(s.Size()))
+	if f := s.Files; f != nil {
+		fmt.Fprintf(w, "data         %s: %d files and folders, %s; %d are new or changed, %d are gone\n", strings.Join(f.Roots, ", "), f.Entries, size(f.Bytes), f.Changed, f.Gone)
+		fmt.Fprintf(w, "onto         image %s\n", s.Image)
+	} else {
+		fmt.Fprintf(w, "disks        %d, %s in all\n", len(s.Disks), size(s.Size()))
+	}
 	st := s.Stats
 	fmt.Fprintf(w, "bytes        read %s, changed %s, sent %s, new %s, stored %s\n", size(st.Read), size(st.Changed), size(st.Sent), size(st.New), size(st.Stored))
 	if st.Frozen > 0 {

@@ -41,12 +41,24 @@ func snapshotsCommand() *cobra.Command {
 		var rows [][]string
 		for _, r := range list {
 			s := r.Snapshot
-			rows = append(rows, []string{s.ID, when(s.Taken), string(s.Consistency), string(s.Pass.Kind), size(s.Size()), size(s.Stats.Changed), size(s.Stats.Stored), proven(r)})
+			kind := dr.SnapshotImage
+			if s.IsData() {
+				kind = dr.SnapshotData
+			}
+			rows = append(rows, []string{s.ID, when(s.Taken), string(kind), string(s.Consistency), string(s.Pass.Kind), size(s.Size()), size(s.Stats.Changed), size(s.Stats.Stored), goesOnto(r)})
 		}
-		table(cmd.OutOrStdout(), "SNAPSHOT TAKEN CONSISTENCY PASS SIZE CHANGED STORED PROVEN", rows)
+		table(cmd.OutOrStdout(), "SNAPSHOT TAKEN KIND CONSISTENCY PASS SIZE CHANGED STORED PROVEN", rows)
 		return nil
 	}
 	return cmd
+}
+
+// goesOnto says where a record stands, and of data which image it was tested with.
+func goesOnto(r dr.Record) string {
+	if r.Snapshot.IsData() {
+		return proven(r) + ", onto " + r.Snapshot.Image
+	}
+	return proven(r)
 }
 
 func historyCommand() *cobra.Command {

@@ -34,6 +34,10 @@ type serverFlags struct {
 	readLimit               int64
 	checks                  []string
 	hooks                   hookFlags
+
+	tier, standby string
+	data, exclude []string
+	dataEvery     time.Duration
 }
 
 func (f *serverFlags) register(cmd *cobra.Command) {
@@ -49,6 +53,20 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	fl.StringVar(&f.signs, "signs", string(dr.SignsNormal), "how soon a snapshot is held for signs of tampering: off, low, normal or high")
 	fl.StringVar(&f.key, "key", "", "private SSH key of the user")
 	fl.BoolVar(&f.resident, "resident", false, "with --ssh: leave programs in the server's kernel that note what is written, so that a snapshot reads only that")
+	fl.StringVar(&f.tier, "tier", string(dr.TierImage), "what is captured: image, image+data or data")
+	fl.StringArrayVar(&f.data, "data", nil, "folder that is captured file by file, as /srv (may be repeated)")
+	fl.StringArrayVar(&f.exclude, "exclude", nil, "what of it is left out: a name as '*.tmp', or a whole path as /srv/cache (may be repeated)")
+	fl.DurationVar(&f.dataEvery, "data-every", dr.DefaultEvery, "how often the data is captured")
+	fl.StringVar(&f.standby, "standby", "", "with --tier data: the server whose image the data goes onto")
+	_ = cmd.RegisterFlagCompletionFunc("tier", cobra.FixedCompletions([]string{
+		string(dr.TierImage) + "\tall disks, every time", string(dr.TierImageData) + "\tall disks now and then, folders more often",
+		string(dr.TierData) + "\tfolders only, onto the image of a standby"}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("standby", func(cmd *cobra.Command, _ []string, text string) ([]string, cobra.ShellCompDirective) {
+		return completeServers(cmd, nil, text)
+	})
+	for _, name := range []string{"data", "exclude"} { // paths of the server, not of this host
+		_ = cmd.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
+	}
 	fl.Int64Var(&f.readLimit, "read-limit", 0, "with --ssh: MiB a second that are read of the server's disks at most; 0: no limit. It always comes after the server's own work")
 	fl.BoolVar(&f.snapshots, "allow-snapshots", false, "with --ssh: let a capture make LVM snapshots on the server, if its kernel cannot note what is written, and remove them again")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
@@ -88,15 +106,26 @@ as after a power cut. While it is read QEMU puts aside what the machine overwrit
 PostgreSQL, MySQL and MariaDB that run on it are brought to rest for the moment of a snapshot, which is then application-consistent,
 and so is whatever has a hook in /etc/muster/hooks.d there: an executable file of root's, run with "pre" before and "post" after.
 
+With --tier image+data the disks are captured now and then (--every), and the folders named with --data file by file more often
+(--data-every); only files that changed are read. The rescue image is the last image with the newest data put into it, and is
+tested so. With --tier data no disk is captured: the data goes onto the image of another server (--standby), which has a
+compatible system and the application installed.
+
 The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
 		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --resident --rto 15m --rpo 24h --check shop-checks.yaml
   muster server add mail --vm mail-1 --rto 15m --rpo 24h
   muster server add lab --vm lab --connect 'qemu:///system?socket=/run/other/libvirt-sock' --only-disk vda
-  muster server add old --disk /images/old.raw`,
+  muster server add old --disk /images/old.raw
+  muster server add web --ssh root@10.0.0.6 --key /root/.ssh/muster --tier image+data --every 168h --data /srv --data /var/lib/app --exclude '*.tmp' --data-every 24h
+  muster server add web2 --ssh root@10.0.0.7 --key /root/.ssh/muster --tier data --data /srv --standby old`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s := dr.Server{Name: args[0], Schedule: dr.Schedule{Every: f.every}, Objectives: dr.Objectives{RTO: f.rto, RPO: f.rpo},
-				Memory: f.memory, CPUs: f.cpus, Retention: dr.Retention{KeepLast: f.keepLast}, Signs: dr.SignLevel(f.signs)}
+				Memory: f.memory, CPUs: f.cpus, Retention: dr.Retention{KeepLast: f.keepLast}, Signs: dr.SignLevel(f.signs),
+				Tier: dr.Tier(f.tier), Standby: f.standby, Data: dr.DataSet{Paths: f.data, Exclude: f.exclude}}
+			if s.HasData() {
+				s.Data.Every = f.dataEvery
+			}
 			if err := dr.ValidateName(s.Name); err != nil {
 				return withCode(exitUsage, err)
 			}
@@ -317,7 +346,7 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "server       %s (%s)\n", s.Server.Name, s.Server.ID)
 	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
-	if ssh := s.Server.Source.SSH; ssh != nil {
+	if ssh := s.Server.Source.SSH; ssh != nil && s.Server.HasImage() {
 		fmt.Fprintf(out, "hooks        %s\n", hooksOf(ssh.Hooks))
 	}
 	if s.Server.Source.VM != nil {
@@ -325,7 +354,7 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	} else {
 		printProvider(out, s.Server.Source, s.Newest)
 	}
-	fmt.Fprintf(out, "schedule     every %s, next %s\n", span(s.Server.Schedule.Every), ago(s.Due))
+	printSchedule(out, s)
 	if o := s.Server.Objectives; o.RTO > 0 || o.RPO > 0 {
 		fmt.Fprintf(out, "promised     RTO %s, RPO %s\n", span(o.RTO), span(o.RPO))
 	}
@@ -392,6 +421,24 @@ func printProvider(out io.Writer, source dr.Source, newest *dr.Record) {
 	}
 }
 
+// printSchedule says what is captured when.
+func printSchedule(out io.Writer, s api.ServerStatus) {
+	if s.Server.HasImage() {
+		fmt.Fprintf(out, "schedule     every %s, next %s\n", span(s.Server.Schedule.Every), ago(s.Due))
+	}
+	if !s.Server.HasData() {
+		return
+	}
+	d := s.Server.Data
+	fmt.Fprintf(out, "data         %s every %s, next %s\n", strings.Join(d.Paths, ", "), span(d.Schedule().Every), ago(s.DataDue))
+	if len(d.Exclude) > 0 {
+		fmt.Fprintf(out, "left out     %s\n", strings.Join(d.Exclude, ", "))
+	}
+	if s.Server.Standby != "" {
+		fmt.Fprintf(out, "standby      %s\n", s.Server.Standby)
+	}
+}
+
 // howReadVM says how a virtual machine is captured, and why it is not done better.
 func howReadVM(newest *dr.Record) string {
 	if newest == nil {
@@ -415,7 +462,10 @@ func howReadVM(newest *dr.Record) string {
 func serverSetCommand() *cobra.Command {
 	var f serverFlags
 	cmd := &cobra.Command{Use: "set NAME", Short: "Change a server's settings; what is not named stays", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers,
-		Example: "  muster server set shop --every 4h --rto 30m\n  muster server set shop --hook-limit 5m --hooks-required\n  muster server set shop --hooks off",
+		Example: `  muster server set shop --every 4h --rto 30m
+  muster server set shop --tier image+data --every 168h --data /srv --data-every 4h
+  muster server set shop --hook-limit 5m --hooks-required
+  muster server set shop --hooks off`,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			change, err := f.change(cmd)
 			if err != nil {
@@ -470,6 +520,27 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 	}
 	if given("resident") {
 		c.Resident = &f.resident
+	}
+	if given("tier") {
+		tier := dr.Tier(f.tier)
+		c.Tier = &tier
+		if tier == dr.TierImage { // what only the others have
+			c.DataPaths, c.DataExclude, c.Standby = new([]string), new([]string), new(string)
+		} else if tier == dr.TierImageData {
+			c.Standby = new(string)
+		}
+	}
+	if given("data") {
+		c.DataPaths = &f.data
+	}
+	if given("exclude") {
+		c.DataExclude = &f.exclude
+	}
+	if given("data-every") {
+		c.DataEvery = &f.dataEvery
+	}
+	if given("standby") {
+		c.Standby = &f.standby
 	}
 	if err := f.hooks.change(cmd, &c); err != nil {
 		return c, err

@@ -3,6 +3,7 @@
 //
 //	Agent    answers one conversation (capture/wire) and ends
 //	run      one capture: live passes, then one under freeze that makes all blocks those of one instant
+//	files    one capture of folders, file by file
 //	hold     memory in which a frozen pass puts what it found, so that a slow line never lengthens a freeze
 //
 // It keeps nothing on the server: what the appliance has already is sent to it as fingerprints and lives in memory. It
@@ -31,6 +32,7 @@ type Agent struct {
 	Watchdog []string // program and arguments that run linux.Watchdog; the number of file systems is added
 	Hooks    []string // program and arguments that run hooks.Keep; none: applications are left alone
 	TrackDir string   // the tracker's folder; "": nothing is tracked
+	Top      string   // where the server's files lie; "" is "/"
 }
 
 // unwindLimit is how long a capture may take to thaw and let go after its appliance is gone.
@@ -55,12 +57,19 @@ func (a Agent) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	return err
 }
 
-// answer serves inventories, and one capture.
+// answer serves inventories, and one capture, of disks or of files.
 func (a Agent) answer(ctx context.Context, r *wire.Reader, w *wire.Writer) error {
 	for {
 		kind, payload, err := r.Next(nil)
 		if err != nil {
 			return err
+		}
+		if kind == wire.KindAskFiles {
+			var plan wire.FilesPlan
+			if err := wire.Decode(payload, &plan); err != nil {
+				return err
+			}
+			return a.files(ctx, r, w, plan)
 		}
 		var plan wire.Plan
 		if kind != wire.KindAskInventory && kind != wire.KindAskCapture {

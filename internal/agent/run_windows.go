@@ -112,3 +112,8 @@ func (r *run) done(since time.Time) error {
 	}
 	return r.w.Message(wire.KindDone, d)
 }
+
+// files reads folders file by file, on Linux.
+func (Agent) files(context.Context, *wire.Reader, *wire.Writer, wire.FilesPlan) error {
+	return errors.New("capture files: agents for Windows capture whole disks only; set the tier of this server to image")
+}

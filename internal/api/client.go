@@ -142,6 +142,11 @@ func (c *Client) Snapshot(ctx context.Context, name string) (Operation, error) {
 	return call[Operation](ctx, c, "POST", "/v1/servers/"+seg(name)+"/snapshot", nil, nil)
 }
 
+// SnapshotData implements Operator.
+func (c *Client) SnapshotData(ctx context.Context, name string) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/servers/"+seg(name)+"/snapshot-data", nil, nil)
+}
+
 // PreRecover implements Operator.
 func (c *Client) PreRecover(ctx context.Context, name, snapshot string) (Operation, error) {
 	return call[Operation](ctx, c, "POST", "/v1/servers/"+seg(name)+"/prerecover", nil, snapshotBody{snapshot})

@@ -26,6 +26,8 @@ type Operator interface {
 
 	// Snapshot starts a snapshot; the test of what it keeps follows at once, in the same operation.
 	Snapshot(ctx context.Context, name string) (Operation, error)
+	// SnapshotData does the same with the data alone, which goes onto an image that is kept.
+	SnapshotData(ctx context.Context, name string) (Operation, error)
 	// PreRecover makes a snapshot's rescue image anew. An empty snapshot means the newest.
 	PreRecover(ctx context.Context, name, snapshot string) (Operation, error)
 	// Test boots a snapshot's rescue image, making one if there is none. An empty snapshot means the newest.
@@ -84,6 +86,12 @@ type ServerChange struct {
 	Resident   *bool          `json:"resident,omitempty"`
 	Snapshots  *bool          `json:"snapshots,omitempty"`
 
+	Tier        *dr.Tier       `json:"tier,omitempty"`
+	DataPaths   *[]string      `json:"data_paths,omitempty"`
+	DataExclude *[]string      `json:"data_exclude,omitempty"`
+	DataEvery   *time.Duration `json:"data_every,omitempty"`
+	Standby     *string        `json:"standby,omitempty"`
+
 	HooksOff      *bool          `json:"hooks_off,omitempty"`
 	HookLimit     *time.Duration `json:"hook_limit,omitempty"`
 	HooksRequired *bool          `json:"hooks_required,omitempty"`
@@ -92,10 +100,11 @@ type ServerChange struct {
 // ServerStatus is a server with where it stands.
 type ServerStatus struct {
 	Server     dr.Server      `json:"server"`
-	Newest     *dr.Record     `json:"newest,omitempty"` // without inventory
-	LKG        *dr.Record     `json:"lkg,omitempty"`    // without inventory
-	Due        time.Time      `json:"due"`              // when the next snapshot is to be taken
-	Tickets    int            `json:"tickets"`          // open ones
+	Newest     *dr.Record     `json:"newest,omitempty"`  // without inventory
+	LKG        *dr.Record     `json:"lkg,omitempty"`     // without inventory
+	Due        time.Time      `json:"due"`               // when the next snapshot is to be taken
+	DataDue    time.Time      `json:"data_due,omitzero"` // when the next one of data is
+	Tickets    int            `json:"tickets"`           // open ones
 	Operation  *Operation     `json:"operation,omitempty"`
 	Invocation *dr.Invocation `json:"invocation,omitempty"`
 }

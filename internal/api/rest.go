@@ -130,6 +130,9 @@ func registerWork(a huma.API, op Operator) {
 	huma.Post(a, "/v1/servers/{name}/snapshot", func(ctx context.Context, in *Named) (*body[Operation], error) {
 		return answer(op.Snapshot(ctx, in.Name))
 	})
+	huma.Post(a, "/v1/servers/{name}/snapshot-data", func(ctx context.Context, in *Named) (*body[Operation], error) {
+		return answer(op.SnapshotData(ctx, in.Name))
+	})
 	huma.Post(a, "/v1/servers/{name}/prerecover", func(ctx context.Context, in *start) (*body[Operation], error) {
 		return answer(op.PreRecover(ctx, in.Name, in.Body.Snapshot))
 	})

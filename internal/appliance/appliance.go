@@ -42,6 +42,9 @@ func (a *Appliance) Snapshot(ctx context.Context, task api.SnapshotTask, report 
 		return dr.Snapshot{}, err
 	}
 	defer src.Close()
+	if task.Image != "" {
+		return capture.TakeFiles(ctx, src, a.Store, task, report)
+	}
 	return capture.Take(ctx, src, a.Store, task, report)
 }
 

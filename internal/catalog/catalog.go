@@ -145,6 +145,8 @@ type (
 		Taken         int64
 		Recorded      int64
 		State         dr.State
+		Kind          dr.SnapshotKind
+		Image         string
 		PreRecovery   string
 		Verdict       string
 		Data          string

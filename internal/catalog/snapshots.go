@@ -56,13 +56,20 @@ func (t *tx) recordSnapshot(s dr.Snapshot) (added bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	seq, err := t.event(t.now, "snapshot.kept", s.ServerID, server.Name, s.ID, "snapshot of %s kept, %s consistent, %d bytes",
-		server.Name, s.Consistency, s.Size())
+	what := "snapshot"
+	if s.IsData() {
+		what = "data onto " + s.Image
+	}
+	seq, err := t.event(t.now, "snapshot.kept", s.ServerID, server.Name, s.ID, "%s of %s kept, %s consistent, %d bytes",
+		what, server.Name, s.Consistency, s.Size())
 	if err != nil {
 		return false, err
 	}
+	if s.Kind == "" {
+		s.Kind = dr.SnapshotImage
+	}
 	_, err = t.NewInsert().Model(&snapshotRow{ID: s.ID, ServerID: s.ServerID, Seq: seq, Taken: stamp(s.Taken),
-		Recorded: stamp(t.now), State: dr.Kept, Data: data, Inventory: inventory}).Exec(t.ctx)
+		Recorded: stamp(t.now), State: dr.Kept, Kind: s.Kind, Image: s.Image, Data: data, Inventory: inventory}).Exec(t.ctx)
 	return true, err
 }
 
@@ -130,8 +137,8 @@ func briefVerdict(v dr.Verdict) dr.Verdict {
 	return v
 }
 
-// Expire records that snapshots are given up, all of them or none. ErrInUse for a last-known-good and for a snapshot
-// that an active invocation runs. One already expired is no error.
+// Expire records that snapshots are given up, all of them or none. ErrInUse for a last-known-good, for a snapshot
+// that an active invocation runs, and for an image that data goes onto. One already expired is no error.
 func (c *Catalog) Expire(ctx context.Context, snapshotIDs ...string) error {
 	return c.write(ctx, "expire snapshots", func(t *tx) error {
 		for _, id := range snapshotIDs {
@@ -163,6 +170,13 @@ func (t *tx) expire(id string) error {
 		if a.SnapshotID == id {
 			return fmt.Errorf("invocation %s runs it: %w", a.ID, ErrInUse)
 		}
+	}
+	data, err := t.NewSelect().Model((*snapshotRow)(nil)).Where("image = ? AND state <> ?", id, dr.Expired).Count(t.ctx)
+	if err != nil {
+		return err
+	}
+	if data > 0 {
+		return fmt.Errorf("data of %d snapshots goes onto it: %w", data, ErrInUse)
 	}
 	if err := dr.Follow(row.State, dr.Expired); err != nil {
 		return err
@@ -229,10 +243,12 @@ func (c *Catalog) Snapshots(ctx context.Context, serverID string) ([]dr.Record, 
 }
 
 // TestsOverdue gives the snapshots of protected servers that were kept longer than grace before now and have no verdict
-// at all, oldest first: their test did not run (R72). They are given as Snapshots gives them, at most MaxList.
+// at all, oldest first: their test did not run (R72). An image that data goes onto is tested with the data. They are given as
+// Snapshots gives them, at most MaxList.
 func (c *Catalog) TestsOverdue(ctx context.Context, now time.Time, grace time.Duration) ([]dr.Record, error) {
 	var rows []listed
 	err := c.listing(&rows).Where("s.verdict = '' AND s.state IN ('kept', 'replicated', 'pre-recovered')").
+		Where("NOT EXISTS (SELECT 1 FROM snapshots AS d WHERE d.image = s.id)").
 		Where("s.recorded <= ?", stamp(now.Add(-grace))).Where("r.removed = 0").
 		OrderExpr("s.recorded, s.seq").Limit(MaxList).Scan(ctx)
 	if err != nil {
@@ -294,11 +310,14 @@ func (c *Catalog) PreRecovery(ctx context.Context, id string) (dr.PreRecovery, e
 }
 
 // LastSnapshot gives the snapshot of a server that was recorded last and has not expired, in full; false if there is
-// none. It is the last one in fact, also where a clock that was stepped back says otherwise.
-func (c *Catalog) LastSnapshot(ctx context.Context, serverID string) (dr.Record, bool, error) {
+// none. With a kind it gives the last of that kind. It is the last one in fact, also where a clock that was stepped back says otherwise.
+func (c *Catalog) LastSnapshot(ctx context.Context, serverID string, kind dr.SnapshotKind) (dr.Record, bool, error) {
 	var row snapshotRow
-	err := c.db.NewSelect().Model(&row).Where("server_id = ? AND state <> ?", serverID, dr.Expired).
-		Order("seq DESC").Limit(1).Scan(ctx)
+	find := c.db.NewSelect().Model(&row).Where("server_id = ? AND state <> ?", serverID, dr.Expired)
+	if kind != "" {
+		find = find.Where("kind = ?", kind)
+	}
+	err := find.Order("seq DESC").Limit(1).Scan(ctx)
 	if errors.Is(err, sql.ErrNoRows) {
 		return dr.Record{}, false, nil
 	}

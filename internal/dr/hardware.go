@@ -1,5 +1,7 @@
 package dr
 
+import "time"
+
 // Hardware is the virtual hardware on which a rescue image boots: chosen so that the image needs as few edits as
 // possible. It is kept with the pre-recovery and used by every boot of that image, test or real.
 type Hardware struct {
@@ -78,14 +80,28 @@ const (
 // PreRecovery is what was done to an unbooted image to make it a rescue image. The changed bytes themselves are the
 // delta, one qcow2 file a disk.
 type PreRecovery struct {
-	ID         string     `json:"id"`
-	SnapshotID string     `json:"snapshot_id"`
-	Hardware   Hardware   `json:"hardware"`
-	Overlays   []string   `json:"overlays"` // "name@version" applied, in order
-	Edits      []Edit     `json:"edits"`
-	Facts      Facts      `json:"facts"`
-	Deltas     []string   `json:"deltas"` // paths on the silo, one a disk, same order as the snapshot's
-	Notes      []Decision `json:"notes,omitempty"`
+	ID         string      `json:"id"`
+	SnapshotID string      `json:"snapshot_id"`
+	Hardware   Hardware    `json:"hardware"`
+	Overlays   []string    `json:"overlays"` // "name@version" applied, in order
+	Edits      []Edit      `json:"edits"`
+	Facts      Facts       `json:"facts"`
+	Deltas     []string    `json:"deltas"` // paths on the silo, one a disk, same order as the snapshot's
+	Notes      []Decision  `json:"notes,omitempty"`
+	Data       *MergedData `json:"data,omitempty"` // what was put into the image; nil for none
+}
+
+// MergedData says which data was put into an image.
+type MergedData struct {
+	Snapshot   string    `json:"snapshot"`
+	Taken      time.Time `json:"taken"`
+	Image      string    `json:"image"`
+	ImageTaken time.Time `json:"image_taken"`
+	Roots      []string  `json:"roots"`
+	Entries    int64     `json:"entries"` // names of the data
+	Written    int64     `json:"written"` // files that the image had not, or had otherwise
+	Bytes      int64     `json:"bytes"`   // of content in them
+	Removed    int64     `json:"removed"` // files and whole folders that the data has not any more
 }
 
 // Edit is one change to the unbooted image.

@@ -92,11 +92,11 @@ func undone(s Snapshot, before map[string]bool, suspected []Sign) bool {
 	return true
 }
 
-// Trusted gives the newest snapshot that is not held, "" for none: what the next one is compared with besides the one
-// before it. records carry HeldBy.
+// Trusted gives the newest image that is not held, "" for none: what the next one is compared with besides the one before
+// it. records carry HeldBy.
 func Trusted(records []Record) string {
 	for _, r := range slices.Backward(oldestFirst(records)) {
-		if r.HeldBy == "" && r.State != Expired {
+		if r.HeldBy == "" && r.State != Expired && !r.Snapshot.IsData() {
 			return r.Snapshot.ID
 		}
 	}
@@ -126,7 +126,9 @@ func spared(records []Record) map[string]bool {
 	for _, r := range slices.Backward(records) {
 		if r.HeldBy == "" {
 			out[r.Snapshot.ID] = true
-			break
+			if !r.Snapshot.IsData() {
+				break // what later ones are compared with
+			}
 		}
 		if r.HeldBy == r.Snapshot.ID {
 			out[r.Snapshot.ID] = true

@@ -17,6 +17,9 @@ type Server struct {
 	Name       string     `json:"name"` // what people call it; see ValidateName
 	Source     Source     `json:"source"`
 	Schedule   Schedule   `json:"schedule"`
+	Tier       Tier       `json:"tier,omitempty"`    // "": TierImage
+	Data       DataSet    `json:"data,omitzero"`     // what is captured file by file; of no tier but TierImage
+	Standby    string     `json:"standby,omitempty"` // of TierData: name or ID of the server whose image the data goes onto
 	Objectives Objectives `json:"objectives"`
 	Checks     []Check    `json:"checks,omitempty"`
 	Memory     int        `json:"memory_mib,omitempty"` // MiB for its rescue machine; 0: as the inventory says, within the silo's limits
@@ -150,6 +153,37 @@ type Schedule struct {
 	Every time.Duration `json:"every"` // at least MinEvery
 }
 
+// Tier says what of a server is captured.
+type Tier string
+
+// The tiers. Where data is captured, what is tested and run is always an image with the newest data put into it.
+const (
+	TierImage     Tier = "image"      // all disks, every time
+	TierImageData Tier = "image+data" // all disks now and then, folders file by file more often
+	TierData      Tier = "data"       // folders file by file; they go onto the image of a standby with a compatible system (R55)
+)
+
+// HasImage says whether the server's own disks are captured.
+func (s Server) HasImage() bool { return s.Tier != TierData }
+
+// HasData says whether folders of the server are captured file by file.
+func (s Server) HasData() bool { return s.Tier == TierImageData || s.Tier == TierData }
+
+// DataSet is what is captured file by file.
+type DataSet struct {
+	Paths   []string      `json:"paths,omitempty"`   // absolute paths of folders on the server
+	Exclude []string      `json:"exclude,omitempty"` // patterns: *.tmp is any one name, /srv/cache a whole path
+	Every   time.Duration `json:"every,omitempty"`   // 0: DefaultEvery
+}
+
+// Schedule says how often the data is captured.
+func (d DataSet) Schedule() Schedule {
+	if d.Every == 0 {
+		return Schedule{Every: DefaultEvery}
+	}
+	return Schedule{Every: d.Every}
+}
+
 // The default schedule (R5) and the shortest one this release takes.
 const (
 	DefaultEvery = 24 * time.Hour
@@ -274,6 +308,7 @@ func (s Server) Validate() error {
 			add("check %d: %w", i+1, err)
 		}
 	}
+	errs = append(errs, s.validateTier()...)
 	if s.Memory < 0 || s.Memory > 4<<20 || s.CPUs < 0 || s.CPUs > 512 {
 		add("memory (MiB) and cpus must be sensible: got %d and %d", s.Memory, s.CPUs)
 	}
@@ -284,4 +319,33 @@ func (s Server) Validate() error {
 		add("keep-last %d must not be negative", s.Retention.KeepLast)
 	}
 	return errors.Join(errs...)
+}
+
+// validateTier says what is wrong with what is captured. The folders and patterns themselves are checked by whoever walks them.
+func (s Server) validateTier() (errs []error) {
+	add := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	switch s.Tier {
+	case "", TierImage, TierImageData, TierData:
+	default:
+		add("tier %q: use image, image+data or data", s.Tier)
+	}
+	switch {
+	case s.HasData() && len(s.Data.Paths) == 0:
+		add("server %s has tier %s and no data: name folders with --data /srv", s.Name, s.Tier)
+	case !s.HasData() && len(s.Data.Paths) > 0:
+		add("server %s names data, which tier image does not capture: give --tier image+data", s.Name)
+	}
+	if s.HasData() && s.Source.SSH == nil {
+		add("tier %s: only a server that is reached with --ssh can be captured file by file", s.Tier)
+	}
+	if every := s.Data.Schedule().Every; every < MinEvery {
+		add("data every %s: the shortest is %s", every, MinEvery)
+	}
+	switch {
+	case s.Tier == TierData && s.Standby == "":
+		add("tier data: name the server whose image the data goes onto with --standby")
+	case s.Tier != TierData && s.Standby != "":
+		add("standby %s: only tier data has one", s.Standby)
+	}
+	return errs
 }

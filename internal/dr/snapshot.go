@@ -5,18 +5,23 @@ import (
 	"time"
 )
 
-// Snapshot is every disk of a server at one instant, as the store keeps it: immutable, complete or absent.
+// Snapshot is what of a server was captured at one instant, as the store keeps it: immutable, complete or absent. Of kind
+// SnapshotImage it is every disk; of kind SnapshotData it is files, which together with the disks of one image make a rescue
+// image. That pair is tested, promoted and run under the identifier of the data.
 type Snapshot struct {
 	ID          string         `json:"id"`              // SnapshotID form
 	ServerID    string         `json:"server_id"`       // Server.ID
 	Server      string         `json:"server"`          // Server.Name at the time
-	Parent      string         `json:"parent"`          // snapshot this is an increment of; "" for a full one
+	Kind        SnapshotKind   `json:"kind,omitempty"`  // "" in snapshots of releases before there were several: an image
+	Image       string         `json:"image,omitempty"` // data: the snapshot of the image that it goes onto
+	Parent      string         `json:"parent"`          // snapshot this is an increment of, of the same kind; "" for a full one
 	Taken       time.Time      `json:"taken"`           // the instant the disks show, UTC
 	Consistency Consistency    `json:"consistency"`     // what that instant promises
 	Pass        CapturePass    `json:"pass"`            // how it was read, and why so
 	Notes       []string       `json:"notes,omitempty"` // what an operator may want to know of the capture
-	Disks       []SnapshotDisk `json:"disks"`           // same order as Inventory.Disks
-	Inventory   Inventory      `json:"inventory"`
+	Disks       []SnapshotDisk `json:"disks"`           // image: same order as Inventory.Disks
+	Files       *SnapshotFiles `json:"files,omitempty"` // data
+	Inventory   Inventory      `json:"inventory"`       // image
 	Stats       CaptureStats   `json:"stats"`
 	Signs       *Signs         `json:"signs,omitempty"` // of tampering; nil in snapshots of releases that did not look
 	// Applications are those that were found running, and whether they were at rest at that instant; see Hooks.
@@ -32,8 +37,48 @@ type SnapshotDisk struct {
 	Data      int64  `json:"data"`       // bytes of non-zero blocks
 }
 
-// Size is the total size of the disks in bytes.
+// SnapshotKind is what a snapshot consists of.
+type SnapshotKind string
+
+// The kinds of snapshot.
+const (
+	SnapshotImage SnapshotKind = "image"
+	SnapshotData  SnapshotKind = "data"
+)
+
+// SnapshotFiles is a set of files.
+type SnapshotFiles struct {
+	Roots   []string `json:"roots"`
+	Exclude []string `json:"exclude,omitempty"`
+	Index   string   `json:"index"`   // object id of the list of listings in the store
+	Entries int64    `json:"entries"` // names, of whatever kind
+	Bytes   int64    `json:"bytes"`   // of content, holes left out
+	Changed int64    `json:"changed"` // entries that are not as the parent has them
+	Gone    int64    `json:"gone"`    // entries that the parent has and this has not
+}
+
+// IsData says whether the snapshot consists of files.
+func (s Snapshot) IsData() bool { return s.Kind == SnapshotData }
+
+// ImageID is the snapshot whose disks are booted: of data the image that it goes onto, otherwise the snapshot itself.
+func (s Snapshot) ImageID() string {
+	if s.IsData() {
+		return s.Image
+	}
+	return s.ID
+}
+
+// Onto gives what a rescue image of data shows: the disks and the machine of the image, at the time of the data.
+func (s Snapshot) Onto(image Snapshot) Snapshot {
+	s.Disks, s.Inventory = image.Disks, image.Inventory
+	return s
+}
+
+// Size is the total size of the disks in bytes, or of the files' content.
 func (s Snapshot) Size() (n int64) {
+	if s.Files != nil {
+		return s.Files.Bytes
+	}
 	for _, d := range s.Disks {
 		n += d.Size
 	}
@@ -46,6 +91,7 @@ type Consistency string
 // From weakest to strongest.
 const (
 	CrashConsistent       Consistency = "crash"       // as if the power had been cut at that instant
+	FileConsistent        Consistency = "file"        // each file for itself, one after another
 	FilesystemConsistent  Consistency = "filesystem"  // every file system was frozen at that instant
 	ApplicationConsistent Consistency = "application" // and every application that was found was at rest
 )
@@ -72,6 +118,7 @@ const (
 	ProviderVSS      Provider = "vss"     // shadow copies of Windows
 	ProviderReflink  Provider = "reflink" // a clone of an image file, made by its file system (btrfs, xfs)
 	ProviderRest     Provider = "rest"    // an image file or device that nobody wrote to
+	ProviderFiles    Provider = "files"   // of data: the files themselves, one after another
 )
 
 // Known says whether this release knows the provider.

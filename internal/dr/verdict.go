@@ -264,9 +264,9 @@ type Event struct {
 	Message string    `json:"message"`
 }
 
-// Expirable lists the snapshots a retention rule lets go, oldest first. It never lists last-known-good, the newest
-// snapshot, one that is booted (pinned), or one that is still being worked on; nor, while a person has to decide, the
-// evidence and the last snapshot from before it.
+// Expirable lists the snapshots a retention rule lets go, data before the images it goes onto, otherwise oldest first. It never
+// lists last-known-good, the newest snapshot of each kind, one that is booted (pinned), one that is still being worked on, or
+// an image that data goes onto which stays; nor, while a person has to decide, the evidence and the last snapshot from before it.
 func Expirable(records []Record, keep Retention, lkg string, pinned map[string]bool) []string {
 	if keep.KeepLast <= 0 {
 		return nil
@@ -278,14 +278,82 @@ func Expirable(records []Record, keep Retention, lkg string, pinned map[string]b
 		}
 	}
 	live = oldestFirst(live)
-	var out []string
-	spared := spared(live)
-	for i := 0; i < len(live)-keep.KeepLast && i < len(live)-1; i++ {
+	stays, newest := spared(live), map[bool]string{}
+	stays[lkg] = true
+	tested := map[string]bool{} // images that data was tested with: they need no test of their own
+	for _, r := range live {
+		newest[r.Snapshot.IsData()] = r.Snapshot.ID
+		tested[r.Snapshot.Image] = true
+	}
+	points := 0 // an image that data goes onto is no point of its own to go back to
+	for i := len(live) - 1; i >= 0; i-- {
 		id := live[i].Snapshot.ID
-		if id == lkg || spared[id] || pinned[id] || live[i].State == Kept || live[i].State == Replicated {
-			continue
+		if !tested[id] {
+			points++
 		}
-		out = append(out, id)
+		if !tested[id] && points <= keep.KeepLast || pinned[id] {
+			stays[id] = true
+		}
+	}
+	stays[newest[true]], stays[newest[false]] = true, true
+	for _, r := range live {
+		untested := r.State == Kept || r.State == Replicated
+		if untested && (r.Snapshot.IsData() || !tested[r.Snapshot.ID]) {
+			stays[r.Snapshot.ID] = true
+		}
+	}
+	for _, r := range live {
+		if r.Snapshot.IsData() && stays[r.Snapshot.ID] {
+			stays[r.Snapshot.Image] = true
+		}
+	}
+	var out []string
+	for _, data := range []bool{true, false} {
+		for _, r := range live {
+			if r.Snapshot.IsData() == data && !stays[r.Snapshot.ID] {
+				out = append(out, r.Snapshot.ID)
+			}
+		}
 	}
 	return out
+}
+
+// ImageFor chooses the image onto which a server's next data goes: the newest, unless its last test failed, alone or with data
+// on it; then that of last-known-good, so that one bad image does not make every night's data bad. Records are the server's,
+// newest first; false if there is no image.
+func ImageFor(records []Record) (Snapshot, bool) {
+	var newest *Record
+	images := map[string]*Record{}
+	good := ""
+	for i := range records {
+		r := &records[i]
+		if r.LKG {
+			good = r.Snapshot.ImageID()
+		}
+		if r.State == Expired || r.Snapshot.IsData() {
+			continue
+		}
+		images[r.Snapshot.ID] = r
+		if newest == nil {
+			newest = r
+		}
+	}
+	if newest == nil {
+		return Snapshot{}, false
+	}
+	if known := images[good]; known != nil && failed(records, newest.Snapshot.ID) {
+		return known.Snapshot, true
+	}
+	return newest.Snapshot, true
+}
+
+// failed says whether the last verdict on an image, alone or with data on it, is a FAIL.
+func failed(records []Record, image string) bool {
+	var last *Verdict
+	for _, r := range records {
+		if v := r.Verdict; r.Snapshot.ImageID() == image && v != nil && (last == nil || v.Started.After(last.Started)) {
+			last = v
+		}
+	}
+	return last != nil && last.Outcome == Fail
 }

@@ -26,10 +26,7 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/appliance"
 	"github.com/musterdr/muster/internal/boottest"
-	"github.com/musterdr/muster/internal/capture"
-	"github.com/musterdr/muster/internal/capture/disk"
 	"github.com/musterdr/muster/internal/catalog"
-	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/image"
 	"github.com/musterdr/muster/internal/master"
@@ -139,9 +136,7 @@ func (l *Lab) open() error {
 		return err
 	}
 	closes = append(closes, func() { eng.Close(context.Background()) })
-	app := &appliance.Appliance{Store: st, Open: func(_ context.Context, source dr.Source) (capture.Source, error) {
-		return disk.Open(source.Disks)
-	}}
+	app := &appliance.Appliance{Store: st, Open: l.openSource}
 	l.Store = st
 	l.Master = master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silo: faultySilo{s, l},
 		Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now})

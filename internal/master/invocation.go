@@ -74,7 +74,8 @@ func (m *Master) invocationTask(ctx context.Context, id string, term int64) (dr.
 	if err != nil {
 		return inv, api.InvokeTask{}, err
 	}
-	return inv, api.InvokeTask{ID: id, Term: term, Server: s, Snapshot: rec.Snapshot, PreRecovery: pre, Network: inv.Network}, nil
+	snap, err := m.whole(ctx, rec.Snapshot)
+	return inv, api.InvokeTask{ID: id, Term: term, Server: s, Snapshot: snap, PreRecovery: pre, Network: inv.Network}, err
 }
 
 // invoke runs an invocation. Until the machine runs, whatever goes wrong is undone. Once it runs it is never taken

@@ -9,7 +9,7 @@
 // Runs of one server wait for each other. Each step of a run may be repeated after a crash: everything asked of an
 // appliance or a silo is asked under an identifier chosen before the run began.
 //
-//	protect    capture → pre-recover → test → settle     every scheduled or wanted snapshot
+//	protect    (capture image →) capture → pre-recover → test → settle     every scheduled or wanted snapshot
 //	prerecover pre-recover
 //	test       (pre-recover →) test → settle
 //	rule       rule → settle                             a person accepts or refuses a held snapshot
@@ -101,7 +101,7 @@ func Open(config Config) *Master {
 
 // Shape names the form of the runs below: it changes when a step is added, removed, renamed or moved, so that a run begun
 // by an older release is failed and started anew rather than carried on wrongly. The program gives it to the engine.
-const Shape = "1"
+const Shape = "2"
 
 // ResourceTest is what boot tests need; the program tells the engine how many this host can hold at once.
 const ResourceTest = "boot-test place"

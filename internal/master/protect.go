@@ -16,6 +16,7 @@ import (
 const (
 	captureLimit    = 24 * time.Hour
 	preRecoverLimit = 30 * time.Minute
+	mergeLimit      = 6 * time.Hour // of a pre-recovery that puts data into the image as well
 	testLimit       = time.Hour
 	recordLimit     = time.Minute
 	settleLimit     = 30 * time.Minute
@@ -34,6 +35,8 @@ type work struct {
 	SnapshotID  string    `json:"snapshot_id"`
 	PreRecovery string    `json:"pre_recovery"` // identifier of a new one; for test "" uses the snapshot's newest
 	VerdictID   string    `json:"verdict_id"`
+	Data        bool      `json:"data,omitempty"`  // the snapshot is of data
+	Image       string    `json:"image,omitempty"` // of the image that is taken first and that the data goes onto; "" one that is kept
 	Asked       time.Time `json:"asked"`
 }
 
@@ -43,13 +46,53 @@ func (m *Master) Snapshot(ctx context.Context, name string) (api.Operation, erro
 	if err != nil {
 		return api.Operation{}, err
 	}
-	return m.beginProtect(ctx, s, false)
+	return m.beginProtect(ctx, s, !s.HasImage(), false)
 }
 
-func (m *Master) beginProtect(ctx context.Context, s dr.Server, refuse bool) (api.Operation, error) {
+// SnapshotData implements api.Operator.
+func (m *Master) SnapshotData(ctx context.Context, name string) (api.Operation, error) {
+	s, err := m.server(ctx, name)
+	if err != nil {
+		return api.Operation{}, err
+	}
+	if !s.HasData() {
+		return api.Operation{}, api.Errorf(api.Conflict, "no data of %s is captured file by file: name folders with 'muster server set %s --tier image+data --data /srv'", s.Name, s.Name)
+	}
+	if _, err := m.imageFor(ctx, s); err != nil {
+		return api.Operation{}, err
+	}
+	return m.beginProtect(ctx, s, true, false)
+}
+
+// beginProtect starts a snapshot: of the image and, where the tier has it, of the data onto it; or of the data alone.
+func (m *Master) beginProtect(ctx context.Context, s dr.Server, dataOnly, refuse bool) (api.Operation, error) {
 	now := m.Now()
-	in := work{ServerID: s.ID, SnapshotID: dr.NewSnapshotID(now), PreRecovery: dr.NewID("pre"), VerdictID: dr.NewID("verdict"), Asked: now}
+	in := work{ServerID: s.ID, SnapshotID: dr.NewSnapshotID(now), PreRecovery: dr.NewID("pre"), VerdictID: dr.NewID("verdict"), Asked: now,
+		Data: s.HasData()}
+	if s.HasData() && !dataOnly {
+		in.Image = dr.NewSnapshotID(now)
+	}
 	return begin(ctx, m, kindProtect, s.Name, in.SnapshotID, in, engine.StartOptions{Key: serverKey(s.ID), Refuse: refuse})
+}
+
+// imageFor chooses the image onto which a server's data goes, among those that are kept.
+func (m *Master) imageFor(ctx context.Context, s dr.Server) (dr.Snapshot, error) {
+	of := s
+	if !s.HasImage() {
+		var err error
+		if of, err = m.server(ctx, s.Standby); err != nil {
+			return dr.Snapshot{}, fmt.Errorf("find the standby of %s: %w", s.Name, err)
+		}
+	}
+	records, err := m.Catalog.Snapshots(ctx, of.ID)
+	if err != nil {
+		return dr.Snapshot{}, err
+	}
+	image, ok := dr.ImageFor(records)
+	if !ok {
+		return image, api.Errorf(api.Conflict, "there is no image of %s yet that the data of %s could go onto: take one with 'muster snapshot %s'", of.Name, s.Name, of.Name)
+	}
+	return image, nil
 }
 
 // PreRecover implements api.Operator.
@@ -58,7 +101,7 @@ func (m *Master) PreRecover(ctx context.Context, name, snapshot string) (api.Ope
 	if err != nil {
 		return api.Operation{}, err
 	}
-	in := work{ServerID: s.ID, SnapshotID: r.Snapshot.ID, PreRecovery: dr.NewID("pre"), Asked: m.Now()}
+	in := work{ServerID: s.ID, SnapshotID: r.Snapshot.ID, PreRecovery: dr.NewID("pre"), Data: r.Snapshot.IsData(), Asked: m.Now()}
 	return begin(ctx, m, kindPreRecover, s.Name, in.PreRecovery, in, engine.StartOptions{Key: serverKey(s.ID)})
 }
 
@@ -68,7 +111,7 @@ func (m *Master) Test(ctx context.Context, name, snapshot string) (api.Operation
 	if err != nil {
 		return api.Operation{}, err
 	}
-	in := work{ServerID: s.ID, SnapshotID: r.Snapshot.ID, VerdictID: dr.NewID("verdict"), Asked: m.Now()}
+	in := work{ServerID: s.ID, SnapshotID: r.Snapshot.ID, VerdictID: dr.NewID("verdict"), Data: r.Snapshot.IsData(), Asked: m.Now()}
 	if r.PreRecovery == nil {
 		in.PreRecovery = dr.NewID("pre")
 	}
@@ -106,22 +149,46 @@ func (m *Master) pick(ctx context.Context, name, snapshot string) (dr.Server, dr
 
 // protect is the night's work on one server.
 func (m *Master) protect(r *engine.Run, in work) error {
-	_, err := engine.Step(r, "capture", engine.StepOptions{Limit: captureLimit, Attempts: 1}, func(ctx context.Context) (string, error) {
-		return in.SnapshotID, m.capture(ctx, r, in)
-	})
-	if err != nil {
-		return m.ticket(r, in, dr.ProblemCapture, "no snapshot could be taken", err)
+	if in.Image != "" {
+		if err := m.captureStep(r, in, "capture image", api.SnapshotTask{ID: in.Image}); err != nil {
+			return err
+		}
+	}
+	if err := m.captureStep(r, in, "capture", api.SnapshotTask{ID: in.SnapshotID, Image: in.Image}); err != nil {
+		return err
 	}
 	return m.prepareAndTest(r, in)
 }
 
-func (m *Master) capture(ctx context.Context, r *engine.Run, in work) error {
+func (m *Master) captureStep(r *engine.Run, in work, step string, task api.SnapshotTask) error {
+	_, err := engine.Step(r, step, engine.StepOptions{Limit: captureLimit, Attempts: 1}, func(ctx context.Context) (string, error) {
+		return task.ID, m.capture(ctx, r, in, task)
+	})
+	if err != nil {
+		return m.ticket(r, in, dr.ProblemCapture, "no snapshot could be taken", err)
+	}
+	return nil
+}
+
+// capture takes one snapshot: the one of the data, or the image before it.
+func (m *Master) capture(ctx context.Context, r *engine.Run, in work, task api.SnapshotTask) error {
 	s, err := m.Catalog.Server(ctx, in.ServerID)
 	if err != nil {
 		return engine.Permanent(err)
 	}
-	task := api.SnapshotTask{ID: in.SnapshotID, Server: s}
-	last, ok, err := m.Catalog.LastSnapshot(ctx, s.ID)
+	task.Server = s
+	kind := dr.SnapshotImage
+	if in.Data && task.ID == in.SnapshotID {
+		kind = dr.SnapshotData
+	}
+	if kind == dr.SnapshotData && task.Image == "" {
+		image, err := m.imageFor(ctx, s)
+		if err != nil {
+			return engine.Permanent(err)
+		}
+		task.Image = image.ID
+	}
+	last, ok, err := m.Catalog.LastSnapshot(ctx, s.ID, kind)
 	if err != nil {
 		return err
 	}
@@ -171,7 +238,11 @@ func (m *Master) prepareAndTest(r *engine.Run, in work) error {
 }
 
 func (m *Master) prepare(r *engine.Run, in work) (*api.Rejected, error) {
-	return engine.Step(r, "pre-recover", engine.StepOptions{Limit: preRecoverLimit, Attempts: 2}, func(ctx context.Context) (*api.Rejected, error) {
+	limit := preRecoverLimit
+	if in.Data {
+		limit = mergeLimit
+	}
+	return engine.Step(r, "pre-recover", engine.StepOptions{Limit: limit, Attempts: 2}, func(ctx context.Context) (*api.Rejected, error) {
 		s, rec, err := m.load(ctx, in)
 		if err != nil {
 			return nil, err
@@ -194,7 +265,22 @@ func (m *Master) load(ctx context.Context, in work) (dr.Server, dr.Record, error
 		return s, dr.Record{}, err
 	}
 	rec, err := m.Catalog.Snapshot(ctx, in.SnapshotID)
+	if err == nil {
+		rec.Snapshot, err = m.whole(ctx, rec.Snapshot)
+	}
 	return s, rec, err
+}
+
+// whole gives a snapshot as it is booted: data with the disks and the machine of the image that it goes onto.
+func (m *Master) whole(ctx context.Context, snap dr.Snapshot) (dr.Snapshot, error) {
+	if !snap.IsData() {
+		return snap, nil
+	}
+	image, err := m.Catalog.Snapshot(ctx, snap.Image)
+	if err != nil {
+		return snap, fmt.Errorf("find the image of %s: %w", snap.ID, err)
+	}
+	return snap.Onto(image.Snapshot), nil
 }
 
 // reject records that a snapshot cannot become a rescue image.

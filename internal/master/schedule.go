@@ -79,36 +79,66 @@ func (m *Master) wakeServer(ctx context.Context, s dr.Server) error {
 	if _, active, err := m.Catalog.ActiveInvocation(ctx, s.ID); err != nil || active {
 		return err // its original is gone or must not be mistaken for the truth
 	}
-	last, ok, err := m.Catalog.LastSnapshot(ctx, s.ID)
+	newest, err := m.newest(ctx, s)
 	if err != nil {
 		return err
 	}
 	now := m.Now()
-	var newest *dr.Record
-	if ok {
-		newest = &last
-	}
-	if m.due(s, newest, now).After(now) || m.backOff(s).After(now) {
+	due := dueOf(s, newest, now)
+	if due.next().After(now) || m.backOff(s).After(now) {
 		return nil
 	}
 	m.mu.Lock()
 	a := m.attempts[s.ID]
-	if newest != nil && !newest.Snapshot.Taken.Before(a.at) {
+	if !newest.last.IsZero() && !newest.last.Before(a.at) {
 		a.failures = 0 // the last attempt kept something
 	}
 	m.attempts[s.ID] = attempt{at: now, failures: a.failures + 1}
 	m.mu.Unlock()
-	_, err = m.beginProtect(ctx, s, true)
+	_, err = m.beginProtect(ctx, s, !s.HasImage() || due.image.After(now), true)
 	return err
 }
 
-// due says when a server's next snapshot is to be taken.
-func (m *Master) due(s dr.Server, newest *dr.Record, now time.Time) time.Time {
-	var last time.Time
-	if newest != nil {
-		last = newest.Snapshot.Taken
+// taken says when the newest snapshots of each kind were taken, zero for never.
+type taken struct {
+	image, data time.Time
+	last        time.Time // of the one that was recorded last
+}
+
+func (m *Master) newest(ctx context.Context, s dr.Server) (t taken, err error) {
+	for kind, at := range map[dr.SnapshotKind]*time.Time{dr.SnapshotImage: &t.image, dr.SnapshotData: &t.data, "": &t.last} {
+		rec, ok, err := m.Catalog.LastSnapshot(ctx, s.ID, kind)
+		if err != nil {
+			return t, err
+		}
+		if ok {
+			*at = rec.Snapshot.Taken
+		}
 	}
-	return s.Schedule.Due(last, now)
+	return t, nil
+}
+
+// dues says when the next snapshots are to be taken; zero for what the tier does not have.
+type dues struct {
+	image, data time.Time
+}
+
+func dueOf(s dr.Server, t taken, now time.Time) (d dues) {
+	if s.HasImage() {
+		d.image = s.Schedule.Due(t.image, now)
+	}
+	if s.HasData() {
+		d.data = s.Data.Schedule().Due(t.data, now)
+	}
+	return d
+}
+
+// next is the earlier of the two.
+func (d dues) next() time.Time {
+	if d.image.IsZero() || !d.data.IsZero() && d.data.Before(d.image) {
+		return d.data
+	}
+	return d.image
 }
 
 // backOff says when the next attempt may be made at the earliest, given those that kept nothing.
@@ -119,7 +149,11 @@ func (m *Master) backOff(s dr.Server) time.Time {
 	if !ok || a.at.After(m.Now()) {
 		return time.Time{}
 	}
-	wait := min(firstRetry<<min(a.failures-1, 10), lastRetry, s.Schedule.Every)
+	every := s.Schedule.Every
+	if s.HasData() {
+		every = min(every, s.Data.Schedule().Every)
+	}
+	wait := min(firstRetry<<min(a.failures-1, 10), lastRetry, every)
 	return a.at.Add(wait)
 }
 
@@ -142,7 +176,7 @@ func (m *Master) overdue(ctx context.Context, running map[string]api.Operation) 
 		if _, err := m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemTestMissing, "a test that should have run did not", detail, rec.Snapshot.ID, m.Now()); err != nil {
 			m.Log.Error("open ticket", "error", err)
 		}
-		in := work{ServerID: s.ID, SnapshotID: rec.Snapshot.ID, PreRecovery: dr.NewID("pre"), VerdictID: dr.NewID("verdict"), Asked: m.Now()}
+		in := work{ServerID: s.ID, SnapshotID: rec.Snapshot.ID, PreRecovery: dr.NewID("pre"), VerdictID: dr.NewID("verdict"), Data: rec.Snapshot.IsData(), Asked: m.Now()}
 		if _, err := begin(ctx, m, kindTest, s.Name, in.VerdictID, in, engine.StartOptions{Key: serverKey(s.ID), Refuse: true}); err != nil {
 			m.Log.Error("start missing test", "server", s.Name, "error", err)
 		}

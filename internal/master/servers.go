@@ -9,6 +9,7 @@ import (
 	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
+	"github.com/musterdr/muster/internal/fileset"
 )
 
 // recordServer is the kind under which the store keeps servers' definitions.
@@ -26,8 +27,8 @@ func (m *Master) AddServer(ctx context.Context, server dr.Server) (dr.Server, er
 	if server.Schedule.Every == 0 {
 		server.Schedule.Every = dr.DefaultEvery
 	}
-	if err := server.Validate(); err != nil {
-		return dr.Server{}, api.Errorf(api.Invalid, "%w", err)
+	if err := m.validate(ctx, &server); err != nil {
+		return dr.Server{}, err
 	}
 	if err := m.Store.PutRecord(ctx, recordServer, server.ID, server); err != nil {
 		return dr.Server{}, fmt.Errorf("keep definition of %s in the store: %w", server.Name, err)
@@ -51,8 +52,8 @@ func (m *Master) UpdateServer(ctx context.Context, name string, change api.Serve
 		return dr.Server{}, err
 	}
 	apply(&server, change)
-	if err := server.Validate(); err != nil {
-		return dr.Server{}, api.Errorf(api.Invalid, "%w", err)
+	if err := m.validate(ctx, &server); err != nil {
+		return dr.Server{}, err
 	}
 	if err := m.Catalog.UpdateServer(ctx, server); err != nil {
 		return dr.Server{}, err
@@ -61,6 +62,29 @@ func (m *Master) UpdateServer(ctx context.Context, name string, change api.Serve
 		return dr.Server{}, fmt.Errorf("keep definition of %s in the store: %w", server.Name, err)
 	}
 	return server, nil
+}
+
+// validate says what is wrong with a server's definition, and names its standby by its identifier.
+func (m *Master) validate(ctx context.Context, server *dr.Server) error {
+	err := server.Validate()
+	if err == nil && server.HasData() {
+		err = fileset.Set{Roots: server.Data.Paths, Exclude: server.Data.Exclude}.Validate()
+	}
+	if err != nil {
+		return api.Errorf(api.Invalid, "%w", err)
+	}
+	if server.Standby == "" {
+		return nil
+	}
+	standby, err := m.server(ctx, server.Standby)
+	switch {
+	case err != nil:
+		return api.Errorf(api.Invalid, "standby of %s: %w", server.Name, err)
+	case !standby.HasImage() || standby.ID == server.ID:
+		return api.Errorf(api.Invalid, "standby of %s: %s has no image of its own", server.Name, standby.Name)
+	}
+	server.Standby = standby.ID
+	return nil
 }
 
 func apply(server *dr.Server, c api.ServerChange) {
@@ -73,6 +97,11 @@ func apply(server *dr.Server, c api.ServerChange) {
 	set(&server.Overlays, c.Overlays)
 	set(&server.Retention.KeepLast, c.KeepLast)
 	set(&server.Signs, c.Signs)
+	set(&server.Tier, c.Tier)
+	set(&server.Data.Paths, c.DataPaths)
+	set(&server.Data.Exclude, c.DataExclude)
+	set(&server.Data.Every, c.DataEvery)
+	set(&server.Standby, c.Standby)
 	if ssh := server.Source.SSH; ssh != nil {
 		set(&ssh.KeyFile, c.KeyFile)
 		set(&ssh.HostKey, c.HostKey)
@@ -165,7 +194,12 @@ func (m *Master) status(ctx context.Context, s dr.Server, running map[string]api
 			out.LKG = &records[i]
 		}
 	}
-	out.Due = m.due(s, out.Newest, m.Now())
+	newest, err := m.newest(ctx, s)
+	if err != nil {
+		return out, err
+	}
+	due := dueOf(s, newest, m.Now())
+	out.Due, out.DataDue = due.next(), due.data
 	tickets, err := m.Catalog.Tickets(ctx, catalog.TicketFilter{ServerID: s.ID})
 	if err != nil {
 		return out, err
@@ -190,6 +224,15 @@ func (m *Master) RemoveServer(ctx context.Context, name string) error {
 	running, err := m.running(ctx)
 	if err != nil {
 		return err
+	}
+	servers, err := m.Catalog.Servers(ctx)
+	if err != nil {
+		return err
+	}
+	for _, other := range servers {
+		if other.Standby == s.ID {
+			return api.Errorf(api.Conflict, "%s is the standby of %s: give that another one first", s.Name, other.Name)
+		}
 	}
 	if op, ok := running[s.Name]; ok {
 		return api.Errorf(api.Conflict, "%s is being worked on (%s): wait for it or cancel it first", s.Name, op.ID)

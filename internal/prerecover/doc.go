@@ -7,14 +7,15 @@
 //	View     what was read of a guest, by value: the input of every decision
 //	Facts    what the view says the system is (dr.Facts)
 //	Overlay  a named, versioned, reversible set of edits with the condition under which it applies: data, never code
+//	Data     files that are newer than the image and are put into it (R22)
 //	Edit     one change with its reason, its before and its after (dr.Edit)
 //
 // # The road
 //
-//	Open ──► look ──► Decide ──► PlanEdits ──► apply ──► Close
-//	         View      Hardware    edits        delta
+//	Open ──► look ──► merge ──► Decide ──► PlanEdits ──► apply ──► Close
+//	         View     data      Hardware    edits        delta
 //
-// Only look and apply touch the guest. Decide and PlanEdits are functions of their arguments, so that what was chosen
+// Only look, merge and apply touch the guest. Decide and PlanEdits are functions of their arguments, so that what was chosen
 // and why can be tested without a disk and explained afterwards. Whatever breaks on the road, the image is untouched,
 // because everything is written to the deltas, and the deltas are removed.
 //

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/musterdr/muster/internal/dr"
 )
@@ -29,6 +30,15 @@ func Explain(w io.Writer, p dr.PreRecovery, verbose bool) error {
 	e.line("Hardware")
 	for _, d := range p.Hardware.Reasons {
 		e.row(d.What, "%s: %s", d.Chosen, d.Reason)
+	}
+	if d := p.Data; d != nil {
+		e.line("")
+		e.line("Data")
+		e.row("from", "snapshot %s, taken %s", d.Snapshot, d.Taken.UTC().Format(time.RFC3339))
+		e.row("onto", "image %s, %s older", d.Image, d.Taken.Sub(d.ImageTaken).Round(time.Second))
+		e.row("folders", "%s: %d files and folders", strings.Join(d.Roots, ", "), d.Entries)
+		e.row("written", "%d files that the image did not have so, %d bytes", d.Written, d.Bytes)
+		e.row("removed", "%d that are gone since the image", d.Removed)
 	}
 	if len(p.Notes) > 0 {
 		e.line("")

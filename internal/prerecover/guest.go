@@ -3,8 +3,10 @@ package prerecover
 import (
 	"context"
 	"errors"
+	"io"
 	"io/fs"
 
+	"github.com/musterdr/muster/internal/fileset"
 	"github.com/musterdr/muster/internal/vm"
 )
 
@@ -58,6 +60,17 @@ type Guest interface {
 	Chown(ctx context.Context, path string, uid, gid int) error
 	SetXattr(ctx context.Context, path, name, value string) error
 
+	// Walk gives a folder and everything below it in fileset.Compare's order, as entries that have what can be compared without
+	// reading a file: kind, path, mode, owner, size, mtime, ctime and inode; what cannot be told is zero. Links are not
+	// followed, mounted file systems are entered. Here paths may be as long as fileset.MaxPath. More than MaxWalk bytes of
+	// names are ErrTooLarge.
+	Walk(ctx context.Context, folder string) ([]fileset.Entry, error)
+	// RemoveAll removes whatever is at a path, with everything below it. Nothing there is no error.
+	RemoveAll(ctx context.Context, path string) error
+	// Unpack unpacks a tar stream at / with everything it says of each entry. What is there is replaced. Its names must not
+	// pass through links: whoever calls has made sure. It may take long, which does not count against the guest's own limit.
+	Unpack(ctx context.Context, tar io.Reader) error
+
 	// Deltas are the paths of the deltas in the order of the bases.
 	Deltas() []string
 	// Close writes out everything, ends the guest and keeps the deltas. They are complete only if it returns nil.
@@ -74,6 +87,9 @@ var (
 
 // MaxDevices is the largest number of devices a guest is looked at for.
 const MaxDevices = 256
+
+// MaxWalk bounds the names that Walk gives, in bytes.
+const MaxWalk = 256 << 20
 
 // MaxPath is the longest path in a guest, in bytes. Linux allows 4096; no path an overlay names comes near.
 const MaxPath = 1024

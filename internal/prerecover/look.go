@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/fileset"
 )
 
 // seen is what looking at a guest gave.
@@ -17,6 +18,7 @@ type seen struct {
 	view  *View
 	facts dr.Facts
 	notes []dr.Decision
+	blind []string // mount points whose file system is there and could not be mounted
 }
 
 const selinuxAttr = "security.selinux"
@@ -29,16 +31,17 @@ const (
 	maxKernels    = 64
 )
 
-// look mounts the system of a guest as its fstab says and reads what decisions need. paths are what the overlays name.
-func look(ctx context.Context, g Guest, inv dr.Inventory, paths []string) (seen, error) {
+// look mounts the system of a guest as its fstab says and reads what decisions need. paths are what the overlays name, roots
+// are folders whose file systems are wanted as well.
+func look(ctx context.Context, g Guest, inv dr.Inventory, paths, roots []string) (seen, error) {
 	s := &sight{looker: looker{ctx: ctx, g: g, view: NewView()}, inv: inv}
-	for _, step := range []func() error{s.devices, s.findRoot, func() error { return s.mountRest(paths) }, s.system, s.kernels, s.boot,
+	for _, step := range []func() error{s.devices, s.findRoot, func() error { return s.mountRest(paths, roots) }, s.system, s.kernels, s.boot,
 		s.services, s.firmware, func() error { return s.named(paths) }} {
 		if err := step(); err != nil {
 			return seen{}, fmt.Errorf("look into image: %w", err)
 		}
 	}
-	return seen{view: s.view, facts: s.facts, notes: s.notes}, nil
+	return seen{view: s.view, facts: s.facts, notes: s.notes, blind: s.blind}, nil
 }
 
 // sight is the work of look.
@@ -48,6 +51,7 @@ type sight struct {
 	facts dr.Facts
 	notes []dr.Decision
 	fstab []fstabLine
+	blind []string
 }
 
 func (s *sight) note(what, chosen, format string, args ...any) {
@@ -300,7 +304,7 @@ func (s *sight) mountRoot(c candidate, mounted bool) error {
 var systemMounts = []string{"/boot", "/boot/efi", "/efi", "/usr", "/usr/lib", "/usr/local", "/etc", "/var", "/var/lib", "/opt", "/lib", "/sbin"}
 
 // mountRest mounts what fstab says belongs to the system, and what holds a path an overlay names, outermost first.
-func (s *sight) mountRest(paths []string) error {
+func (s *sight) mountRest(paths, roots []string) error {
 	var entries []mountEntry
 	for _, l := range s.fstab {
 		e, ok := l.entry()
@@ -308,7 +312,8 @@ func (s *sight) mountRest(paths []string) error {
 			continue
 		}
 		inside := func(p string) bool { return strings.HasPrefix(p, e.mount+"/") }
-		if slices.Contains(systemMounts, e.mount) || slices.ContainsFunc(paths, inside) {
+		around := func(root string) bool { return fileset.Below(root, e.mount) || fileset.Below(e.mount, root) }
+		if slices.Contains(systemMounts, e.mount) || slices.ContainsFunc(paths, inside) || slices.ContainsFunc(roots, around) {
 			entries = append(entries, e)
 		}
 	}
@@ -331,6 +336,7 @@ func (s *sight) mountRest(paths []string) error {
 				return err
 			}
 			s.note("mount", e.mount, "it could not be mounted: %v", err)
+			s.blind = append(s.blind, e.mount)
 			continue
 		}
 		s.view.Mounts[e.mount] = d.Name

@@ -21,12 +21,14 @@ type Request struct {
 	Overlays []Overlay  // the customer's own, applied after the standard ones
 	Agent    []byte     // the test agent, a static program for the guest
 	Limits   Limits     // Disks and Seed are filled in
+	Data     *Data      // put into the image before it is edited; nil for none
 }
 
 // The parts of which Run reports progress, in order.
 const (
 	PartOpen  = "open"
 	PartLook  = "look"
+	PartData  = "data"
 	PartApply = "apply"
 	PartClose = "close"
 )
@@ -54,7 +56,7 @@ func prepare(ctx context.Context, g Guest, req Request, report dr.Progress) (dr.
 	overlays := append(Standard(), req.Overlays...)
 	report.Report(PartLook, 0, 1, "")
 	inv := req.Snapshot.Inventory
-	found, err := look(ctx, g, inv, wanted(overlays))
+	found, merged, err := lookAndMerge(ctx, g, req, wanted(overlays), report)
 	if err != nil {
 		return dr.PreRecovery{}, err
 	}
@@ -86,11 +88,34 @@ func prepare(ctx context.Context, g Guest, req Request, report dr.Progress) (dr.
 	}
 	report.Report(PartClose, 1, 1, "")
 	p := dr.PreRecovery{ID: req.ID, SnapshotID: req.Snapshot.ID, Hardware: hardware, Overlays: plan.Applied, Facts: found.facts,
-		Deltas: g.Deltas(), Notes: append(found.notes, plan.Notes...)}
+		Deltas: g.Deltas(), Notes: append(found.notes, plan.Notes...), Data: merged}
 	for _, e := range plan.Edits {
 		p.Edits = append(p.Edits, e.Edit)
 	}
 	return p, nil
+}
+
+// lookAndMerge looks into the image and puts the data into it. If that changed what was looked at, it looks again.
+func lookAndMerge(ctx context.Context, g Guest, req Request, paths []string, report dr.Progress) (seen, *dr.MergedData, error) {
+	var roots []string
+	if req.Data != nil {
+		roots = req.Data.Set.Roots
+	}
+	found, err := look(ctx, g, req.Snapshot.Inventory, paths, roots)
+	if err != nil || req.Data == nil {
+		return found, nil, err
+	}
+	merged, err := mergeData(ctx, g, found.view, found.blind, req.Data, report)
+	if err != nil {
+		return found, nil, err
+	}
+	if found.view.holdsBelow(roots) {
+		if err := g.Unmount(ctx); err != nil {
+			return found, nil, err
+		}
+		found, err = look(ctx, g, req.Snapshot.Inventory, paths, roots)
+	}
+	return found, &merged, err
 }
 
 // apply makes one edit.

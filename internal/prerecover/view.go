@@ -9,6 +9,8 @@ import (
 	"path"
 	"slices"
 	"strings"
+
+	"github.com/musterdr/muster/internal/fileset"
 )
 
 // View is what was read of a guest: files, folders and devices by value. It answers only for paths that were looked at;
@@ -59,6 +61,18 @@ func (v *View) WithFolder(name string, names ...string) *View {
 		}
 		name, names = path.Dir(name), []string{path.Base(name)}
 	}
+}
+
+// holdsBelow says whether anything below one of the folders was looked at.
+func (v *View) holdsBelow(roots []string) bool {
+	for p := range v.entries {
+		for _, r := range roots {
+			if fileset.Below(p, r) {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 func (v *View) exists(name string) bool {

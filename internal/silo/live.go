@@ -65,7 +65,7 @@ func (s *Silo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progre
 		return api.Invoked{}, fmt.Errorf("hold snapshot %s: %w", task.Snapshot.ID, err)
 	}
 	report.Report("export", 0, 0, "")
-	if err := s.Exporter.Start(ctx, task.Snapshot.ID, s.liveSocket(task.ID)); err != nil {
+	if err := s.Exporter.Start(ctx, task.Snapshot.ImageID(), s.liveSocket(task.ID)); err != nil {
 		return api.Invoked{}, fmt.Errorf("export snapshot %s: %w", task.Snapshot.ID, err)
 	}
 	if _, err := s.Hypervisor.Find(ctx, out.Machine); err == nil {
@@ -107,7 +107,7 @@ func (s *Silo) liveLayers(ctx context.Context, task api.InvokeTask) ([]vm.Disk, 
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make folder for live layers: %w", err)
 	}
-	base := layers(s.liveSocket(task.ID), task.Snapshot.ID, len(task.Snapshot.Disks))
+	base := layers(s.liveSocket(task.ID), task.Snapshot.ImageID(), len(task.Snapshot.Disks))
 	disks := make([]vm.Disk, len(deltas))
 	for n, d := range under(deltas, base) {
 		path := filepath.Join(dir, fmt.Sprintf("live-%d.qcow2", n))
@@ -169,7 +169,7 @@ func (s *Silo) Tend(ctx context.Context, task api.InvokeTask) (bool, error) {
 	if _, err := os.Stat(s.liveDir(task.ID)); err != nil {
 		return false, nil // it never started, or has ended
 	}
-	if err := s.Exporter.Start(ctx, task.Snapshot.ID, s.liveSocket(task.ID)); err != nil {
+	if err := s.Exporter.Start(ctx, task.Snapshot.ImageID(), s.liveSocket(task.ID)); err != nil {
 		return false, fmt.Errorf("export snapshot %s again: %w", task.Snapshot.ID, err)
 	}
 	m, err := s.Hypervisor.Find(ctx, machineName(task.ID))
@@ -212,7 +212,7 @@ func (s *Silo) EndInvocation(ctx context.Context, task api.InvokeTask, keep bool
 
 // keepLive writes each disk, with everything the machine wrote, as one file that needs no store.
 func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error) {
-	base, _, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
+	base, _, release, err := s.exports.acquire(ctx, task.Snapshot.ImageID(), len(task.Snapshot.Disks))
 	if err != nil {
 		return "", err
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/musterdr/muster/internal/boottest"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/durable"
+	"github.com/musterdr/muster/internal/fileset"
 	"github.com/musterdr/muster/internal/prerecover"
 	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/vm"
@@ -50,13 +51,18 @@ func (s *Silo) PreRecover(ctx context.Context, task api.PreRecoverTask, report d
 	if err != nil {
 		return dr.PreRecovery{}, fmt.Errorf("ask hypervisor: %w", err)
 	}
-	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
+	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ImageID(), len(task.Snapshot.Disks))
 	if err != nil {
 		return dr.PreRecovery{}, err
 	}
 	defer release()
+	data, done, err := s.data(ctx, task.Snapshot)
+	if err != nil {
+		return dr.PreRecovery{}, err
+	}
+	defer done()
 	memory, cpus := s.limits(host)
-	pre, err := prerecover.Run(ctx, s.Opener, prerecover.Request{
+	pre, err := prerecover.Run(ctx, s.Opener, prerecover.Request{Data: data,
 		ID: task.ID, Snapshot: task.Snapshot, Base: layers, Dir: dir, Overlays: own, Agent: agent,
 		Limits: prerecover.Limits{MaxMemory: memory, MaxCPUs: cpus, Memory: task.Server.Memory, CPUs: task.Server.CPUs, UEFI: host.UEFI},
 	}, report)
@@ -71,10 +77,46 @@ func (s *Silo) PreRecover(ctx context.Context, task api.PreRecoverTask, report d
 	return pre, nil
 }
 
+// data opens the files that go into an image, if the snapshot is of files; done closes them.
+func (s *Silo) data(ctx context.Context, snap dr.Snapshot) (data *prerecover.Data, done func(), err error) {
+	if !snap.IsData() {
+		return nil, func() {}, nil
+	}
+	image, err := s.Store.Snapshot(ctx, snap.Image)
+	if err != nil {
+		return nil, nil, fmt.Errorf("find image %s: %w", snap.Image, err)
+	}
+	files, err := s.Store.Files(ctx, snap.ID)
+	if errors.Is(err, store.ErrDamaged) {
+		return nil, nil, &api.Rejected{Code: dr.CodeDiskError, Reason: "the data cannot be read from the store: " + err.Error()}
+	}
+	if err != nil {
+		return nil, nil, err
+	}
+	return &prerecover.Data{Snapshot: snap.ID, Taken: snap.Taken, Image: image.ID, Before: image.Taken, Set: files.Set(),
+		Each: func(ctx context.Context, each func(*fileset.Entry, func() (io.ReadCloser, error)) error) error {
+			for all := files.All(); ; {
+				e, err := all.Next(ctx)
+				if errors.Is(err, io.EOF) {
+					return nil
+				}
+				if err == nil {
+					err = each(&e.Entry, func() (io.ReadCloser, error) { return files.Data(ctx, e) })
+				}
+				if err != nil {
+					return err
+				}
+			}
+		}}, files.Close, nil
+}
+
 // rejection tells a fault of the snapshot from a fault on the way. fault is the first read error its export saw.
 func rejection(err, fault error) error {
 	if fault != nil {
 		return &api.Rejected{Code: dr.CodeDiskError, Reason: "the snapshot cannot be read from the store: " + fault.Error()}
+	}
+	if errors.Is(err, store.ErrDamaged) {
+		return &api.Rejected{Code: dr.CodeDiskError, Reason: "the data cannot be read from the store: " + err.Error()}
 	}
 	if errors.Is(err, prerecover.ErrNotRescuable) {
 		return &api.Rejected{Code: dr.CodeNotBooted, Reason: err.Error()}
@@ -200,7 +242,7 @@ func (s *Silo) Test(ctx context.Context, task api.TestTask, report dr.Progress) 
 	if err != nil {
 		return dr.Verdict{}, err
 	}
-	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ID, len(task.Snapshot.Disks))
+	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ImageID(), len(task.Snapshot.Disks))
 	if err != nil {
 		return dr.Verdict{}, err
 	}

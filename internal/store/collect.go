@@ -10,6 +10,7 @@ import (
 	"github.com/kopia/kopia/repo"
 	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/maintenance"
+	"github.com/kopia/kopia/snapshot"
 	"github.com/kopia/kopia/snapshot/snapshotmaintenance"
 
 	"github.com/musterdr/muster/internal/dr"
@@ -65,6 +66,13 @@ func (s *Store) forget(ctx context.Context, snapshotID string) error {
 		}
 		if owners := held[snapshotID]; len(owners) > 0 {
 			return fmt.Errorf("%w: held by %s", ErrPinned, strings.Join(owners, ", "))
+		}
+		data, err := w.FindManifests(ctx, map[string]string{manifestTypeKey: snapshot.ManifestType, tagKind: kindSnapshot, tagImage: snapshotID})
+		if err != nil {
+			return damaged(err)
+		}
+		if len(data) > 0 {
+			return fmt.Errorf("%w: data goes onto it, %s and %d others", ErrPinned, data[0].Labels[tagSnapshot], len(data)-1)
 		}
 		entries, err := findManifests(ctx, w, kindSnapshot, snapshotID)
 		if err != nil {

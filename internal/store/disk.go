@@ -212,7 +212,7 @@ func (d *DiskWriter) store(data, frame []byte) (content.ID, error) {
 	if err != nil {
 		return content.EmptyID, err
 	}
-	if d.w.mine.has(content.SessionIDFromBlobID(info.PackBlobID)) && d.seen.add(id.Hash()) {
+	if d.w.isMine(info.PackBlobID) && d.seen.add(id.Hash()) {
 		d.fresh.Add(int64(len(data)))
 		return id, d.w.flushSome()
 	}

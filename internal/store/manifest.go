@@ -18,6 +18,7 @@ import (
 	"github.com/kopia/kopia/snapshot/snapshotfs"
 
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/fileset"
 )
 
 // manifestFormat is the version of snapshot.json. A reader refuses any other.
@@ -36,10 +37,13 @@ const (
 	tagKind         = "tag:muster"
 	tagSnapshot     = "tag:snapshot"
 	tagName         = "tag:name"
+	tagImage        = "tag:image" // of data: the image that it goes onto
 	manifestTypeKey = manifest.TypeLabelKey
 )
 
 func diskDir(i int) string              { return fmt.Sprintf("disk%d", i) }
+func listFile(i int) string             { return fmt.Sprintf("%08d.list", i) }
+func dataFile(i int) string             { return fmt.Sprintf("%08d.data", i) }
 func segmentFile(i int64) string        { return fmt.Sprintf("%08d.seg", i) }
 func describe(id, server string) string { return "muster " + id + " of " + server }
 
@@ -82,8 +86,8 @@ func decodeDocument(data []byte) (*document, error) {
 			return nil, fmt.Errorf("parent: %w", err)
 		}
 	}
-	if len(s.Disks) == 0 || len(s.Disks) > MaxDisks || len(d.Zeros) != len(s.Disks) {
-		return nil, fmt.Errorf("the manifest lists %d disks and %d maps; there must be as many of both, 1 to %d", len(s.Disks), len(d.Zeros), MaxDisks)
+	if err := validateKind(&d); err != nil {
+		return nil, err
 	}
 	if len(d.Attachments) > MaxAttachments {
 		return nil, fmt.Errorf("the manifest lists %d attachments; the most is %d", len(d.Attachments), MaxAttachments)
@@ -99,6 +103,37 @@ func decodeDocument(data []byte) (*document, error) {
 		}
 	}
 	return &d, nil
+}
+
+// validateKind requires disks of an image and files of data.
+func validateKind(d *document) error {
+	s := d.Snapshot
+	switch s.Kind {
+	case "", dr.SnapshotImage:
+		if len(s.Disks) == 0 || len(s.Disks) > MaxDisks || len(d.Zeros) != len(s.Disks) {
+			return fmt.Errorf("the manifest lists %d disks and %d maps; there must be as many of both, 1 to %d", len(s.Disks), len(d.Zeros), MaxDisks)
+		}
+		if s.Files != nil || s.Image != "" {
+			return errors.New("the manifest of an image lists files")
+		}
+		return nil
+	case dr.SnapshotData:
+	default:
+		return fmt.Errorf("the manifest is of kind %.40q, which this release does not know", s.Kind)
+	}
+	if s.Files == nil || len(s.Disks) > 0 || len(d.Zeros) > 0 {
+		return errors.New("the manifest of data lists no files, or disks")
+	}
+	if err := dr.ValidateID(s.Image); err != nil {
+		return fmt.Errorf("image: %w", err)
+	}
+	if err := (fileset.Set{Roots: s.Files.Roots, Exclude: s.Files.Exclude}).Validate(); err != nil {
+		return err
+	}
+	if _, err := object.ParseID(s.Files.Index); err != nil || s.Files.Entries < 1 || s.Files.Bytes < 0 {
+		return fmt.Errorf("the manifest lists %d files in %.80q", s.Files.Entries, s.Files.Index)
+	}
+	return nil
 }
 
 func validateDisk(d dr.SnapshotDisk) error {

@@ -12,6 +12,8 @@ import (
 
 	"github.com/kopia/kopia/fs"
 	"github.com/kopia/kopia/repo"
+	"github.com/kopia/kopia/repo/blob"
+	"github.com/kopia/kopia/repo/content"
 	"github.com/kopia/kopia/repo/object"
 	"github.com/kopia/kopia/snapshot"
 	"github.com/kopia/kopia/snapshot/snapshotfs"
@@ -43,6 +45,7 @@ type Writer struct {
 
 	mu     sync.Mutex
 	disks  []*DiskWriter
+	files  *FilesWriter // of a snapshot of files
 	attach map[string][]byte
 	zero   map[int64]object.ID // by length
 	failed error               // the first failure; after it nothing is written
@@ -187,6 +190,25 @@ func (w *Writer) put(data []byte, prefix, compressor string) (object.ID, error) 
 	return putObject(w.ctx, w.session, data, prefix, compressor)
 }
 
+// putNode writes an indirect object over objects of any length.
+func (w *Writer) putNode(entries []object.IndirectObjectEntry) (object.ID, error) {
+	b, err := json.Marshal(struct {
+		Stream  string                       `json:"stream"`
+		Entries []object.IndirectObjectEntry `json:"entries"`
+	}{mapStream, entries})
+	if err != nil {
+		return object.EmptyID, err
+	}
+	node, err := w.put(b, mapPrefix, compressorSmall)
+	if err != nil {
+		return object.EmptyID, err
+	}
+	return indirect(node)
+}
+
+// isMine says whether a pack was written by this snapshot.
+func (w *Writer) isMine(pack blob.ID) bool { return w.mine.has(content.SessionIDFromBlobID(pack)) }
+
 func putObject(ctx context.Context, session repo.RepositoryWriter, data []byte, prefix, compressor string) (object.ID, error) {
 	o := session.NewObjectWriter(ctx, object.WriterOptions{
 		Prefix: contentPrefix(prefix), Compressor: compressorName(compressor), MetadataCompressor: compressorName(compressor),
@@ -257,7 +279,7 @@ func (w *Writer) Commit(ctx context.Context, snap dr.Snapshot) (dr.Snapshot, err
 }
 
 func (w *Writer) commit(ctx context.Context, snap dr.Snapshot) (dr.Snapshot, error) {
-	if len(w.disks) == 0 {
+	if len(w.disks) == 0 && w.files == nil {
 		return snap, errors.New("it has no disk")
 	}
 	doc := document{Format: manifestFormat, Attachments: map[string]int64{}}
@@ -277,6 +299,10 @@ func (w *Writer) commit(ctx context.Context, snap dr.Snapshot) (dr.Snapshot, err
 		snap.Stats.New += d.fresh.Load()
 		doc.Zeros = append(doc.Zeros, m.zeros)
 	}
+	filesSize, err := w.sealFiles(&snap)
+	if err != nil {
+		return snap, err
+	}
 	files := make(map[string]object.ID, len(w.attach))
 	for name, data := range w.attach {
 		id, err := w.put(data, "", compressorSmall)
@@ -293,11 +319,29 @@ func (w *Writer) commit(ctx context.Context, snap dr.Snapshot) (dr.Snapshot, err
 	}
 	snap.Stats.Stored = w.uploaded.Load()
 	doc.Snapshot = snap
-	return snap, w.publish(ctx, doc, maps, files)
+	return snap, w.publish(ctx, doc, maps, files, filesSize)
+}
+
+// sealFiles completes the files, if the snapshot is one of files, and says how long their index is.
+func (w *Writer) sealFiles(snap *dr.Snapshot) (indexSize int64, err error) {
+	f := w.files
+	snap.Kind, snap.Image, snap.Files = dr.SnapshotImage, "", nil
+	if f == nil {
+		return 0, nil
+	}
+	index, size, err := f.seal()
+	if err != nil {
+		return 0, fmt.Errorf("files: %w", err)
+	}
+	snap.Kind, snap.Image = dr.SnapshotData, f.image
+	snap.Files = &dr.SnapshotFiles{Roots: f.set.Roots, Exclude: f.set.Exclude, Index: index.String(), Entries: f.entries, Bytes: f.bytes,
+		Changed: f.changed, Gone: f.gone}
+	snap.Stats.Changed, snap.Stats.New = f.differs, f.fresh
+	return size, nil
 }
 
 // publish writes the folder that names everything, and the manifest that names the folder, in one flush.
-func (w *Writer) publish(ctx context.Context, doc document, disks []*diskMap, files map[string]object.ID) error {
+func (w *Writer) publish(ctx context.Context, doc document, disks []*diskMap, files map[string]object.ID, filesSize int64) error {
 	data, err := json.Marshal(doc)
 	if err != nil {
 		return err
@@ -311,10 +355,22 @@ func (w *Writer) publish(ctx context.Context, doc document, disks []*diskMap, fi
 		} else if there {
 			return ErrExists
 		}
+		tags := map[string]string{tagKind: kindSnapshot, tagSnapshot: w.id}
+		if image := doc.Snapshot.Image; image != "" {
+			if there, err := exists(ctx, rw, image); err != nil {
+				return err
+			} else if !there {
+				return fmt.Errorf("image %s is %w", image, ErrNotFound)
+			}
+			tags[tagImage] = image
+		}
 		t := tree{ctx: ctx, rw: rw, taken: fs.UTCTimestampFromTime(doc.Snapshot.Taken)}
 		var entries []*snapshot.DirEntry
 		for i, m := range disks {
 			entries = append(entries, t.dir(diskDir(i), t.disk(m)))
+		}
+		if w.files != nil {
+			entries = append(entries, t.dir(filesDir, t.files(w.files, doc.Snapshot.Files.Index, filesSize)))
 		}
 		if len(files) > 0 {
 			var list []*snapshot.DirEntry
@@ -335,7 +391,7 @@ func (w *Writer) publish(ctx context.Context, doc document, disks []*diskMap, fi
 			EndTime:     t.taken,
 			RootEntry:   root,
 			Stats:       snapshot.Stats{TotalFileCount: int32(root.DirSummary.TotalFileCount), TotalFileSize: root.DirSummary.TotalFileSize},
-			Tags:        map[string]string{tagKind: kindSnapshot, tagSnapshot: w.id},
+			Tags:        tags,
 		})
 		return err
 	})
@@ -382,6 +438,23 @@ func (t *tree) dir(name string, entries []*snapshot.DirEntry) *snapshot.DirEntry
 	id, err := snapshotfs.WriteDirManifest(t.ctx, t.rw, name, m, compressorSmall)
 	t.err = err
 	return &snapshot.DirEntry{Name: name, Type: snapshot.EntryTypeDirectory, Permissions: 0o700, ModTime: t.taken, ObjectID: id, DirSummary: m.Summary}
+}
+
+// files lists the index, the listings and the contents of a set of files, each as a file.
+func (t *tree) files(f *FilesWriter, index string, size int64) []*snapshot.DirEntry {
+	id, err := object.ParseID(index)
+	if err != nil {
+		t.err = err
+		return nil
+	}
+	out := []*snapshot.DirEntry{t.file(filesIndexFile, size, id)}
+	for i, l := range f.leaves {
+		out = append(out, t.file(listFile(i), l.listed, l.list))
+		if l.bytes > 0 {
+			out = append(out, t.file(dataFile(i), l.bytes, l.data))
+		}
+	}
+	return out
 }
 
 // disk lists the map, the segments and the zero blocks of one disk, each as a file.

@@ -16,7 +16,10 @@ import (
 	"github.com/musterdr/muster/internal/dr"
 )
 
-var _ capture.Source = (*Source)(nil)
+var (
+	_ capture.Source     = (*Source)(nil)
+	_ capture.FileSource = (*Source)(nil)
+)
 
 // endLimit is how long an agent that is done may take to end.
 const endLimit = 10 * time.Second
@@ -49,20 +52,29 @@ func (s *Source) Contact(ctx context.Context) (api.Contact, error) {
 
 // Capture implements capture.Source.
 func (s *Source) Capture(ctx context.Context, sink *capture.Sink, report dr.Progress) error {
+	return s.read(ctx, func(talk *capture.Session) error {
+		return talk.Capture(ctx, wire.Plan{Disks: s.source.Disks, FreezeLimit: s.source.FreezeLimit, Rate: s.source.ReadLimit, Track: s.source.Resident, Volumes: s.source.Snapshots, Hooks: s.source.Hooks}, sink, report)
+	})
+}
+
+// read talks to an agent on a server that somebody has confirmed.
+func (s *Source) read(ctx context.Context, talk func(*capture.Session) error) error {
 	if s.source.HostKey == "" {
 		return fmt.Errorf("read %s: nobody has confirmed its host key %s yet", s.source, ssh.FingerprintSHA256(s.hostKey))
 	}
 	p, err := s.look(ctx)
-	if err != nil {
-		return fmt.Errorf("read %s: %w", s.source, err)
+	if err == nil {
+		err = s.converse(ctx, p, talk)
 	}
-	err = s.converse(ctx, p, func(talk *capture.Session) error {
-		return talk.Capture(ctx, wire.Plan{Disks: s.source.Disks, FreezeLimit: s.source.FreezeLimit, Rate: s.source.ReadLimit, Track: s.source.Resident, Volumes: s.source.Snapshots, Hooks: s.source.Hooks}, sink, report)
-	})
 	if err != nil {
 		return fmt.Errorf("read %s: %w", s.source, err)
 	}
 	return nil
+}
+
+// CaptureFiles implements capture.FileSource.
+func (s *Source) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report dr.Progress) error {
+	return s.read(ctx, func(talk *capture.Session) error { return talk.Files(ctx, sink, report) })
 }
 
 // Forget implements capture.Source.

@@ -4,6 +4,7 @@
 //	Frame     a kind, a length, a payload; each kind has its own limit
 //	Message   a JSON payload: hello, plan, layout, pass, done, …
 //	Sums      one fingerprint a block of one disk
+//	Was       one fingerprint a name of a file set
 //
 // # Conversation
 //
@@ -15,6 +16,11 @@
 //	appliance  AskCapture{Plan}                  → Layout
 //	appliance  Known, Sums … for each disk, Go   → Pass, (Block | Zeros | Tick)…, Pass, …, Names once, Done
 //	appliance  Kept, once the snapshot is safe; or it ends the conversation
+//
+// or, file by file, both sides at the same time:
+//
+//	appliance  AskFiles{FilesPlan} Was … Go          what is known of each name, in fileset.Compare's order
+//	agent      (Same | Gone | Piece … Entry)… Done   what became of it, in the same order; Again voids pieces
 //
 // Until Kept an agent that tracks the disks forgets nothing of what was written before this capture.
 //
@@ -37,6 +43,8 @@ import (
 	"fmt"
 	"io"
 	"sync"
+
+	"github.com/musterdr/muster/internal/fileset"
 )
 
 // Greeting is the first thing an agent sends; the number is the version of the protocol.
@@ -72,6 +80,11 @@ const (
 	KindNames     Kind = 'N' // agent: signs.Listing
 	KindDone      Kind = 'D' // agent: Done
 	KindFailure   Kind = 'F' // agent: Failure
+	KindSame      Kind = 'S' // agent: how many of the names that are known are as they were
+	KindGone      Kind = 'G' // agent: how many are not there any more
+	KindPiece     Kind = 'C' // agent: a piece of a file's content
+	KindAgain     Kind = 'A' // agent: nothing
+	KindEntry     Kind = 'E' // agent: fileset.Entry
 
 	KindAskInventory Kind = 'i' // appliance: Plan
 	KindAskCapture   Kind = 'c' // appliance: Plan
@@ -79,6 +92,8 @@ const (
 	KindSums         Kind = 's' // appliance: fingerprints
 	KindGo           Kind = 'g' // appliance: nothing
 	KindKept         Kind = 'e' // appliance: nothing
+	KindAskFiles     Kind = 'f' // appliance: FilesPlan
+	KindWas          Kind = 'w' // appliance: what is known of some files
 )
 
 // limit is the most a frame of a kind may hold; -1 for a kind that does not exist.
@@ -94,9 +109,15 @@ func (k Kind) limit() int {
 		return zerosHeader
 	case KindSums:
 		return sumsHeader + SumsAtOnce*SumSize
-	case KindGo, KindKept:
+	case KindGo, KindKept, KindAgain:
 		return 0
-	case KindHello, KindPass, KindTick, KindDone, KindFailure, KindAskInventory, KindAskCapture, KindKnown:
+	case KindSame, KindGone:
+		return 8
+	case KindPiece:
+		return 1 + MaxPiece
+	case KindEntry:
+		return fileset.MaxEntryBytes
+	case KindHello, KindPass, KindTick, KindDone, KindFailure, KindAskInventory, KindAskCapture, KindKnown, KindAskFiles, KindWas:
 		return MaxMessage
 	}
 	return -1

@@ -6,6 +6,8 @@ import (
 	"io"
 	"strings"
 	"testing"
+
+	"github.com/musterdr/muster/internal/fileset"
 )
 
 func TestFramesArriveAsTheyWereSent(t *testing.T) {
@@ -165,7 +167,12 @@ func FuzzFrames(f *testing.F) {
 	_ = w.Message(KindPass, Pass{Number: 1})
 	_ = w.Block(Block{Data: []byte("x")})
 	_ = w.Zeros(Zeros{Count: 1})
-	_ = w.Go()
+	_ = w.Same(3)
+	_ = w.Piece(false, []byte("x"))
+	_ = w.Entry(&fileset.Entry{Kind: fileset.Folder, Path: "/srv"})
+	was := w.Was()
+	_ = was.Add(KnownFile{Path: "/srv"})
+	_ = was.Go()
 	f.Add(seed.Bytes())
 	f.Add([]byte("B\xff\xff\xff\x7f"))
 	f.Fuzz(func(t *testing.T, in []byte) {
@@ -184,6 +191,16 @@ func FuzzFrames(f *testing.F) {
 			if z, err := ParseZeros(p); err == nil && (z.Count < 1 || z.First < 0 || z.First+z.Count < 0) {
 				t.Fatalf("zeros %+v", z)
 			}
+			if e, err := ParseEntry(p); err == nil && e.Path == "" {
+				t.Fatalf("entry %+v", e)
+			}
+			if n, err := ParseCount(p); err == nil && n < 1 {
+				t.Fatalf("count %d", n)
+			}
+			if list, err := ParseWas(p); err == nil && len(list) > len(p)/16 {
+				t.Fatalf("%d names of %d bytes", len(list), len(p))
+			}
+			_, _, _ = ParsePiece(p)
 			if _, first, raw, err := ParseSums(p); err == nil {
 				s, _ := NewSums(Seed{}, MinBlock, 100*MinBlock)
 				_ = s.Fill(first, raw)

@@ -311,16 +311,16 @@ func snapshotLists(w *world) {
 
 func lastSnapshot(w *world) {
 	w.must(w.AddServer(w.ctx, server(1)))
-	if _, ok, err := w.LastSnapshot(w.ctx, "srv-1"); ok || err != nil {
+	if _, ok, err := w.LastSnapshot(w.ctx, "srv-1", ""); ok || err != nil {
 		w.t.Errorf("a last snapshot of none: %v", err)
 	}
 	w.kept(9) // the clock was ahead
 	w.kept(2)
-	if r, ok, err := w.LastSnapshot(w.ctx, "srv-1"); !ok || err != nil || r.Snapshot.ID != "snap-1-2" || r.Snapshot.Inventory.Hostname != "shop" {
+	if r, ok, err := w.LastSnapshot(w.ctx, "srv-1", ""); !ok || err != nil || r.Snapshot.ID != "snap-1-2" || r.Snapshot.Inventory.Hostname != "shop" {
 		w.t.Errorf("last %+v, %v", r, err)
 	}
 	w.must(w.Expire(w.ctx, "snap-1-2"))
-	if r, ok, err := w.LastSnapshot(w.ctx, "srv-1"); !ok || err != nil || r.Snapshot.ID != "snap-1-9" {
+	if r, ok, err := w.LastSnapshot(w.ctx, "srv-1", ""); !ok || err != nil || r.Snapshot.ID != "snap-1-9" {
 		w.t.Errorf("last that is not expired %+v, %v", r, err)
 	}
 }
@@ -393,7 +393,7 @@ func many(w *world) {
 	}
 	start = time.Now()
 	for range 100 {
-		if _, ok, err := w.LastSnapshot(w.ctx, "srv-1"); !ok || err != nil {
+		if _, ok, err := w.LastSnapshot(w.ctx, "srv-1", ""); !ok || err != nil {
 			w.t.Fatal(err)
 		}
 		if _, ok, err := w.LKG(w.ctx, "srv-1"); !ok || err != nil {

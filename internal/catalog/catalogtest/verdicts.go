@@ -350,7 +350,7 @@ func adopt(w *world) {
 	w.state("snap-2-1", dr.Kept)
 	w.lkg(b.ID)
 	w.open() // what was judged long ago raises nothing now
-	if last, ok, err := w.LastSnapshot(w.ctx, "srv-1"); err != nil || !ok || last.Snapshot.ID != c.ID {
+	if last, ok, err := w.LastSnapshot(w.ctx, "srv-1", ""); err != nil || !ok || last.Snapshot.ID != c.ID {
 		w.t.Errorf("last %+v, %v", last, err)
 	}
 	done, err = w.Adopt(w.ctx, servers, snaps, pres, verdicts, nil, lkg)

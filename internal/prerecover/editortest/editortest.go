@@ -74,6 +74,7 @@ func Run(t *testing.T, open Open) {
 		}
 	})
 	t.Run("reading", func(t *testing.T) { testReading(ctx, t, g) })
+	t.Run("data is listed, removed and unpacked", func(t *testing.T) { testData(ctx, t, g) })
 	t.Run("hostile names", func(t *testing.T) { testHostile(ctx, t, g) })
 	t.Run("writing", func(t *testing.T) { testWriting(ctx, t, g) })
 	t.Run("links and folders", func(t *testing.T) { testLinks(ctx, t, g) })

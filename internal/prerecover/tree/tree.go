@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/musterdr/muster/internal/fileset"
 	"github.com/musterdr/muster/internal/prerecover"
 	"github.com/musterdr/muster/internal/vm"
 )
@@ -37,6 +38,7 @@ type Filesystem struct {
 // node is a file, folder, link or special file.
 type node struct {
 	mode     fs.FileMode
+	mtime    fileset.Time
 	uid, gid int
 	data     []byte
 	link     string

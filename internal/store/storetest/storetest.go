@@ -66,11 +66,14 @@ func Run(t *testing.T, open func(t *testing.T) store.Driver) {
 		{"what is in use is not forgotten", x.protected},
 		{"collecting frees what nobody names and nothing else", x.collect},
 		{"collecting and writing keep apart", x.collectWhileWriting},
+		{"a set of files comes out as it went in", x.fileSets},
 		{"a full medium loses nothing", x.full},
 		{"a medium that lies is found out", x.lies},
 		{"a flipped byte is found and named", x.flipped},
+		{"a flipped byte in a file is found and named", x.flippedFile},
 		{"verifying nothing is an error", x.nothing},
 		{"a power cut leaves a snapshot complete or absent", x.powerCuts},
+		{"a power cut leaves files complete or absent", x.filePowerCuts},
 		{"a place that is gone is given up", x.gone},
 	} {
 		if !t.Run(test.name, test.run) {

@@ -1,0 +1,118 @@
+//go:build linux
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/musterdr/muster/internal/capture/linux"
+	"github.com/musterdr/muster/internal/capture/linux/files"
+	"github.com/musterdr/muster/internal/capture/wire"
+	"github.com/musterdr/muster/internal/fileset"
+)
+
+// knownAhead is how many known names wait to be compared.
+const knownAhead = 1024
+
+// worthZip is how many bytes a piece must have to be compressed.
+const worthZip = 512
+
+// files reads folders file by file, comparing with what the appliance tells meanwhile, and stops when its input ends.
+func (a Agent) files(ctx context.Context, r *wire.Reader, w *wire.Writer, plan wire.FilesPlan) error {
+	linux.Yield()
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	known := make(chan files.Known, knownAhead)
+	go func() { cancel(listen(ctx, r, known)) }()
+	out := &filesOut{Writer: w}
+	// The options are constants that the library accepts.
+	out.zip, _ = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
+		zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(files.MaxPiece))
+	walk := &files.Walk{Top: a.Top, Set: fileset.Set{Roots: plan.Roots, Exclude: plan.Exclude}, Out: out, Known: func() (files.Known, bool, error) {
+		select {
+		case k, more := <-known:
+			return k, more, nil
+		case <-ctx.Done():
+			return files.Known{}, false, context.Cause(ctx)
+		}
+	}}
+	out.walk = walk
+	if err := walk.Run(ctx); err != nil {
+		if cause := context.Cause(ctx); cause != nil {
+			err = cause
+		}
+		return err
+	}
+	return w.Message(wire.KindDone, wire.FilesDone{Entries: walk.Entries, Read: walk.Read, Files: walk.Files, Notes: walk.Notes()})
+}
+
+// listen passes on what the appliance knows, closes known after the last, and then waits for the end of the conversation. It
+// gives why it ended.
+func listen(ctx context.Context, r *wire.Reader, known chan<- files.Known) error {
+	last := ""
+	for {
+		kind, payload, err := r.Next(nil)
+		if err != nil {
+			return fmt.Errorf("the appliance ended the conversation: %w", errors.Join(context.Canceled, err))
+		}
+		switch {
+		case known != nil && kind == wire.KindGo:
+			close(known)
+			known = nil
+			continue
+		case known == nil || kind != wire.KindWas:
+			return fmt.Errorf("listen to the appliance: %w: kind %q", wire.ErrGarbage, byte(kind))
+		}
+		list, err := wire.ParseWas(payload)
+		if err != nil {
+			return err
+		}
+		for _, k := range list {
+			if last != "" && fileset.Compare(last, k.Path) >= 0 {
+				return fmt.Errorf("listen to the appliance: what it knows is not in order: %w", wire.ErrGarbage)
+			}
+			last = k.Path
+			select {
+			case known <- files.Known(k):
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
+		}
+	}
+}
+
+// filesOut sends what a walk finds.
+type filesOut struct {
+	*wire.Writer
+	walk   *files.Walk
+	zip    *zstd.Encoder
+	packed []byte
+	ticked time.Time
+}
+
+// Piece sends a piece, compressed where that makes it at least a sixteenth smaller.
+func (o *filesOut) Piece(data []byte) error {
+	if err := o.tick(); err != nil {
+		return err
+	}
+	if len(data) >= worthZip {
+		if o.packed = o.zip.EncodeAll(data, o.packed[:0]); len(o.packed) < len(data)-len(data)/16 {
+			return o.Writer.Piece(true, o.packed)
+		}
+	}
+	return o.Writer.Piece(false, data)
+}
+
+// tick says now and then how far the walk is, and sends what is buffered.
+func (o *filesOut) tick() error {
+	if now := time.Now(); now.Sub(o.ticked) > tickEvery {
+		o.ticked = now
+		return o.Message(wire.KindTick, wire.Tick{Done: o.walk.Read})
+	}
+	return nil
+}

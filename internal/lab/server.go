@@ -1,0 +1,44 @@
+package lab
+
+import (
+	"context"
+	"net"
+
+	"github.com/musterdr/muster/internal/agent"
+	"github.com/musterdr/muster/internal/capture"
+	"github.com/musterdr/muster/internal/capture/disk"
+	"github.com/musterdr/muster/internal/dr"
+)
+
+// live stands for a live server: its disk is a file, its files lie in a folder, and the agent that reads them is the real
+// one at the other end of a pipe.
+type live struct {
+	capture.Source
+	top string
+}
+
+func (l *Lab) openSource(_ context.Context, source dr.Source) (capture.Source, error) {
+	if source.SSH == nil {
+		return disk.Open(source.Disks)
+	}
+	disks, err := disk.Open([]string{l.path("shop.raw")})
+	return live{Source: disks, top: l.path(source.SSH.Host)}, err
+}
+
+// CaptureFiles implements capture.FileSource.
+func (s live) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report dr.Progress) error {
+	ours, theirs := net.Pipe()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		defer theirs.Close()
+		_ = agent.Agent{Version: "lab", Top: s.top}.Serve(ctx, theirs, theirs) // it has told why over the line
+	}()
+	talk, err := capture.NewSession(ours, ours)
+	if err == nil {
+		err = talk.Files(ctx, sink, report)
+	}
+	ours.Close()
+	<-ended
+	return err
+}
