@@ -24,12 +24,12 @@ func TestTheAgentLinksNothingThatItDoesNotNeed(t *testing.T) {
 		t.Fatalf("go list found only %d packages", len(deps))
 	}
 	allowed := map[string]bool{}
-	for _, p := range []string{"agent", "capture/linux", "capture/linux/files", "capture/linux/hooks", "capture/linux/track", "capture/view", "capture/wire", "dr", "fileset"} {
+	for _, p := range []string{"agent", "capture/linux", "capture/linux/files", "capture/linux/hooks", "capture/linux/track", "capture/view", "capture/wire", "dr", "fileset", "signs"} {
 		allowed["github.com/musterdr/muster/internal/"+p] = true
 	}
 	for _, dep := range deps {
 		if strings.HasPrefix(dep, "github.com/musterdr/muster/internal/") && !allowed[dep] {
-			t.Errorf("%s: the agent is to use only its own role, capture/linux, capture/wire, dr and fileset", dep)
+			t.Errorf("%s: the agent is to use only its own role, capture/linux, capture/wire, fileset, signs and dr", dep)
 		}
 		for _, heavy := range []string{"golang.org/x/crypto", "github.com/kopia", "database/sql", "github.com/danielgtaylor/huma", "net/http"} {
 			if dep == heavy || strings.HasPrefix(dep, heavy+"/") {

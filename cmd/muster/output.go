@@ -98,8 +98,13 @@ func proven(r dr.Record) string {
 	if r.Verdict != nil && r.State == dr.Rejected {
 		s += " (" + string(r.Verdict.Code) + ")"
 	}
-	if r.LKG {
+	switch {
+	case r.LKG:
 		s += ", last-known-good"
+	case r.Ruling != nil && !r.Ruling.Accept:
+		s += ", REFUSED"
+	case r.HeldBy != "":
+		s += ", HELD"
 	}
 	return s
 }
@@ -128,6 +133,7 @@ func printRecord(w io.Writer, r dr.Record) {
 	if st.Frozen > 0 {
 		fmt.Fprintf(w, "frozen       %s of %s\n", span(st.Frozen), span(st.Duration))
 	}
+	printSigns(w, r)
 	fmt.Fprintf(w, "proven       %s\n", proven(r))
 	if r.Verdict != nil {
 		printVerdict(w, *r.Verdict)

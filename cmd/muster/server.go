@@ -29,7 +29,7 @@ func serverCommand() *cobra.Command {
 type serverFlags struct {
 	every, rto, rpo, freeze time.Duration
 	memory, cpus, keepLast  int
-	overlays, key           string
+	overlays, key, signs    string
 	resident, snapshots     bool
 	readLimit               int64
 	checks                  []string
@@ -50,6 +50,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	fl.IntVar(&f.cpus, "cpus", 0, "processors of the rescue machine; 0: as the original, within this host's limits")
 	fl.StringVar(&f.overlays, "overlays", "", "folder with overlays of your own for this server")
 	fl.IntVar(&f.keepLast, "keep-last", 0, "snapshots to keep besides last-known-good; 0 keeps all")
+	fl.StringVar(&f.signs, "signs", string(dr.SignsNormal), "how soon a snapshot is held for signs of tampering: off, low, normal or high")
 	fl.StringVar(&f.key, "key", "", "private SSH key of the user")
 	fl.BoolVar(&f.resident, "resident", false, "with --ssh: leave programs in the server's kernel that note what is written, so that a snapshot reads only that")
 	fl.StringVar(&f.tier, "tier", string(dr.TierImage), "what is captured: image, image+data or data")
@@ -120,7 +121,7 @@ The server's host key is shown on first contact and must be confirmed; afterward
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			s := dr.Server{Name: args[0], Schedule: dr.Schedule{Every: f.every}, Objectives: dr.Objectives{RTO: f.rto, RPO: f.rpo},
-				Memory: f.memory, CPUs: f.cpus, Retention: dr.Retention{KeepLast: f.keepLast},
+				Memory: f.memory, CPUs: f.cpus, Retention: dr.Retention{KeepLast: f.keepLast}, Signs: dr.SignLevel(f.signs),
 				Tier: dr.Tier(f.tier), Standby: f.standby, Data: dr.DataSet{Paths: f.data, Exclude: f.exclude}}
 			if s.HasData() {
 				s.Data.Every = f.dataEvery
@@ -308,6 +309,9 @@ func serverListCommand() *cobra.Command {
 			}
 			if s.Newest != nil {
 				newest = string(s.Newest.State) + ", " + ago(s.Newest.Snapshot.Taken)
+				if s.Newest.HeldBy != "" {
+					newest += ", HELD"
+				}
 			}
 			if s.Operation != nil {
 				doing = s.Operation.Kind
@@ -357,6 +361,7 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	for _, c := range s.Server.Checks {
 		fmt.Fprintf(out, "check        %s (%s)\n", c.Name, c.Kind)
 	}
+	fmt.Fprintf(out, "tampering    %s\n", howWatched(s.Server.Signs))
 	fmt.Fprintf(out, "tickets      %d open\n", s.Tickets)
 	if s.Operation != nil {
 		fmt.Fprintf(out, "doing        %s: %s %s\n", s.Operation.Kind, s.Operation.Step, s.Operation.Part)
@@ -374,6 +379,17 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 		fmt.Fprintln(out, "\nNewest:")
 		printRecord(out, *s.Newest)
 	}
+}
+
+// howWatched says what becomes of signs of tampering.
+func howWatched(level dr.SignLevel) string {
+	switch level {
+	case dr.SignsOff:
+		return "signs are measured, and nothing is held for them; 'muster server set NAME --signs normal' changes that"
+	case "":
+		level = dr.SignsNormal
+	}
+	return "a snapshot that shows signs of it is held until somebody decides; sensitivity " + string(level)
 }
 
 // ways says in words how each provider sees the disks.
@@ -490,6 +506,13 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 		if given(n.flag) {
 			*n.to = n.from
 		}
+	}
+	if given("signs") {
+		level := dr.SignLevel(f.signs)
+		if err := level.Validate(); err != nil {
+			return c, err
+		}
+		c.Signs = &level
 	}
 	if given("read-limit") {
 		limit := f.readLimit << 20

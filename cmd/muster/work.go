@@ -50,9 +50,17 @@ func snapshotCommand() *cobra.Command {
 last-known-good. The exit code tells a test that failed (6) from one that could not decide (7).
 
 Of a server with --tier image+data both are taken, the disks and then the data; with --data only the data, which goes onto the
-last image.`,
+last image.
+
+A snapshot that shows signs of tampering (much that was readable became random, files renamed or gone, ransom notes) is kept and
+tested as well, but is held: last-known-good stays until a person accepts or refuses it. Those after it are held too, unless
+they show the damage undone.`,
 		Example: `  muster snapshot shop
-  muster snapshot shop --data`}
+  muster snapshot shop --data
+  muster snapshot accept snap-20260101t020000-k3mq2a7x --reason "we encrypted the archive ourselves"
+  muster snapshot refuse snap-20260101t020000-k3mq2a7x`}
+	cmd.AddCommand(rulingCommand("accept", "Accept a held snapshot: if it passed its test it becomes last-known-good", true),
+		rulingCommand("refuse", "Refuse a held snapshot: it is rejected, last-known-good stays", false))
 	data := cmd.Flags().Bool("data", false, "only the data, file by file; it goes onto the last image")
 	noWait := noWaitFlag(cmd)
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {

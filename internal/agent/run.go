@@ -14,6 +14,7 @@ import (
 	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/signs"
 )
 
 // Limits of one capture.
@@ -39,6 +40,9 @@ type run struct {
 	rate     *rate.Limiter // of passes while the server lives; nil: no limit
 	read     int64
 	passes   int
+	listed   chan struct{}  // closed when it is known which of the next two there is
+	listing  *signs.Listing // of names; nil: noNames says why not
+	noNames  string
 
 	provider   dr.Provider
 	passedOver []dr.PassedOver
@@ -64,6 +68,7 @@ var errTooLong = errors.New("it would take too long")
 func (r *run) all(ctx context.Context) error {
 	defer r.apps.close()
 	linux.Yield()
+	r.list(ctx)
 	r.choose(ctx)
 	if r.volumes != nil {
 		held, err := r.byVolumes(ctx)
@@ -85,6 +90,7 @@ func (r *run) all(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
+		<-r.listed // nobody walks over a file system that stands still
 		if frozen == nil && live {
 			if last, err = r.quiesce(ctx, last); err != nil {
 				return err
@@ -137,6 +143,7 @@ func (r *run) live(ctx context.Context) (found, error) {
 		if err != nil {
 			return found{}, err
 		}
+		<-r.listed // before it is asked what was written meanwhile
 		if err := r.advance(ctx, &now); err != nil {
 			return found{}, err
 		}
@@ -225,6 +232,7 @@ func (r *run) done(ctx context.Context, held linux.Held) error {
 		Provider: r.provider, PassedOver: r.passedOver,
 		Age: time.Since(held.Since), Consistency: held.Consistency, Frozen: held.Frozen, Read: r.read, Passes: r.passes,
 		Applications: apps.All(), Notes: append(held.Notes, apps.Notes...),
+		NoNames: r.noNames,
 	}
 	switch {
 	case d.Consistency == "":
@@ -244,6 +252,9 @@ func (r *run) done(ctx context.Context, held linux.Held) error {
 		d.Digests = append(d.Digests, digest)
 		d.Sent = append(d.Sent, disk.sent.Load())
 		d.Reasons = append(d.Reasons, disk.reason)
+	}
+	if err := r.tellNames(); err != nil {
+		return err
 	}
 	return r.w.Message(wire.KindDone, d)
 }

@@ -172,6 +172,11 @@ func (c *Client) Promotions(ctx context.Context, name string) ([]dr.Promotion, e
 	return call[[]dr.Promotion](ctx, c, "GET", "/v1/servers/"+seg(name)+"/promotions", nil, nil)
 }
 
+// Rule implements Operator.
+func (c *Client) Rule(ctx context.Context, snapshot string, request RuleRequest) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/snapshots/"+seg(snapshot)+"/rule", nil, request)
+}
+
 // Invoke implements Operator.
 func (c *Client) Invoke(ctx context.Context, request InvokeRequest) (Operation, error) {
 	return call[Operation](ctx, c, "POST", "/v1/invocations", nil, request)

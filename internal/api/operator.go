@@ -35,6 +35,9 @@ type Operator interface {
 	Snapshots(ctx context.Context, name string) ([]dr.Record, error) // newest first, without inventories
 	Record(ctx context.Context, snapshot string) (dr.Record, error)
 	Promotions(ctx context.Context, name string) ([]dr.Promotion, error)
+	// Rule records what a person says of a held snapshot. Accepted, it becomes last-known-good if it passed its test, and
+	// later ones are compared with it; refused, it is rejected.
+	Rule(ctx context.Context, snapshot string, request RuleRequest) (Operation, error)
 
 	Invoke(ctx context.Context, request InvokeRequest) (Operation, error)
 	EndInvocation(ctx context.Context, id string, keep bool) (Operation, error)
@@ -75,6 +78,7 @@ type ServerChange struct {
 	CPUs       *int           `json:"cpus,omitempty"`
 	Overlays   *string        `json:"overlays,omitempty"`
 	KeepLast   *int           `json:"keep_last,omitempty"`
+	Signs      *dr.SignLevel  `json:"signs,omitempty"`
 	KeyFile    *string        `json:"key_file,omitempty"`
 	HostKey    *string        `json:"host_key,omitempty"`
 	FreezeTime *time.Duration `json:"freeze_limit,omitempty"`
@@ -105,6 +109,13 @@ type ServerStatus struct {
 	Invocation *dr.Invocation `json:"invocation,omitempty"`
 }
 
+// RuleRequest says what a person decides about a held snapshot.
+type RuleRequest struct {
+	Accept bool   `json:"accept"`
+	By     string `json:"by"`
+	Reason string `json:"reason,omitempty"` // needed to accept
+}
+
 // InvokeRequest asks for a server's last-known-good to be run for real.
 type InvokeRequest struct {
 	Server  string           `json:"server"`
@@ -116,7 +127,7 @@ type InvokeRequest struct {
 // Operation is long work, seen from outside.
 type Operation struct {
 	ID       string          `json:"id"`
-	Kind     string          `json:"kind"` // protect, prerecover, test, invoke, end-invocation, verify, collect, adopt
+	Kind     string          `json:"kind"` // protect, prerecover, test, rule, invoke, end-invocation, verify, collect, adopt
 	Server   string          `json:"server,omitempty"`
 	Subject  string          `json:"subject,omitempty"` // what it is about: a snapshot, verdict or invocation
 	State    OperationState  `json:"state"`

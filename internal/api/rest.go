@@ -139,6 +139,12 @@ func registerWork(a huma.API, op Operator) {
 	huma.Post(a, "/v1/servers/{name}/test", func(ctx context.Context, in *start) (*body[Operation], error) {
 		return answer(op.Test(ctx, in.Name, in.Body.Snapshot))
 	})
+	huma.Post(a, "/v1/snapshots/{name}/rule", func(ctx context.Context, in *struct {
+		Named
+		Body RuleRequest
+	}) (*body[Operation], error) {
+		return answer(op.Rule(ctx, in.Name, in.Body))
+	})
 	huma.Get(a, "/v1/operations", func(ctx context.Context, _ *nothing) (*body[[]Operation], error) { return list(op.Operations(ctx)) })
 	huma.Get(a, "/v1/operations/{name}", func(ctx context.Context, in *struct {
 		Named

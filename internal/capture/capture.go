@@ -8,6 +8,8 @@
 // What changed since the last snapshot is found by fingerprints (wire.Sums): one a block, kept with each snapshot, sent to
 // whoever reads the disks, so that only blocks that differ travel.
 //
+// While blocks pass they are looked at for signs of tampering (signs); what they held is kept with each snapshot too.
+//
 // Knows: disks, blocks, the store, an agent's conversation.
 // Must not know: SSH, what is on a disk, when a snapshot is due, what becomes of it.
 package capture
@@ -19,6 +21,7 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/signs"
 )
 
 // Source is one way to read one server. It is used by one goroutine.
@@ -56,6 +59,8 @@ type Outcome struct {
 	PassedOver  []dr.PassedOver
 	Reasons     []string // of each disk: why it was read as a whole, "" if only what was written was; nil: it always is
 	Notes       []string
+	Names       *signs.Listing // of the server's files; nil: NoNames says why not
+	NoNames     string
 	// Applications are those that were found running; all of them at rest, and at least one, if that is the consistency.
 	Applications []dr.Application
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/signs"
 )
 
 // Limits of a session.
@@ -127,6 +128,7 @@ func (s *Session) Inventory(disks []string) (dr.Inventory, error) {
 
 // Capture reads the disks into the sink and has them kept.
 func (s *Session) Capture(ctx context.Context, plan wire.Plan, sink *Sink, report dr.Progress) error {
+	plan.Names = true
 	if plan.Track {
 		plan.Snapshot, plan.Since = sink.ID(), sink.Since(ctx, wire.MaxSince)
 	}
@@ -176,6 +178,7 @@ func (s *Session) read(ctx context.Context, plan wire.Plan, sink *Sink, report d
 		return Outcome{}, err
 	}
 	out, err := outcome(layout.Inventory, done, s.counted.n.Load())
+	out.Names, out.NoNames = rec.names, plain(done.NoNames)
 	if plan.Track && err == nil {
 		if len(done.Reasons) != len(sums) {
 			return Outcome{}, fmt.Errorf("end the capture: the agent gives %d reasons: %w", len(done.Reasons), wire.ErrGarbage)
@@ -275,6 +278,7 @@ type receiver struct {
 	seen    [][]uint64 // by disk, one bit a block: it came in this pass
 	blind   []bool     // by disk: the agent has no fingerprints of it
 	came    []int64    // by disk: blocks, in all passes
+	names   *signs.Listing
 }
 
 func newReceiver(ctx context.Context, sink *Sink, sums []*wire.Sums, report dr.Progress) *receiver {
@@ -373,6 +377,13 @@ func (r *receiver) control(kind wire.Kind, payload []byte) error {
 		return r.settle() // what comes now replaces what came before
 	case wire.KindZeros:
 		return r.zeros(payload)
+	case wire.KindNames:
+		if r.names != nil {
+			return fmt.Errorf("hear from the agent: a second listing of names: %w", wire.ErrGarbage)
+		}
+		var err error
+		r.names, err = listing(payload)
+		return err
 	case wire.KindTick:
 		var t wire.Tick
 		if err := wire.Decode(payload, &t); err != nil {

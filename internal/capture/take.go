@@ -43,10 +43,14 @@ func (k *Sink) Keep(ctx context.Context, out Outcome) error {
 		}
 		k.writer.Attach(sumsName(i), b)
 	}
+	found, err := k.keepSigns(out)
+	if err != nil {
+		return err
+	}
 	kept, err := k.writer.Commit(ctx, dr.Snapshot{
 		ID: k.task.ID, ServerID: k.task.Server.ID, Server: k.task.Server.Name, Parent: k.parent, Taken: out.Taken.UTC(),
 		Consistency: out.Consistency, Pass: k.passOf(out), Inventory: out.Inventory,
-		Applications: out.Applications, Notes: out.Notes,
+		Applications: out.Applications, Notes: out.Notes, Signs: found,
 		Stats: dr.CaptureStats{Read: out.Read, Sent: out.Sent, Frozen: out.Frozen, Duration: time.Since(k.began)},
 	})
 	if err != nil {
@@ -108,6 +112,7 @@ type Sink struct {
 	pass   dr.CapturePass
 	writer *store.Writer
 	kept   *dr.Snapshot
+	watch  watch
 
 	// One a disk.
 	names    []string
@@ -121,6 +126,14 @@ type Sink struct {
 func (k *Sink) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error) {
 	if k.writer != nil {
 		return nil, errors.New("begin a snapshot: it has begun")
+	}
+	if k.watch.last = newBase(ctx, k.store, k.task.Parent, layout.Disks); k.watch.last != nil {
+		k.watch.bases = append(k.watch.bases, k.watch.last)
+	}
+	if k.task.Trusted != k.task.Parent {
+		if b := newBase(ctx, k.store, k.task.Trusted, layout.Disks); b != nil {
+			k.watch.bases = append(k.watch.bases, b)
+		}
 	}
 	known, why := k.known(ctx, layout)
 	k.pass = dr.CapturePass{Kind: dr.PassCompare, Reason: "changes to this source are not tracked"}
@@ -139,6 +152,9 @@ func (k *Sink) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error) {
 		}
 		w, err := k.writer.Disk(ctx, disk.Name, disk.Size, size)
 		if err != nil {
+			return nil, err
+		}
+		if err := k.watch.begin(i, w.BlockSize(), disk.Size, k.parent != ""); err != nil {
 			return nil, err
 		}
 		k.names, k.disks, k.inherits = append(k.names, disk.Name), append(k.disks, w), append(k.inherits, false)
@@ -178,6 +194,9 @@ func (k *Sink) known(ctx context.Context, layout Layout) (sums []*wire.Sums, why
 		if before.Size != now.Size {
 			return nil, fmt.Sprintf("disk %s has %d bytes now and had %d", now.Name, now.Size, before.Size)
 		}
+		if k.watch.last.at(i, before.BlockSize, before.Size) == nil {
+			return nil, fmt.Sprintf("what the blocks of disk %s held was not kept", now.Name)
+		}
 		if !layout.Compares {
 			continue
 		}
@@ -197,22 +216,36 @@ func (k *Sink) known(ctx context.Context, layout Layout) (sums []*wire.Sums, why
 // Write writes one block. Where it came as a zstd frame that unpacks to it, the frame is stored and not made once more; nil
 // otherwise.
 func (k *Sink) Write(ctx context.Context, disk int, block int64, data, frame []byte) error {
+	k.watch.look(disk, block, data)
 	return k.disks[disk].WritePacked(ctx, block, data, frame)
 }
 
 // Zero makes blocks read as zeros.
 func (k *Sink) Zero(ctx context.Context, disk int, first, count int64) error {
-	return k.disks[disk].Zero(ctx, first, count)
+	if err := k.disks[disk].Zero(ctx, first, count); err != nil {
+		return err
+	}
+	k.watch.zero(disk, first, count)
+	return nil
 }
 
 // Image takes a whole disk that does not change.
 func (k *Sink) Image(ctx context.Context, disk int, img image.Image, report dr.Progress) error {
-	return k.disks[disk].Ingest(ctx, img, nil, report)
+	d := k.disks[disk]
+	k.watch.zero(disk, 0, d.Blocks()) // what is not read is zeros
+	return d.Ingest(ctx, looked{img, &k.watch, disk, int64(d.BlockSize())}, nil, report)
 }
 
 // Part takes some extents of a disk that does not change. The rest stays as the parent has it.
 func (k *Sink) Part(ctx context.Context, disk int, img image.Image, extents []image.Extent, report dr.Progress) error {
-	return k.disks[disk].Ingest(ctx, img, append([]image.Extent{}, extents...), report)
+	d := k.disks[disk]
+	size := int64(d.BlockSize())
+	for _, e := range extents {
+		if first, stop := (e.Offset+size-1)/size, (e.Offset+e.Length)/size; e.Zero && first < stop {
+			k.watch.zero(disk, first, stop-first)
+		}
+	}
+	return d.Ingest(ctx, looked{img, &k.watch, disk, size}, append([]image.Extent{}, extents...), report)
 }
 
 // abort gives up what was not committed.

@@ -3,6 +3,7 @@ package catalog
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"maps"
 	"slices"
@@ -16,21 +17,22 @@ type Adopted struct {
 	Snapshots     int      `json:"snapshots"`
 	PreRecoveries int      `json:"pre_recoveries"`
 	Verdicts      int      `json:"verdicts"`
+	Rulings       int      `json:"rulings"`
 	LKG           int      `json:"lkg"` // servers that have one now and had none
 	Left          []string `json:"left,omitempty"`
 }
 
 // Adopt rebuilds a lost catalog, or completes one, from what a store holds. What is recorded already stays as it is;
 // adopting again adds nothing. States, last-known-good and its history follow from the verdicts, by the same rules as
-// ever, but no tickets are opened for what was judged long ago. lkg, by server, is what the store says; where the
+// ever, but no tickets are opened for what was judged long ago, only for what is held still. lkg, by server, is what the store says; where the
 // verdicts prove another or none, theirs is taken and Left says so. So does it of every record that does not fit.
 func (c *Catalog) Adopt(ctx context.Context, servers []dr.Server, snapshots []dr.Snapshot, pres []dr.PreRecovery,
-	verdicts []dr.Verdict, lkg map[string]string) (Adopted, error) {
+	verdicts []dr.Verdict, rulings []dr.Ruling, lkg map[string]string) (Adopted, error) {
 	var done Adopted
 	err := c.write(ctx, "adopt", func(t *tx) error {
 		done = Adopted{}
 		a := adoption{tx: t, done: &done}
-		return a.all(servers, snapshots, pres, verdicts, lkg)
+		return a.all(servers, snapshots, pres, verdicts, rulings, lkg)
 	})
 	return done, err
 }
@@ -46,12 +48,12 @@ func (a adoption) left(format string, args ...any) {
 	}
 }
 
-func (a adoption) all(servers []dr.Server, snapshots []dr.Snapshot, pres []dr.PreRecovery, verdicts []dr.Verdict, lkg map[string]string) error {
-	had, err := a.lkgs()
-	if err != nil {
+func (a adoption) all(servers []dr.Server, snapshots []dr.Snapshot, pres []dr.PreRecovery, verdicts []dr.Verdict, rulings []dr.Ruling, lkg map[string]string) error {
+	if err := a.servers(servers); err != nil {
 		return err
 	}
-	if err := a.servers(servers); err != nil {
+	had, err := a.lkgs()
+	if err != nil {
 		return err
 	}
 	snapshots, verdicts = slices.Clone(snapshots), slices.Clone(verdicts)
@@ -66,7 +68,18 @@ func (a adoption) all(servers []dr.Server, snapshots []dr.Snapshot, pres []dr.Pr
 			return err
 		}
 	}
+	if err := a.rulings(rulings); err != nil {
+		return err
+	}
+	for id := range had {
+		if _, _, err := a.rehold(id); err != nil {
+			return err
+		}
+	}
 	if err := a.proofs(pres, verdicts); err != nil {
+		return err
+	}
+	if err := a.tickets(); err != nil {
 		return err
 	}
 	has, err := a.lkgs()
@@ -114,6 +127,54 @@ func (a adoption) servers(servers []dr.Server) error {
 			continue
 		}
 		if err := a.try(func() (bool, error) { return a.addServer(s) }, &a.done.Servers, "server "+s.Name); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rulings records what people said. One that is known stays, and one on a snapshot that is gone is of no use.
+func (a adoption) rulings(rulings []dr.Ruling) error {
+	for _, r := range rulings {
+		row, err := one[snapshotRow](a.ctx, a, "snapshot", r.SnapshotID)
+		if errors.Is(err, ErrNotFound) || err == nil && row.Ruling != "" {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		state := row.State
+		if !r.Accept && dr.Follow(state, dr.Rejected) == nil {
+			state = dr.Rejected
+		}
+		if err := a.noteRuling(row.ID, r, state); err != nil {
+			return err
+		}
+		a.done.Rulings++
+	}
+	return nil
+}
+
+// tickets opens one for each server of which the newest snapshot is held, if there is none.
+func (a adoption) tickets() error {
+	var rows []serverRow
+	if err := a.NewSelect().Model(&rows).Where("removed = 0").Order("id").Scan(a.ctx); err != nil {
+		return err
+	}
+	for _, server := range rows {
+		var newest []snapshotRow
+		err := a.NewSelect().Model(&newest).Where("server_id = ? AND state <> ?", server.ID, dr.Expired).Order("seq DESC").Limit(1).Scan(a.ctx)
+		if err != nil {
+			return err
+		}
+		if len(newest) == 0 || newest[0].HeldBy == "" {
+			continue
+		}
+		s, err := parse[dr.Snapshot](newest[0].Data)
+		if err != nil {
+			return err
+		}
+		if _, err := a.tampering(newest[0], server, s, false); err != nil {
 			return err
 		}
 	}

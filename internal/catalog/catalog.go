@@ -151,6 +151,8 @@ type (
 		Verdict       string
 		Data          string
 		Inventory     string
+		HeldBy        string
+		Ruling        string
 	}
 	preRecoveryRow struct {
 		bun.BaseModel `bun:"table:pre_recoveries"`

@@ -12,12 +12,15 @@ import (
 	"github.com/musterdr/muster/internal/dr"
 )
 
-// RecordSnapshot records a snapshot that is kept, and closes the server's ticket about captures that failed. Recorded
-// again it does nothing.
+// RecordSnapshot records a snapshot that is kept, and closes the server's ticket about captures that failed. If it is
+// held it opens the ticket about that; if it ends a hold it closes it. Recorded again it does nothing.
 func (c *Catalog) RecordSnapshot(ctx context.Context, s dr.Snapshot) error {
 	return c.write(ctx, "record snapshot "+s.ID, func(t *tx) error {
 		added, err := t.recordSnapshot(s)
 		if err != nil || !added {
+			return err
+		}
+		if err := t.hold(s); err != nil {
 			return err
 		}
 		return t.closeTickets(s.ServerID, t.now, "snapshot "+s.ID+" was kept", func(row ticketRow) (bool, error) {
@@ -196,7 +199,7 @@ type listed struct {
 // listing selects snapshots for a list: their inventories, edits and answers stay on disk.
 func (c *Catalog) listing(rows *[]listed) *bun.SelectQuery {
 	return c.db.NewSelect().Model(rows).ModelTableExpr("snapshots AS s").
-		ColumnExpr("s.id, s.server_id, s.seq, s.taken, s.recorded, s.state, s.pre_recovery, s.verdict, s.data").
+		ColumnExpr("s.id, s.server_id, s.seq, s.taken, s.recorded, s.state, s.pre_recovery, s.verdict, s.data, s.held_by, s.ruling").
 		ColumnExpr("COALESCE(p.brief, '') AS pre_brief, COALESCE(v.brief, '') AS verdict_brief, r.lkg AS server_lkg").
 		Join("JOIN servers AS r ON r.id = s.server_id").
 		Join("LEFT JOIN pre_recoveries AS p ON p.id = s.pre_recovery").
@@ -204,8 +207,11 @@ func (c *Catalog) listing(rows *[]listed) *bun.SelectQuery {
 }
 
 func (row listed) record() (dr.Record, error) {
-	r := dr.Record{State: row.State, LKG: row.ServerLKG == row.ID}
+	r := dr.Record{State: row.State, LKG: row.ServerLKG == row.ID, HeldBy: row.HeldBy}
 	var err error
+	if r.Ruling, err = row.ruling(); err != nil {
+		return r, err
+	}
 	if r.Snapshot, err = parse[dr.Snapshot](row.Data); err != nil {
 		return r, err
 	}
@@ -262,12 +268,15 @@ func (c *Catalog) Snapshot(ctx context.Context, id string) (dr.Record, error) {
 
 // record reads a snapshot with a pre-recovery and a verdict, each in full; "" for none.
 func (c *Catalog) record(ctx context.Context, row snapshotRow, pre, verdict string) (dr.Record, error) {
-	r := dr.Record{State: row.State}
+	r := dr.Record{State: row.State, HeldBy: row.HeldBy}
 	server, err := one[serverRow](ctx, c.db, "server", row.ServerID)
 	if err != nil {
 		return r, err
 	}
 	r.LKG = server.LKG == row.ID
+	if r.Ruling, err = row.ruling(); err != nil {
+		return r, err
+	}
 	if r.Snapshot, err = parse[dr.Snapshot](row.Data); err != nil {
 		return r, err
 	}

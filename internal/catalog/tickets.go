@@ -65,6 +65,8 @@ func title(server string, p dr.Problem) string {
 		return fmt.Sprintf("The boot test of %s failed: %s", server, code)
 	case "test-inconclusive":
 		return fmt.Sprintf("The boot test of %s could not be held %d times in a row", server, dr.InconclusiveLimit)
+	case string(dr.ProblemTampering):
+		return fmt.Sprintf("%s may have been tampered with: its last-known-good does not move until somebody looks", server)
 	case "rto-missed":
 		return fmt.Sprintf("%s took longer to recover than its RTO", server)
 	case "rpo-missed":

@@ -72,16 +72,30 @@ func (t *tx) judge(v dr.Verdict, raise bool) (Judged, error) {
 			return judged, err
 		}
 	}
-	if problem == "" {
-		return judged, nil
+	var ticket dr.Ticket
+	if v.Outcome == dr.Pass && row.HeldBy != "" {
+		if ticket, err = t.stay(row, server); err != nil {
+			return judged, err
+		}
 	}
-	ticket, err := t.openTicket(dr.Ticket{ServerID: server.ID, Server: server.Name, Problem: problem,
+	if problem == "" {
+		return judged, t.note(&judged, v, ticket)
+	}
+	ticket, err = t.openTicket(dr.Ticket{ServerID: server.ID, Server: server.Name, Problem: problem,
 		Title: title(server.Name, problem), Detail: v.Summary, Snapshot: row.ID}, t.now)
 	if err != nil {
 		return judged, err
 	}
+	return judged, t.note(&judged, v, ticket)
+}
+
+// note writes down to which ticket a verdict led, if to any.
+func (t *tx) note(judged *Judged, v dr.Verdict, ticket dr.Ticket) error {
+	if ticket.ID == "" {
+		return nil
+	}
 	judged.Ticket = &ticket
-	return judged, t.do(`UPDATE verdicts SET ticket = ? WHERE id = ?`, ticket.ID, v.ID)
+	return t.do(`UPDATE verdicts SET ticket = ? WHERE id = ?`, ticket.ID, v.ID)
 }
 
 // sound refuses a verdict that cannot be one on this snapshot.
@@ -89,7 +103,11 @@ func (t *tx) sound(v dr.Verdict, row snapshotRow) error {
 	if row.State == dr.Expired {
 		return dr.Follow(row.State, dr.Verified)
 	}
-	if after := dr.StateAfter(v, row.State); after != row.State {
+	ruling, err := row.ruling()
+	if err != nil {
+		return err
+	}
+	if after := dr.StateAfter(v, row.State, ruling); after != row.State {
 		if err := dr.Follow(row.State, after); err != nil {
 			return err
 		}
@@ -124,7 +142,11 @@ func (t *tx) storeVerdict(v dr.Verdict, row snapshotRow, server serverRow) error
 	if err != nil {
 		return err
 	}
-	after := dr.StateAfter(v, row.State)
+	ruling, err := row.ruling()
+	if err != nil {
+		return err
+	}
+	after := dr.StateAfter(v, row.State, ruling)
 	if err := t.do(`UPDATE snapshots SET state = ?, verdict = ? WHERE id = ?`, after, v.ID, row.ID); err != nil {
 		return err
 	}
@@ -146,7 +168,7 @@ func (t *tx) promote(v dr.Verdict, row snapshotRow, server serverRow) (moved boo
 		}
 		present = &dr.Snapshot{ID: lkg.ID, Taken: instant(lkg.Taken)}
 	}
-	if !dr.Promotes(v, tested, present) {
+	if !dr.Promotes(v, tested, row.HeldBy, present) {
 		return false, "", nil
 	}
 	from := "nothing"

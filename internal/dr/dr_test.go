@@ -16,14 +16,14 @@ func snap(id string, taken time.Time) Snapshot { return Snapshot{ID: id, Taken: 
 func TestOnlyAPassMovesLastKnownGood(t *testing.T) {
 	tested := snap("b", noon)
 	for _, o := range []Outcome{Fail, Blocked, Inconclusive, ""} {
-		if Promotes(Verdict{SnapshotID: "b", Outcome: o}, tested, nil) {
+		if Promotes(Verdict{SnapshotID: "b", Outcome: o}, tested, "", nil) {
 			t.Errorf("outcome %q promoted", o)
 		}
 	}
-	if !Promotes(Verdict{SnapshotID: "b", Outcome: Pass}, tested, nil) {
+	if !Promotes(Verdict{SnapshotID: "b", Outcome: Pass}, tested, "", nil) {
 		t.Error("the first PASS did not promote")
 	}
-	if Promotes(Verdict{SnapshotID: "other", Outcome: Pass}, tested, nil) {
+	if Promotes(Verdict{SnapshotID: "other", Outcome: Pass}, tested, "", nil) {
 		t.Error("a verdict on another snapshot promoted this one")
 	}
 }
@@ -34,7 +34,7 @@ func TestLastKnownGoodMovesForwardOnly(t *testing.T) {
 		for range rapid.IntRange(1, 30).Draw(t, "tests") {
 			s := snap(rapid.StringMatching(`[a-e]`).Draw(t, "id"), noon.Add(time.Duration(rapid.IntRange(-50, 50).Draw(t, "hours"))*time.Hour))
 			v := Verdict{SnapshotID: s.ID, Outcome: rapid.SampledFrom([]Outcome{Pass, Fail, Inconclusive}).Draw(t, "outcome")}
-			if !Promotes(v, s, present) {
+			if !Promotes(v, s, "", present) {
 				continue
 			}
 			if v.Outcome != Pass || (present != nil && !s.Taken.After(present.Taken)) {

@@ -26,6 +26,7 @@ type Server struct {
 	CPUs       int        `json:"cpus,omitempty"`       // 0: as the inventory says, within the silo's limits
 	Overlays   string     `json:"overlays,omitempty"`   // folder with the customer's own overlays on the silo; "" none
 	Retention  Retention  `json:"retention"`
+	Signs      SignLevel  `json:"signs,omitempty"` // how soon a snapshot is suspicious; "": SignsNormal
 	Created    time.Time  `json:"created"`
 }
 
@@ -310,6 +311,9 @@ func (s Server) Validate() error {
 	errs = append(errs, s.validateTier()...)
 	if s.Memory < 0 || s.Memory > 4<<20 || s.CPUs < 0 || s.CPUs > 512 {
 		add("memory (MiB) and cpus must be sensible: got %d and %d", s.Memory, s.CPUs)
+	}
+	if err := s.Signs.Validate(); err != nil {
+		errs = append(errs, err)
 	}
 	if s.Retention.KeepLast < 0 {
 		add("keep-last %d must not be negative", s.Retention.KeepLast)

@@ -23,6 +23,7 @@ type Snapshot struct {
 	Files       *SnapshotFiles `json:"files,omitempty"` // data
 	Inventory   Inventory      `json:"inventory"`       // image
 	Stats       CaptureStats   `json:"stats"`
+	Signs       *Signs         `json:"signs,omitempty"` // of tampering; nil in snapshots of releases that did not look
 	// Applications are those that were found running, and whether they were at rest at that instant; see Hooks.
 	Applications []Application `json:"applications,omitempty"`
 }

@@ -1,9 +1,6 @@
 package dr
 
-import (
-	"sort"
-	"time"
-)
+import "time"
 
 // Outcome is a verdict in one word.
 type Outcome string
@@ -148,6 +145,8 @@ type Record struct {
 	PreRecovery *PreRecovery `json:"pre_recovery,omitempty"` // the newest
 	Verdict     *Verdict     `json:"verdict,omitempty"`      // the newest
 	LKG         bool         `json:"lkg"`
+	HeldBy      string       `json:"held_by,omitempty"` // the suspicious snapshot for whose sake it is held, itself or an earlier one; see Holds
+	Ruling      *Ruling      `json:"ruling,omitempty"`  // of a person who looked at it
 }
 
 // Promotion is one move of last-known-good.
@@ -160,18 +159,22 @@ type Promotion struct {
 }
 
 // Promotes says whether a verdict moves last-known-good to the snapshot it tested: only a PASS, and only forward in
-// the time the disks show. The present one may be empty. Testing the present one again and passing does not move.
-func Promotes(v Verdict, tested Snapshot, present *Snapshot) bool {
-	if v.Outcome != Pass || v.SnapshotID != tested.ID {
+// the time the disks show, and not if the tested one is held. The present one may be empty. Testing the present one again
+// and passing does not move.
+func Promotes(v Verdict, tested Snapshot, heldBy string, present *Snapshot) bool {
+	if v.Outcome != Pass || v.SnapshotID != tested.ID || heldBy != "" {
 		return false
 	}
 	return present == nil || (tested.ID != present.ID && tested.Taken.After(present.Taken))
 }
 
-// StateAfter says what a verdict proves of the snapshot it tested.
-func StateAfter(v Verdict, before State) State {
+// StateAfter says what a verdict proves of the snapshot it tested. What a person refused stays rejected.
+func StateAfter(v Verdict, before State, ruling *Ruling) State {
 	switch v.Outcome {
 	case Pass:
+		if ruling != nil && !ruling.Accept {
+			return Rejected
+		}
 		return Verified
 	case Fail:
 		return Rejected
@@ -263,7 +266,7 @@ type Event struct {
 
 // Expirable lists the snapshots a retention rule lets go, data before the images it goes onto, otherwise oldest first. It never
 // lists last-known-good, the newest snapshot of each kind, one that is booted (pinned), one that is still being worked on, or
-// an image that data goes onto which stays.
+// an image that data goes onto which stays; nor, while a person has to decide, the evidence and the last snapshot from before it.
 func Expirable(records []Record, keep Retention, lkg string, pinned map[string]bool) []string {
 	if keep.KeepLast <= 0 {
 		return nil
@@ -274,8 +277,9 @@ func Expirable(records []Record, keep Retention, lkg string, pinned map[string]b
 			live = append(live, r)
 		}
 	}
-	sort.SliceStable(live, func(i, j int) bool { return live[i].Snapshot.Taken.Before(live[j].Snapshot.Taken) })
-	stays, newest := map[string]bool{lkg: true}, map[bool]string{}
+	live = oldestFirst(live)
+	stays, newest := spared(live), map[bool]string{}
+	stays[lkg] = true
 	tested := map[string]bool{} // images that data was tested with: they need no test of their own
 	for _, r := range live {
 		newest[r.Snapshot.IsData()] = r.Snapshot.ID

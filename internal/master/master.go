@@ -12,6 +12,7 @@
 //	protect    (capture image →) capture → pre-recover → test → settle     every scheduled or wanted snapshot
 //	prerecover pre-recover
 //	test       (pre-recover →) test → settle
+//	rule       rule → settle                             a person accepts or refuses a held snapshot
 //	invoke     boot → check → hand over                  undone if it does not come to run
 //	end        stop, keep or discard
 //	verify, collect, adopt                               of the store
@@ -89,6 +90,7 @@ func Open(config Config) *Master {
 	engine.Register(m.Engine, kindProtect, m.protect)
 	engine.Register(m.Engine, kindPreRecover, m.prerecover)
 	engine.Register(m.Engine, kindTest, m.test)
+	engine.Register(m.Engine, kindRule, m.rule)
 	engine.Register(m.Engine, kindInvoke, m.invoke)
 	engine.Register(m.Engine, kindEnd, m.end)
 	engine.Register(m.Engine, kindVerify, m.verifyStore)
@@ -109,6 +111,7 @@ const (
 	kindProtect    = "protect"
 	kindPreRecover = "prerecover"
 	kindTest       = "test"
+	kindRule       = "rule"
 	kindInvoke     = "invoke"
 	kindEnd        = "end"
 	kindVerify     = "verify"

@@ -26,6 +26,7 @@ const (
 const (
 	recordPreRecovery = "prerecovery"
 	recordVerdict     = "verdict"
+	recordRuling      = "ruling"
 )
 
 // work is the input of protect, prerecover and test: all identifiers are chosen before the run begins.
@@ -192,7 +193,11 @@ func (m *Master) capture(ctx context.Context, r *engine.Run, in work, task api.S
 		return err
 	}
 	if ok {
-		task.Parent = last.Snapshot.ID
+		records, err := m.Catalog.Snapshots(ctx, s.ID)
+		if err != nil {
+			return err
+		}
+		task.Parent, task.Trusted, task.Usual = last.Snapshot.ID, dr.Trusted(records), dr.UsualOf(records)
 	}
 	snap, err := m.Appliance.Snapshot(ctx, task, r.Report)
 	if err != nil {
@@ -347,14 +352,22 @@ func (m *Master) settle(ctx context.Context, in work, moved bool) error {
 		return fmt.Errorf("keep verdict in the store: %w", err)
 	}
 	if moved {
-		if err := m.Silo.KeepDeltas(ctx, rec.Snapshot, *rec.PreRecovery); err != nil {
+		if err := m.keepLKG(ctx, rec); err != nil {
 			return err
-		}
-		if err := m.Store.SetLKG(ctx, s.ID, rec.Snapshot.ID); err != nil {
-			return fmt.Errorf("mark last-known-good in the store: %w", err)
 		}
 	}
 	return m.expire(ctx, s)
+}
+
+// keepLKG has the store keep what last-known-good is and needs.
+func (m *Master) keepLKG(ctx context.Context, rec dr.Record) error {
+	if err := m.Silo.KeepDeltas(ctx, rec.Snapshot, *rec.PreRecovery); err != nil {
+		return err
+	}
+	if err := m.Store.SetLKG(ctx, rec.Snapshot.ServerID, rec.Snapshot.ID); err != nil {
+		return fmt.Errorf("mark last-known-good in the store: %w", err)
+	}
+	return nil
 }
 
 // expire lets go what the server's retention rule no longer asks for.

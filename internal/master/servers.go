@@ -101,6 +101,7 @@ func apply(server *dr.Server, c api.ServerChange) {
 	set(&server.Data.Exclude, c.DataExclude)
 	set(&server.Data.Every, c.DataEvery)
 	set(&server.Standby, c.Standby)
+	set(&server.Signs, c.Signs)
 	if ssh := server.Source.SSH; ssh != nil {
 		set(&ssh.KeyFile, c.KeyFile)
 		set(&ssh.HostKey, c.HostKey)

@@ -168,6 +168,10 @@ func (m *Master) adopt(ctx context.Context) (catalog.Adopted, error) {
 	if err != nil {
 		return catalog.Adopted{}, err
 	}
+	rulings, err := records[dr.Ruling](ctx, m.Store, recordRuling)
+	if err != nil {
+		return catalog.Adopted{}, err
+	}
 	snaps, err := m.Store.Snapshots(ctx)
 	if err != nil {
 		return catalog.Adopted{}, err
@@ -176,7 +180,7 @@ func (m *Master) adopt(ctx context.Context) (catalog.Adopted, error) {
 	if err != nil {
 		return catalog.Adopted{}, err
 	}
-	return m.Catalog.Adopt(ctx, servers, snaps, pres, verdicts, lkg)
+	return m.Catalog.Adopt(ctx, servers, snaps, pres, verdicts, rulings, lkg)
 }
 
 func records[T any](ctx context.Context, st *store.Store, kind string) ([]T, error) {

@@ -442,6 +442,22 @@ func (d *DiskWriter) seal() (*diskMap, error) {
 	return m, err
 }
 
+// changedBlocks counts what differs from the parent. It finishes the open segments.
+func (d *DiskWriter) changedBlocks() (int64, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for len(d.open) > 0 {
+		if err := d.sealSegment(d.w.ctx, d.open[0]); err != nil {
+			return 0, err
+		}
+	}
+	var bytes int64
+	for i := range d.segs {
+		bytes += d.segs[i].changed
+	}
+	return ceilDiv(bytes, d.geo.block), nil
+}
+
 // zeroSegment gives the object that stands for a segment of zeros, and notes it.
 func (d *DiskWriter) zeroSegment(n int64, z *zeros) (object.ID, error) {
 	name := &z.Segment

@@ -247,6 +247,18 @@ func (w *Writer) flushSome() error {
 	return w.session.Flush(w.ctx)
 }
 
+// Changed is how many blocks written so far differ from the parent's, or hold anything where there is none.
+func (w *Writer) Changed() (blocks int64, err error) {
+	for _, d := range w.disks {
+		n, err := d.changedBlocks()
+		if err != nil {
+			return 0, fmt.Errorf("count the changed blocks of disk %s: %w", d.name, w.s.explain(err))
+		}
+		blocks += n
+	}
+	return blocks, nil
+}
+
 // Commit completes the snapshot and publishes it: when it returns without an error the snapshot is on the medium,
 // was read back, and is visible; otherwise there is none, unless the medium failed right after publishing: then Begin
 // says ErrExists. It fills in ID, Parent, Disks and the Changed, New and

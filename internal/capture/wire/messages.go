@@ -22,6 +22,7 @@ type Plan struct {
 	Rate        int64         `json:"rate,omitempty"`    // bytes a second that are read at most while the server goes on; 0: no limit
 	Volumes     bool          `json:"volumes,omitempty"` // snapshots of logical volumes may be made, which go before the end
 	Track       bool          `json:"track,omitempty"`   // leave programs in the server's kernel that note what is written
+	Names       bool          `json:"names,omitempty"`   // list the names of the server's files
 	Snapshot    string        `json:"snapshot,omitempty"`
 	// Since names the snapshot whose fingerprints the appliance has, and those before it, newest first: what was written
 	// since any of them covers what was written since the first.
@@ -75,10 +76,11 @@ type Done struct {
 	Frozen      time.Duration  `json:"frozen"`
 	Read        int64          `json:"read"` // bytes, all passes
 	Passes      int            `json:"passes"`
-	Digests     [][]byte       `json:"digests"`         // Sums.Digest of each disk, as the agent has them now; none of a blind one
-	Sent        []int64        `json:"sent"`            // blocks of each disk, zeros included, in all passes
-	Reasons     []string       `json:"reasons"`         // of each disk: why it was read as a whole; "" if only what was written was
-	Notes       []string       `json:"notes,omitempty"` // what an operator may want to know
+	Digests     [][]byte       `json:"digests"`            // Sums.Digest of each disk, as the agent has them now; none of a blind one
+	Sent        []int64        `json:"sent"`               // blocks of each disk, zeros included, in all passes
+	Reasons     []string       `json:"reasons"`            // of each disk: why it was read as a whole; "" if only what was written was
+	Notes       []string       `json:"notes,omitempty"`    // what an operator may want to know
+	NoNames     string         `json:"no_names,omitempty"` // why no names were listed, where Plan.Names asked for them
 	// Applications are those that were found running.
 	Applications []dr.Application `json:"applications,omitempty"`
 

@@ -14,7 +14,7 @@
 //	agent      "MUSTER-AGENT/1\n" Hello
 //	appliance  AskInventory                      → Inventory            (any number of times)
 //	appliance  AskCapture{Plan}                  → Layout
-//	appliance  Known, Sums … for each disk, Go   → Pass, (Block | Zeros | Tick)…, Pass, … Done
+//	appliance  Known, Sums … for each disk, Go   → Pass, (Block | Zeros | Tick)…, Pass, …, Names once, Done
 //	appliance  Kept, once the snapshot is safe; or it ends the conversation
 //
 // or, file by file, both sides at the same time:
@@ -55,6 +55,7 @@ const (
 	MaxNoise    = 64 << 10 // before the greeting
 	MaxMessage  = 256 << 10
 	MaxFacts    = 16 << 20 // of a message that holds an inventory
+	MaxNames    = 1 << 20  // of one that holds a listing of names
 	MinBlock    = 4 << 10
 	MaxBlock    = 1 << 20
 	MaxDisks    = 32
@@ -76,6 +77,7 @@ const (
 	KindBlock     Kind = 'B' // agent: Block
 	KindZeros     Kind = 'Z' // agent: Zeros
 	KindTick      Kind = 'T' // agent: Tick
+	KindNames     Kind = 'N' // agent: signs.Listing
 	KindDone      Kind = 'D' // agent: Done
 	KindFailure   Kind = 'F' // agent: Failure
 	KindSame      Kind = 'S' // agent: how many of the names that are known are as they were
@@ -99,6 +101,8 @@ func (k Kind) limit() int {
 	switch k {
 	case KindInventory, KindLayout:
 		return MaxFacts
+	case KindNames:
+		return MaxNames
 	case KindBlock:
 		return blockHeader + MaxBlock
 	case KindZeros:

@@ -235,7 +235,7 @@ func (m *machine) adopt(t *rapid.T) {
 		snaps = append(snaps, snapshot(m.srv, n))
 		pres = append(pres, preRecovery(snapshot(m.srv, n), 0))
 	}
-	if _, err := m.Adopt(m.ctx, []dr.Server{server(m.srv)}, snaps, pres, nil, nil); err != nil {
+	if _, err := m.Adopt(m.ctx, []dr.Server{server(m.srv)}, snaps, pres, nil, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 }

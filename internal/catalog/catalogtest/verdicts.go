@@ -340,7 +340,7 @@ func adopt(w *world) {
 	pres := []dr.PreRecovery{preRecovery(b, 0), preRecovery(a, 0), preRecovery(c, 0)}
 	verdicts := []dr.Verdict{verdict(c, 1, dr.Fail), verdict(b, 1, dr.Pass), verdict(a, 1, dr.Pass)}
 	lkg := map[string]string{"srv-1": b.ID}
-	done, err := w.Adopt(w.ctx, servers, snaps, pres, verdicts, lkg)
+	done, err := w.Adopt(w.ctx, servers, snaps, pres, verdicts, nil, lkg)
 	want := catalog.Adopted{Servers: 2, Snapshots: 4, PreRecoveries: 3, Verdicts: 3, LKG: 1}
 	if err != nil || !reflect.DeepEqual(done, want) {
 		w.t.Errorf("adopted %+v, %v", done, err)
@@ -353,7 +353,7 @@ func adopt(w *world) {
 	if last, ok, err := w.LastSnapshot(w.ctx, "srv-1", ""); err != nil || !ok || last.Snapshot.ID != c.ID {
 		w.t.Errorf("last %+v, %v", last, err)
 	}
-	done, err = w.Adopt(w.ctx, servers, snaps, pres, verdicts, lkg)
+	done, err = w.Adopt(w.ctx, servers, snaps, pres, verdicts, nil, lkg)
 	if err != nil || !reflect.DeepEqual(done, catalog.Adopted{}) {
 		w.t.Errorf("adopted again %+v, %v", done, err)
 	}
@@ -366,7 +366,7 @@ func adoptLeaves(w *world) {
 	twin := server(2)
 	twin.Name = "shop1"
 	done, err := w.Adopt(w.ctx, []dr.Server{server(1), twin}, []dr.Snapshot{a, b, snapshot(7, 1)}, []dr.PreRecovery{preRecovery(a, 0)},
-		[]dr.Verdict{verdict(a, 1, dr.Pass), verdict(b, 1, dr.Pass)}, map[string]string{"srv-1": b.ID})
+		[]dr.Verdict{verdict(a, 1, dr.Pass), verdict(b, 1, dr.Pass)}, nil, map[string]string{"srv-1": b.ID})
 	if err != nil || done.Servers != 1 || done.Snapshots != 2 || done.Verdicts != 1 || len(done.Left) != 4 {
 		w.t.Errorf("adopted %+v, %v", done, err)
 	}

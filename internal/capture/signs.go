@@ -1,0 +1,214 @@
+package capture
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/musterdr/muster/internal/capture/wire"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/image"
+	"github.com/musterdr/muster/internal/signs"
+	"github.com/musterdr/muster/internal/store"
+)
+
+// signsName is the name under which what the cells of a disk hold is attached to a snapshot; namesName that of the listing.
+func signsName(disk int) string { return fmt.Sprintf("signs-%d", disk) }
+
+const namesName = "names"
+
+// watch looks for signs of tampering in what is written to a snapshot. It never makes a capture fail: what cannot be
+// compared is said not to have been.
+type watch struct {
+	maps  []*signs.Map // one a disk
+	last  *base
+	bases []*base // last, and the one before the suspicion if there is one; nil for those that are not there
+}
+
+// base is an earlier snapshot that today's is compared with.
+type base struct {
+	id    string
+	maps  []*signs.Map // of today's disks; nil: it did not have that one
+	names *signs.Listing
+}
+
+// newBase reads what an earlier snapshot has of today's disks, by their names or else their places: a server of which the
+// disks were renamed, added to or made larger is compared all the same. nil if it has nothing.
+func newBase(ctx context.Context, st *store.Store, id string, disks []Disk) *base {
+	if id == "" {
+		return nil
+	}
+	snap, err := st.Snapshot(ctx, id)
+	if err != nil {
+		return nil
+	}
+	b := &base{id: id, maps: make([]*signs.Map, len(disks))}
+	any := false
+	for i, now := range disks {
+		j := slices.IndexFunc(snap.Disks, func(before dr.SnapshotDisk) bool { return before.Name == now.Name })
+		if j < 0 {
+			j = i
+		}
+		raw, err := st.Attachment(ctx, id, signsName(j))
+		if err != nil {
+			continue
+		}
+		if b.maps[i], err = signs.UnmarshalMap(raw); err == nil {
+			any = true
+		}
+	}
+	if raw, err := st.Attachment(ctx, id, namesName); err == nil {
+		var l signs.Listing
+		if json.Unmarshal(raw, &l) == nil && l.Check() == nil {
+			b.names, any = &l, true
+		}
+	}
+	if !any {
+		return nil
+	}
+	return b
+}
+
+// at gives the map of a disk, if there is one of its shape.
+func (b *base) at(disk, block int, size int64) *signs.Map {
+	if b == nil || b.maps[disk] == nil || !b.maps[disk].Fits(block, size) {
+		return nil
+	}
+	return b.maps[disk]
+}
+
+// begin starts the map of the next disk: as the last snapshot left it where blocks that are not written stay, else empty.
+func (w *watch) begin(disk, block int, size int64, stays bool) error {
+	for _, b := range w.bases {
+		if b.maps[disk] != nil && b.maps[disk].BlockSize() != block {
+			b.maps[disk] = nil // its cells are others
+		}
+	}
+	if before := w.last.at(disk, block, size); stays && before != nil {
+		w.maps = append(w.maps, before.Clone())
+		return nil
+	}
+	m, err := signs.NewMap(block, size)
+	w.maps = append(w.maps, m)
+	return err
+}
+
+func (w *watch) look(disk int, block int64, data []byte) {
+	if w.maps == nil {
+		return
+	}
+	var befores [2]*signs.Map
+	n := 0
+	for _, b := range w.bases {
+		befores[n] = b.maps[disk]
+		n++
+	}
+	w.maps[disk].Look(block, data, befores[:n]...)
+}
+
+func (w *watch) zero(disk int, first, count int64) {
+	if w.maps != nil {
+		w.maps[disk].Zero(first, count)
+	}
+}
+
+// looked is an image of which every block that is read is looked at.
+type looked struct {
+	image.Image
+	watch *watch
+	disk  int
+	block int64
+}
+
+// ReadAt reads whole blocks, as an ingest does.
+func (l looked) ReadAt(p []byte, off int64) (int, error) {
+	n, err := l.Image.ReadAt(p, off)
+	for at := int64(0); off%l.block == 0 && at < int64(n); at += l.block {
+		l.watch.look(l.disk, (off+at)/l.block, p[at:min(at+l.block, int64(n))])
+	}
+	return n, err
+}
+
+// keepSigns attaches what the next snapshot is compared with, and says what this one shows.
+func (k *Sink) keepSigns(out Outcome) (*dr.Signs, error) {
+	w := &k.watch
+	if w.maps == nil {
+		return nil, nil //nolint:nilnil // none were looked for
+	}
+	found := &dr.Signs{NoNames: out.NoNames}
+	if out.Names == nil && out.NoNames == "" {
+		found.NoNames = "this source shows no names of files, only blocks"
+	}
+	var took time.Duration
+	for i, m := range w.maps {
+		b, err := m.MarshalBinary()
+		if err != nil {
+			return nil, err
+		}
+		k.writer.Attach(signsName(i), b)
+		m.Content(&found.Content)
+		took += m.Took()
+	}
+	found.Took = took
+	if out.Names != nil {
+		b, err := json.Marshal(out.Names)
+		if err != nil {
+			return nil, err
+		}
+		k.writer.Attach(namesName, b)
+		found.Files = out.Names.Files
+	}
+	for _, b := range w.bases {
+		c, err := k.change(b, out.Names)
+		if err != nil {
+			return nil, err
+		}
+		if b == w.last {
+			found.Last = c
+		} else {
+			found.Trusted = c
+		}
+	}
+	return found, nil
+}
+
+// change compares with an earlier snapshot.
+func (k *Sink) change(b *base, names *signs.Listing) (*dr.Change, error) {
+	c := &dr.Change{Against: b.id}
+	for i, m := range k.watch.maps {
+		if b.maps[i] == nil {
+			continue
+		}
+		if c.Blocks == nil {
+			c.Blocks = &dr.BlockChange{}
+		}
+		m.Compare(b.maps[i], c.Blocks)
+	}
+	if c.Blocks != nil && b.id == k.parent {
+		// The store knows every block that differs, the maps only those that show it.
+		n, err := k.writer.Changed()
+		if err != nil {
+			return nil, err
+		}
+		c.Blocks.Changed = n
+	}
+	if names != nil && b.names != nil {
+		c.Names = names.Compare(*b.names)
+	}
+	c.Found = c.Judge(k.task.Server.Signs, k.task.Usual)
+	return c, nil
+}
+
+// listing takes what an agent says of its names.
+func listing(payload []byte) (*signs.Listing, error) {
+	var l signs.Listing
+	if err := wire.Decode(payload, &l); err != nil {
+		return nil, err
+	}
+	if err := l.Check(); err != nil {
+		return nil, fmt.Errorf("%w: %w", err, wire.ErrGarbage)
+	}
+	return &l, nil
+}

@@ -1,0 +1,136 @@
+package dr
+
+import (
+	"slices"
+	"sort"
+	"time"
+)
+
+// Ruling is what a person said of a snapshot that was held.
+type Ruling struct {
+	SnapshotID string    `json:"snapshot_id"`
+	Accept     bool      `json:"accept"` // false: refused
+	By         string    `json:"by"`
+	Reason     string    `json:"reason,omitempty"`
+	At         time.Time `json:"at"`
+}
+
+// MaxReason is the longest reason of a ruling, in bytes.
+const MaxReason = 1000
+
+// ProblemTampering is the ticket of a server of which a snapshot is held.
+const ProblemTampering Problem = "tampering-suspected"
+
+// Suspicious says whether something happened to a server just before a snapshot that a person has to look at.
+func (s Snapshot) Suspicious() bool {
+	last := s.Signs.last()
+	return last != nil && len(last.Found) > 0
+}
+
+// Evidence gives the signs for which a snapshot is suspicious or, as one that builds on such a snapshot, still is.
+func (s Snapshot) Evidence() []Sign {
+	if s.Suspicious() {
+		return s.Signs.Last.Found
+	}
+	if s.Signs != nil && s.Signs.Trusted != nil {
+		return s.Signs.Trusted.Found
+	}
+	return nil
+}
+
+// Holds says which of a server's snapshots may not become last-known-good by themselves, and for the sake of which
+// snapshot each: a suspicious one for its own, and every later one for its, because what it shows builds on what happened
+// then. That ends with a snapshot that
+//
+//   - a person accepted: the state it shows is right, and those after it are held only for what happens after it; or
+//   - shows the damage undone: compared with one from before the suspicion it shows none of the kinds of sign that are
+//     suspected, measured by the same means.
+//
+// The records are in the order in which they were kept, oldest first: a clock that was stepped back puts nothing before a
+// suspicion. A refused snapshot is held for ever. Whether an earlier one still exists changes nothing: expired ones count.
+func Holds(records []Record) map[string]string {
+	held := map[string]string{}
+	open := ""                  // the first suspicious one that nobody accepted
+	var suspected []Sign        // of all that are open
+	before := map[string]bool{} // the snapshots that were not held when open became so
+	for _, r := range records {
+		s := r.Snapshot
+		switch {
+		case r.Ruling != nil && r.Ruling.Accept:
+			open, suspected = "", nil
+		case open != "" && r.Ruling == nil && undone(s, before, suspected):
+			open, suspected = "", nil // even if undoing it changed much since yesterday
+		case s.Suspicious():
+			if open == "" {
+				open = s.ID
+			}
+			suspected = append(suspected, s.Signs.Last.Found...)
+			held[s.ID] = s.ID
+			continue
+		case r.Ruling != nil: // refused
+			held[s.ID] = s.ID
+			continue
+		case open != "":
+			held[s.ID] = open
+			continue
+		}
+		before[s.ID] = true
+	}
+	return held
+}
+
+// undone says whether a snapshot, compared with one from before the suspicion, shows no more of it.
+func undone(s Snapshot, before map[string]bool, suspected []Sign) bool {
+	if s.Signs == nil || s.Signs.Trusted == nil || !before[s.Signs.Trusted.Against] || len(s.Signs.Trusted.Found) > 0 {
+		return false
+	}
+	for _, sign := range suspected {
+		if sign.Kind == SignBlocks && s.Signs.Trusted.Blocks == nil || sign.Kind != SignBlocks && s.Signs.Trusted.Names == nil {
+			return false // it was not looked at
+		}
+	}
+	return true
+}
+
+// Trusted gives the newest snapshot of disks that is not held, "" for none: what the next one is compared with besides the one
+// before it. records carry HeldBy.
+func Trusted(records []Record) string {
+	for _, r := range slices.Backward(oldestFirst(records)) {
+		if r.HeldBy == "" && r.State != Expired && !r.Snapshot.IsData() {
+			return r.Snapshot.ID
+		}
+	}
+	return ""
+}
+
+// oldestFirst sorts records by the instant that their disks show.
+func oldestFirst(records []Record) []Record {
+	sorted := slices.Clone(records)
+	sort.SliceStable(sorted, func(i, j int) bool {
+		a, b := sorted[i].Snapshot, sorted[j].Snapshot
+		if !a.Taken.Equal(b.Taken) {
+			return a.Taken.Before(b.Taken)
+		}
+		return a.ID < b.ID
+	})
+	return sorted
+}
+
+// spared lists what retention leaves while the newest snapshot is held: the last one from before the suspicion, and every
+// suspicious one since. records are live and oldest first.
+func spared(records []Record) map[string]bool {
+	out := map[string]bool{}
+	if len(records) == 0 || records[len(records)-1].HeldBy == "" {
+		return out
+	}
+	for _, r := range slices.Backward(records) {
+		if r.HeldBy == "" {
+			out[r.Snapshot.ID] = true
+			break
+		}
+		if r.HeldBy == r.Snapshot.ID {
+			out[r.Snapshot.ID] = true
+		}
+	}
+	return out
+}
