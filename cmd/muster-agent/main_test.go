@@ -29,7 +29,7 @@ func TestTheAgentLinksNothingThatItDoesNotNeed(t *testing.T) {
 	}
 	for _, dep := range deps {
 		if strings.HasPrefix(dep, "github.com/musterdr/muster/internal/") && !allowed[dep] {
-			t.Errorf("%s: the agent is to use only its own role, capture/linux, capture/wire, dr, fileset and signs", dep)
+			t.Errorf("%s: the agent is to use only its own role, capture/linux, capture/wire, fileset, signs and dr", dep)
 		}
 		for _, heavy := range []string{"golang.org/x/crypto", "github.com/kopia", "database/sql", "github.com/danielgtaylor/huma", "net/http"} {
 			if dep == heavy || strings.HasPrefix(dep, heavy+"/") {

@@ -92,8 +92,8 @@ func undone(s Snapshot, before map[string]bool, suspected []Sign) bool {
 	return true
 }
 
-// Trusted gives the newest image that is not held, "" for none: what the next one is compared with besides the one before
-// it. records carry HeldBy.
+// Trusted gives the newest snapshot of disks that is not held, "" for none: what the next one is compared with besides the one
+// before it. records carry HeldBy.
 func Trusted(records []Record) string {
 	for _, r := range slices.Backward(oldestFirst(records)) {
 		if r.HeldBy == "" && r.State != Expired && !r.Snapshot.IsData() {

@@ -166,6 +166,18 @@ func TestRetentionSparesTheEvidenceAndWhatWasBeforeIt(t *testing.T) {
 	}
 }
 
+func TestRetentionSparesTheLastImageBeforeASuspicion(t *testing.T) {
+	records := history(night{id: "a"}, night{id: "b"}, night{id: "data"}, night{id: "c", last: struck}, night{id: "d"})
+	records[2].Snapshot.Kind, records[2].Snapshot.Image = SnapshotData, "a" // b failed its test
+	held := Holds(records)
+	for i := range records {
+		records[i].HeldBy = held[records[i].Snapshot.ID]
+	}
+	if got := Expirable(records, Retention{KeepLast: 1}, "", nil); slices.Contains(got, "b") || Trusted(records) != "b" {
+		t.Errorf("expired %v, trusted %s: later images are compared with b", got, Trusted(records))
+	}
+}
+
 func TestSignsAreJudgedByTheServersOwnHistory(t *testing.T) {
 	blocks := func(struck, changed, became, readable int64) Change {
 		return Change{Blocks: &BlockChange{Struck: struck, Changed: changed, Became: became, Readable: readable}}

@@ -96,12 +96,12 @@ func apply(server *dr.Server, c api.ServerChange) {
 	set(&server.CPUs, c.CPUs)
 	set(&server.Overlays, c.Overlays)
 	set(&server.Retention.KeepLast, c.KeepLast)
-	set(&server.Signs, c.Signs)
 	set(&server.Tier, c.Tier)
 	set(&server.Data.Paths, c.DataPaths)
 	set(&server.Data.Exclude, c.DataExclude)
 	set(&server.Data.Every, c.DataEvery)
 	set(&server.Standby, c.Standby)
+	set(&server.Signs, c.Signs)
 	if ssh := server.Source.SSH; ssh != nil {
 		set(&ssh.KeyFile, c.KeyFile)
 		set(&ssh.HostKey, c.HostKey)
