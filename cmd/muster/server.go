@@ -89,7 +89,7 @@ device on this machine is captured as it is.
 With --resident small programs stay in the server's kernel (eBPF; no module, no process) and note which blocks are written, so
 that a snapshot reads only those. They are gone after 'muster server remove' and after a reboot, when the next snapshot compares
 everything once. Without it they are there while a snapshot is taken, and every snapshot reads all that is in use on the disks.
-Either way file systems stand still for a moment only, where the server's kernel can run them (5.8 or newer, with BTF).
+Either way file systems stand still for a moment only, where the server's kernel can run them (5.10 or newer, with BTF).
 
 With --allow-snapshots a server whose kernel cannot is read from LVM snapshots of its logical volumes, so that its file systems
 stand still only while those are made. That writes to the server's volume groups, which Muster otherwise never does: it
@@ -103,7 +103,7 @@ external snapshot of the machine or to go back to one ('virsh checkpoint-delete'
 qemu-guest-agent runs in the machine, its file systems are frozen for the moment in which a backup begins; otherwise a snapshot is
 as after a power cut. While it is read QEMU puts aside what the machine overwrites, in a file beside each image.
 
-PostgreSQL, MySQL and MariaDB that run on it are brought to rest for the moment of a snapshot, which is then application-consistent,
+PostgreSQL, MySQL and MariaDB on a server reached by --ssh are brought to rest for the moment of a snapshot, which is then application-consistent,
 and so is whatever has a hook in /etc/muster/hooks.d there: an executable file of root's, run with "pre" before and "post" after.
 
 With --tier image+data the disks are captured now and then (--every), and the folders named with --data file by file more often
