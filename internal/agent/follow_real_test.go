@@ -246,7 +246,9 @@ func TestRealACaptureThatLeavesNothingBehindIsFrozenForAMoment(t *testing.T) {
 			t.Errorf("the agent ended with %v", err)
 		}
 		v.examine(t, image, before, after)
-		if done.Consistency != dr.FilesystemConsistent || done.Read > 600<<20 {
+		// Where some writes were not seen, which some kernels leave out, all of it is read once more, and that is said.
+		unseen := strings.HasPrefix(done.Reasons[0], string(track.Unbalanced))
+		if done.Consistency != dr.FilesystemConsistent || done.Read > 600<<20 && !unseen {
 			t.Errorf("%d MiB read: %+v", done.Read>>20, done)
 		}
 		t.Logf("frozen for %s in %d passes, %d MiB read", done.Frozen, done.Passes, done.Read>>20)
