@@ -269,8 +269,18 @@ func TestACopyThatFollowsTheTakesIsTheDisk(t *testing.T) {
 						copy(copied, now)
 						return
 					}
-					if provedOnes++; !bytes.Equal(now, copied) {
-						t.Fatalf("snapshot %d: it was proved, and the copy differs from byte %d on", snapshot, outside(now, copied, nil))
+					provedOnes++
+					for !bytes.Equal(now, copied) {
+						// ext4 goes on trimming while it is frozen. A capture sees that by the kernel's counters; here it
+						// has to be what was marked since, and nothing else.
+						x := take(t, d)
+						if at := outside(now, copied, x); at >= 0 {
+							t.Fatalf("snapshot %d: it was proved, and the copy differs at byte %d, which was not written since", snapshot, at)
+						}
+						t.Logf("snapshot %d: %d KiB were discarded under the freeze", snapshot, total(x)>>10)
+						replica(t, f, copied, x)
+						seen(t, d.Prove())
+						now = content(t, disk)
 					}
 				})
 				kept(t, d, fmt.Sprint(snapshot))
