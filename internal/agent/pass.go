@@ -62,11 +62,12 @@ func newDisk(number int, d *device, disks int) *disk {
 	return out
 }
 
-// zip compresses for all readers: as many at once as there are processors, since each needs memory of more than a megabyte that
-// has to stay in a processor's cache to be fast.
+// zip compresses for all readers: as many at once as there are processors, since each needs memory of its own that has to stay in a
+// processor's cache to be fast. At the fastest level: the processors are the server's, and the next level saves 3 % of a
+// server's disk.
 var zip = sync.OnceValue(func() *zstd.Encoder {
 	// The options are constants that the library accepts.
-	e, _ := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderConcurrency(min(maxReaders, runtime.GOMAXPROCS(0))),
+	e, _ := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(min(maxReaders, runtime.GOMAXPROCS(0))),
 		zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(wire.MaxBlock))
 	return e
 })
