@@ -403,6 +403,7 @@ var ways = map[dr.Provider]string{
 	dr.ProviderVSS:      "shadow copies of its volumes",
 	dr.ProviderReflink:  "a clone of its image files",
 	dr.ProviderRest:     "as it is; refused if anybody writes to it",
+	dr.ProviderFiles:    "folders, file by file; only what changed is read",
 }
 
 // printProvider says how a server was captured the last time, and why not in a better way.
