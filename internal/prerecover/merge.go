@@ -283,7 +283,7 @@ func (m *merge) unpack(ctx context.Context, report dr.Progress) error {
 
 // stream writes the planned entries as a tar archive.
 func (m *merge) stream(ctx context.Context, w io.Writer, report dr.Progress) error {
-	p := &paxWriter{w: w}
+	p := fileset.NewTarWriter(w)
 	number, wrote := 0, int64(0)
 	err := m.data.Each(ctx, func(e *fileset.Entry, open func() (io.ReadCloser, error)) error {
 		if number++; number > len(m.write) || !m.write[number-1] {
@@ -298,7 +298,7 @@ func (m *merge) stream(ctx context.Context, w io.Writer, report dr.Progress) err
 			defer r.Close()
 			content = r
 		}
-		if err := p.entry(e, content); err != nil {
+		if err := p.Entry(e, content); err != nil {
 			return fmt.Errorf("write %.200q: %w", e.Path, err)
 		}
 		wrote += e.Stored()
@@ -309,7 +309,7 @@ func (m *merge) stream(ctx context.Context, w io.Writer, report dr.Progress) err
 		err = errors.New("the data is not the same when it is read again")
 	}
 	if err == nil {
-		err = p.end()
+		err = p.End()
 	}
 	return err
 }

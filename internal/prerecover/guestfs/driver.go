@@ -7,8 +7,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"time"
 
+	"github.com/musterdr/muster/internal/guestfish"
 	"github.com/musterdr/muster/internal/prerecover"
 	"github.com/musterdr/muster/internal/vm"
 )
@@ -29,29 +31,6 @@ type Driver struct {
 
 // DefaultLimit is how long a guest may be open.
 const DefaultLimit = 10 * time.Minute
-
-// appliance is how much memory the appliance has, in MiB. It bounds what a hostile file system can cost.
-const applianceMemory = "512"
-
-// Ready says what is missing for the driver to work on this host, or nil.
-func Ready() error {
-	f, err := startFish(nil, "")
-	if err != nil {
-		return err
-	}
-	f.quit()
-	if os.Getenv("LIBGUESTFS_PATH") != "" || os.Getenv("SUPERMIN_KERNEL") != "" {
-		return nil
-	}
-	kernels, _ := filepath.Glob("/boot/vmlinuz-*")
-	for _, k := range kernels {
-		if file, err := os.Open(k); err == nil {
-			file.Close()
-			return nil
-		}
-	}
-	return errors.New("libguestfs has no kernel for its appliance: install linux-image-cloud-amd64, or make /boot/vmlinuz-* readable")
-}
 
 // Open implements prerecover.Opener.
 func (d Driver) Open(ctx context.Context, dir string, base []vm.Layer) (prerecover.Guest, error) {
@@ -91,42 +70,18 @@ func (g *guest) open(ctx context.Context, d Driver, dir string, base []vm.Layer)
 		return fmt.Errorf("make appliance cache: %w", err)
 	}
 	var err error
-	if g.fish, err = startFish(d.env(g.work), g.work); err != nil {
+	if g.fish, err = guestfish.Start(guestfish.Env(g.work, d.Cache, d.KVM), g.work); err != nil {
 		return err
 	}
-	commands := [][]string{
-		{"set-smp", "1"}, // with emulation a second processor only gets in the way
-		{"set-memsize", applianceMemory},
-		{"set-network", "false"},
-		// Every line on an emulated serial console and every mitigated branch costs; the appliance lives for seconds.
-		{"set-append", "quiet mitigations=off"},
-	}
+	commands := slices.Clone(guestfish.Small)
 	for _, delta := range g.deltas {
 		commands = append(commands, []string{"add", delta, "format:qcow2", "cachemode:unsafe"})
 	}
 	commands = append(commands, []string{"run"})
 	for _, c := range commands {
-		if _, err := g.fish.do(ctx, c[0], c[1:]...); err != nil {
+		if _, err := g.fish.Do(ctx, c[0], c[1:]...); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-// env is the whole environment of guestfish: nothing of ours leaks in but where a fixed appliance lies.
-func (d Driver) env(work string) []string {
-	settings := "force_tcg"
-	if d.KVM {
-		settings = "force_kvm"
-	}
-	env := []string{
-		"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C", "HOME=" + work, "TMPDIR=" + work,
-		"LIBGUESTFS_BACKEND=direct", "LIBGUESTFS_BACKEND_SETTINGS=" + settings, "LIBGUESTFS_CACHEDIR=" + d.Cache,
-	}
-	for _, name := range []string{"LIBGUESTFS_PATH", "LIBGUESTFS_HV", "SUPERMIN_KERNEL", "SUPERMIN_MODULES"} {
-		if v := os.Getenv(name); v != "" {
-			env = append(env, name+"="+v)
-		}
-	}
-	return env
 }

@@ -14,13 +14,14 @@ import (
 	"strings"
 	"time"
 
+	"github.com/musterdr/muster/internal/guestfish"
 	"github.com/musterdr/muster/internal/prerecover"
 	"github.com/musterdr/muster/internal/vm"
 )
 
 // guest implements prerecover.Guest.
 type guest struct {
-	fish     *fish
+	fish     *guestfish.Fish
 	work     string
 	deltas   []string
 	disks    int
@@ -40,7 +41,11 @@ func (g *guest) bound(ctx context.Context) (context.Context, context.CancelFunc)
 func (g *guest) do(ctx context.Context, command string, args ...string) ([]byte, error) {
 	ctx, cancel := g.bound(ctx)
 	defer cancel()
-	return g.fish.do(ctx, command, args...)
+	out, err := g.fish.Do(ctx, command, args...)
+	if errors.Is(err, guestfish.ErrTooLarge) {
+		err = fmt.Errorf("%w (%w)", prerecover.ErrTooLarge, err)
+	}
+	return out, err
 }
 
 // doPath is do for a path of the guest.
@@ -79,7 +84,7 @@ func (g *guest) deviceList(ctx context.Context, command string) ([]string, error
 func (g *guest) blkid(ctx context.Context, device string) (map[string]string, error) {
 	out, err := g.do(ctx, "blkid", device)
 	if err != nil {
-		if g.fish.broken != nil {
+		if g.fish.Broken() != nil {
 			return nil, err
 		}
 		return nil, nil // blkid fails on a device without a signature, and on nothing else that matters here
@@ -124,7 +129,7 @@ func (g *guest) Disks(ctx context.Context) ([]prerecover.Disk, error) {
 		code, err := g.do(ctx, "pread-device", name, "440", "0")
 		if err == nil {
 			d.BootCode = len(bytes.Trim(code, "\x00")) > 0
-		} else if g.fish.broken != nil {
+		} else if g.fish.Broken() != nil {
 			return nil, fmt.Errorf("list disks: %w", err)
 		}
 		disks = append(disks, d)
@@ -348,15 +353,11 @@ func (g *guest) writeShort(ctx context.Context, path string, content []byte) err
 
 // readHost reads and removes a file guestfish has written for us.
 func readHost(host string, limit int64) ([]byte, error) {
-	defer os.Remove(host)
-	info, err := os.Lstat(host)
-	if err != nil {
-		return nil, err
+	b, err := guestfish.ReadHost(host, limit)
+	if errors.Is(err, guestfish.ErrTooLarge) {
+		err = prerecover.ErrTooLarge
 	}
-	if info.Size() > limit {
-		return nil, prerecover.ErrTooLarge
-	}
-	return os.ReadFile(host)
+	return b, err
 }
 
 func (g *guest) Space(ctx context.Context, path string) (prerecover.Space, error) {
@@ -382,7 +383,7 @@ func (g *guest) Space(ctx context.Context, path string) (prerecover.Space, error
 func (g *guest) Xattr(ctx context.Context, path, name string) (string, error) {
 	out, err := g.doPath(ctx, "lgetxattr", path, name)
 	if err != nil {
-		if g.fish.broken == nil && !errors.Is(err, fs.ErrNotExist) {
+		if g.fish.Broken() == nil && !errors.Is(err, fs.ErrNotExist) {
 			return "", nil
 		}
 		return "", err
@@ -482,7 +483,7 @@ func (g *guest) Close(ctx context.Context) error {
 			return fmt.Errorf("close image: %w", err)
 		}
 	}
-	g.fish.quit()
+	g.fish.Quit()
 	g.closed = true
 	if err := os.RemoveAll(g.work); err != nil {
 		return fmt.Errorf("close image: %w", err)
@@ -512,8 +513,8 @@ func syncFiles(paths []string) error {
 
 func (g *guest) Abandon() {
 	if g.fish != nil && !g.closed {
-		g.fish.kill()
-		g.fish.quit()
+		g.fish.Kill()
+		g.fish.Quit()
 		g.closed = true
 	}
 	for _, d := range g.deltas {

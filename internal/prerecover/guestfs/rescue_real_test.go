@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/guestfish"
 	"github.com/musterdr/muster/internal/prerecover"
 	"github.com/musterdr/muster/internal/prerecover/guestfs"
 	"github.com/musterdr/muster/internal/vm"
@@ -176,7 +177,7 @@ var serverNIC = dr.Inventory{Taken: time.Unix(1, 0), Disks: []dr.InventoryDisk{{
 
 func TestARealImageBecomesARescueImage(t *testing.T) {
 	needReal(t)
-	if err := guestfs.Ready(); err != nil {
+	if err := guestfish.Ready(); err != nil {
 		t.Fatal(err)
 	}
 	img := disk(t, system(t), 1<<30)

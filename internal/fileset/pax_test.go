@@ -1,4 +1,4 @@
-package prerecover
+package fileset_test
 
 import (
 	"archive/tar"
@@ -45,13 +45,13 @@ const paxACL = "\x02\x00\x00\x00\x01\x00\x06\x00\xff\xff\xff\xff\x02\x00\x04\x00
 func paxStream(t *testing.T, cases []paxCase) []byte {
 	t.Helper()
 	var b bytes.Buffer
-	p := &paxWriter{w: &b}
+	p := fileset.NewTarWriter(&b)
 	for i := range cases {
-		if err := p.entry(&cases[i].e, strings.NewReader(cases[i].data)); err != nil {
+		if err := p.Entry(&cases[i].e, strings.NewReader(cases[i].data)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if err := p.end(); err != nil {
+	if err := p.End(); err != nil {
 		t.Fatal(err)
 	}
 	return b.Bytes()

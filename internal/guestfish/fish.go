@@ -1,4 +1,4 @@
-package guestfs
+package guestfish
 
 import (
 	"bytes"
@@ -16,8 +16,6 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-
-	"github.com/musterdr/muster/internal/prerecover"
 )
 
 // Limits of the conversation with guestfish.
@@ -29,8 +27,8 @@ const (
 	quitLimit    = 30 * time.Second
 )
 
-// fish is a running guestfish.
-type fish struct {
+// Fish is a running guestfish, used by one goroutine.
+type Fish struct {
 	cmd    *exec.Cmd
 	stdin  io.WriteCloser
 	stdout *os.File // read with deadlines
@@ -38,8 +36,8 @@ type fish struct {
 	broken error    // why no more commands can be given
 }
 
-// startFish starts guestfish without launching the appliance.
-func startFish(env []string, dir string) (*fish, error) {
+// Start starts guestfish in a folder, without launching the appliance. env is its whole environment.
+func Start(env []string, dir string) (*Fish, error) {
 	path, err := exec.LookPath("guestfish")
 	if err != nil {
 		return nil, fmt.Errorf("start libguestfs: guestfish is not installed: apt-get install libguestfs-tools")
@@ -75,12 +73,12 @@ func startFish(env []string, dir string) (*fish, error) {
 		outRead.Close()
 		return nil, fmt.Errorf("start guestfish: %w", err)
 	}
-	return &fish{cmd: cmd, stdin: stdin, stdout: outRead, stderr: errPipe[0]}, nil
+	return &Fish{cmd: cmd, stdin: stdin, stdout: outRead, stderr: errPipe[0]}, nil
 }
 
-// do gives one command with its arguments and returns what it answered. The command name and every argument that begins
-// with a plain word are constants of this package; all else is quoted.
-func (f *fish) do(ctx context.Context, command string, args ...string) ([]byte, error) {
+// Do gives one command with its arguments and returns what it answered. Arguments are quoted; the
+// command's name is a constant of the caller's.
+func (f *Fish) Do(ctx context.Context, command string, args ...string) ([]byte, error) {
 	if f.broken != nil {
 		return nil, f.broken
 	}
@@ -115,7 +113,7 @@ func (f *fish) do(ctx context.Context, command string, args ...string) ([]byte, 
 }
 
 // readTo reads standard output up to the mark.
-func (f *fish) readTo(ctx context.Context, mark []byte) ([]byte, error) {
+func (f *Fish) readTo(ctx context.Context, mark []byte) ([]byte, error) {
 	stop := context.AfterFunc(ctx, func() { _ = f.stdout.SetReadDeadline(time.Unix(1, 0)) })
 	defer stop()
 	var answer []byte
@@ -130,14 +128,14 @@ func (f *fish) readTo(ctx context.Context, mark []byte) ([]byte, error) {
 			return nil, err
 		}
 		if len(answer) > maxAnswer {
-			return nil, fmt.Errorf("the answer is %w of %d bytes", prerecover.ErrTooLarge, maxAnswer)
+			return nil, fmt.Errorf("the answer is %w of %d bytes", ErrTooLarge, maxAnswer)
 		}
 	}
 }
 
 // complaints gives what has been written to standard error by now. guestfish has written its complaint about a command
 // before it echoes the mark, so after the mark the complaint is in the pipe.
-func (f *fish) complaints() string {
+func (f *Fish) complaints() string {
 	var said []byte
 	buf := make([]byte, 16<<10)
 	for {
@@ -155,9 +153,12 @@ func (f *fish) complaints() string {
 	return strings.TrimSpace(string(said))
 }
 
+// Broken is why no more commands can be given; nil while they can.
+func (f *Fish) Broken() error { return f.broken }
+
 // breaks ends the conversation for good.
-func (f *fish) breaks(ctx context.Context, command string, cause error) error {
-	f.kill()
+func (f *Fish) breaks(ctx context.Context, command string, cause error) error {
+	f.Kill()
 	said := f.complaints()
 	switch {
 	case ctx.Err() != nil:
@@ -170,23 +171,23 @@ func (f *fish) breaks(ctx context.Context, command string, cause error) error {
 	return f.broken
 }
 
-// quit ends guestfish and with it the appliance, politely first.
-func (f *fish) quit() {
+// Quit ends guestfish and with it the appliance, politely first.
+func (f *Fish) Quit() {
 	_ = f.stdin.Close()
-	timer := time.AfterFunc(quitLimit, f.kill)
+	timer := time.AfterFunc(quitLimit, f.Kill)
 	_ = f.cmd.Wait()
 	timer.Stop()
 	f.close()
 }
 
-// kill ends guestfish and the emulator at once.
-func (f *fish) kill() {
+// Kill ends guestfish and the emulator at once. Quit has to be called all the same.
+func (f *Fish) Kill() {
 	if f.cmd.Process != nil {
 		_ = syscall.Kill(-f.cmd.Process.Pid, syscall.SIGKILL)
 	}
 }
 
-func (f *fish) close() {
+func (f *Fish) close() {
 	_ = f.stdout.Close()
 	if f.stderr >= 0 {
 		unix.Close(f.stderr)

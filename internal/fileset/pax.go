@@ -1,4 +1,4 @@
-package prerecover
+package fileset
 
 import (
 	"bytes"
@@ -6,27 +6,30 @@ import (
 	"io"
 	"strconv"
 	"strings"
-
-	"github.com/musterdr/muster/internal/fileset"
 )
 
-// paxWriter writes a tar stream in which nothing of an entry is lost: archive/tar writes neither holes nor names of attributes
+// TarWriter writes a tar stream in which nothing of an entry is lost: archive/tar writes neither holes nor names of attributes
 // with an =, so the few blocks that make the format are written here. Everything that does not fit the old header goes into
 // an extended one before it (POSIX.1-2001), with GNU tar's keys for holes (1.0) and attributes.
-type paxWriter struct {
+//
+// It is used by one goroutine. What goes wrong sticks.
+type TarWriter struct {
 	w   io.Writer
 	err error
 }
+
+// NewTarWriter writes a tar stream to w.
+func NewTarWriter(w io.Writer) *TarWriter { return &TarWriter{w: w} }
 
 const tarBlock = 512
 
 var tarZeros [2 * tarBlock]byte
 
-// entry writes an entry; content gives its data, holes left out.
-func (p *paxWriter) entry(e *fileset.Entry, content io.Reader) error {
+// Entry writes an entry; content gives its data, holes left out.
+func (p *TarWriter) Entry(e *Entry, content io.Reader) error {
 	var x paxRecords
 	name := strings.TrimPrefix(e.Path, "/")
-	size, holes, runs := e.Stored(), []byte(nil), []fileset.Extent{{Length: e.Stored()}}
+	size, holes, runs := e.Stored(), []byte(nil), []Extent{{Length: e.Stored()}}
 	if e.Sparse {
 		runs = blockRuns(e)
 		holes, size = sparseMap(e, runs), 0
@@ -41,10 +44,10 @@ func (p *paxWriter) entry(e *fileset.Entry, content io.Reader) error {
 	} else {
 		x.add("path", name)
 	}
-	if e.Kind == fileset.Symlink || e.Kind == fileset.Link {
-		x.add("linkpath", strings.TrimPrefix(e.Target, map[fileset.Kind]string{fileset.Link: "/"}[e.Kind]))
+	if e.Kind == Symlink || e.Kind == Link {
+		x.add("linkpath", strings.TrimPrefix(e.Target, map[Kind]string{Link: "/"}[e.Kind]))
 	}
-	if e.Kind == fileset.File {
+	if e.Kind == File {
 		x.add("size", strconv.FormatInt(size, 10))
 	}
 	x.add("uid", strconv.FormatUint(uint64(e.UID), 10))
@@ -64,10 +67,10 @@ func (p *paxWriter) entry(e *fileset.Entry, content io.Reader) error {
 }
 
 // run writes the content of one run, with zeros where the file has a hole in it.
-func (p *paxWriter) run(e *fileset.Entry, r fileset.Extent, content io.Reader) {
+func (p *TarWriter) run(e *Entry, r Extent, content io.Reader) {
 	data, end := e.Data, r.Offset+r.Length
 	if !e.Sparse {
-		data = []fileset.Extent{r}
+		data = []Extent{r}
 	}
 	for at := r.Offset; at < end && p.err == nil; {
 		for len(data) > 0 && data[0].Offset+data[0].Length <= at {
@@ -90,7 +93,7 @@ func (p *paxWriter) run(e *fileset.Entry, r fileset.Extent, content io.Reader) {
 }
 
 // blockRuns widens the data of a sparse file to whole blocks of the archive, which GNU tar asks for.
-func blockRuns(e *fileset.Entry) (out []fileset.Extent) {
+func blockRuns(e *Entry) (out []Extent) {
 	for _, x := range e.Data {
 		from, to := x.Offset/tarBlock*tarBlock, x.Offset+x.Length
 		if over := to % tarBlock; over > 0 {
@@ -100,24 +103,24 @@ func blockRuns(e *fileset.Entry) (out []fileset.Extent) {
 			out[n-1].Length = to - out[n-1].Offset
 			continue
 		}
-		out = append(out, fileset.Extent{Offset: from, Length: to - from})
+		out = append(out, Extent{Offset: from, Length: to - from})
 	}
 	return out
 }
 
-// end writes what ends the stream.
-func (p *paxWriter) end() error {
+// End writes what ends the stream.
+func (p *TarWriter) End() error {
 	p.write(tarZeros[:])
 	return p.err
 }
 
-func tarType(k fileset.Kind) byte {
-	return map[fileset.Kind]byte{fileset.File: '0', fileset.Link: '1', fileset.Symlink: '2', fileset.CharDev: '3', fileset.BlockDev: '4',
-		fileset.Folder: '5', fileset.NamedPipe: '6'}[k]
+func tarType(k Kind) byte {
+	return map[Kind]byte{File: '0', Link: '1', Symlink: '2', CharDev: '3', BlockDev: '4',
+		Folder: '5', NamedPipe: '6'}[k]
 }
 
 // block writes a header. What an extended header says is more than what this one can hold.
-func (p *paxWriter) block(kind byte, name string, mode uint32, size int64, e *fileset.Entry) {
+func (p *TarWriter) block(kind byte, name string, mode uint32, size int64, e *Entry) {
 	var b [tarBlock]byte
 	octal := func(at, length int, n int64) {
 		copy(b[at:at+length], fmt.Sprintf("%0*o", length-1, min(max(n, 0), 1<<(3*(length-1))-1)))
@@ -130,7 +133,7 @@ func (p *paxWriter) block(kind byte, name string, mode uint32, size int64, e *fi
 	octal(136, 12, 0)
 	b[156] = kind
 	copy(b[257:], "ustar\x0000")
-	if e != nil && (e.Kind == fileset.CharDev || e.Kind == fileset.BlockDev) {
+	if e != nil && (e.Kind == CharDev || e.Kind == BlockDev) {
 		octal(329, 8, int64(e.Major))
 		octal(337, 8, int64(e.Minor))
 	}
@@ -143,18 +146,18 @@ func (p *paxWriter) block(kind byte, name string, mode uint32, size int64, e *fi
 	p.write(b[:])
 }
 
-func (p *paxWriter) write(b []byte) {
+func (p *TarWriter) write(b []byte) {
 	if p.err == nil {
 		_, p.err = p.w.Write(b)
 	}
 }
 
-func (p *paxWriter) padded(b []byte) {
+func (p *TarWriter) padded(b []byte) {
 	p.write(b)
 	p.pad(int64(len(b)))
 }
 
-func (p *paxWriter) pad(n int64) { p.write(tarZeros[:(tarBlock-n%tarBlock)%tarBlock]) }
+func (p *TarWriter) pad(n int64) { p.write(tarZeros[:(tarBlock-n%tarBlock)%tarBlock]) }
 
 // paxRecords are the lines of an extended header: each begins with its own length.
 type paxRecords struct{ bytes.Buffer }
@@ -171,7 +174,7 @@ func (x *paxRecords) add(key, value string) {
 }
 
 // paxTime writes an instant as a decimal number of seconds; before 1970 the fraction counts the other way.
-func paxTime(t fileset.Time) string {
+func paxTime(t Time) string {
 	sec, nsec, sign := t.Sec, int64(t.Nsec), ""
 	if sec < 0 {
 		if sign, sec = "-", -sec; nsec > 0 {
@@ -183,9 +186,9 @@ func paxTime(t fileset.Time) string {
 
 // sparseMap lists the runs of data in a sparse file as it stands before it, filled up to whole blocks. A hole at the end is an extent
 // of nothing there.
-func sparseMap(e *fileset.Entry, data []fileset.Extent) []byte {
+func sparseMap(e *Entry, data []Extent) []byte {
 	if n := len(data); n == 0 || data[n-1].Offset+data[n-1].Length < e.Size {
-		data = append(data[:n:n], fileset.Extent{Offset: e.Size})
+		data = append(data[:n:n], Extent{Offset: e.Size})
 	}
 	var b bytes.Buffer
 	fmt.Fprintf(&b, "%d\n", len(data))
