@@ -4,6 +4,7 @@
 //	Agent    answers one conversation (capture/wire) and ends
 //	run      one capture: live passes, then one under freeze that makes all blocks those of one instant
 //	files    one capture of folders, file by file
+//	restore  one putting back of files
 //	hold     memory in which a frozen pass puts what it found, so that a slow line never lengthens a freeze
 //
 // It keeps nothing on the server: what the appliance has already is sent to it as fingerprints and lives in memory. It
@@ -57,7 +58,7 @@ func (a Agent) Serve(ctx context.Context, in io.Reader, out io.Writer) error {
 	return err
 }
 
-// answer serves inventories, and one capture, of disks or of files.
+// answer serves inventories, and one capture, of disks or of files, or one putting back.
 func (a Agent) answer(ctx context.Context, r *wire.Reader, w *wire.Writer) error {
 	for {
 		kind, payload, err := r.Next(nil)
@@ -70,6 +71,13 @@ func (a Agent) answer(ctx context.Context, r *wire.Reader, w *wire.Writer) error
 				return err
 			}
 			return a.files(ctx, r, w, plan)
+		}
+		if kind == wire.KindAskRestore {
+			var plan wire.RestorePlan
+			if err := wire.Decode(payload, &plan); err != nil {
+				return err
+			}
+			return a.restore(ctx, r, w, plan)
 		}
 		var plan wire.Plan
 		if kind != wire.KindAskInventory && kind != wire.KindAskCapture {

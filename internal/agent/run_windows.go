@@ -109,3 +109,8 @@ func (r *run) done(since time.Time) error {
 func (Agent) files(context.Context, *wire.Reader, *wire.Writer, wire.FilesPlan) error {
 	return errors.New("capture files: agents for Windows capture whole disks only; set the tier of this server to image")
 }
+
+// restore puts files back, on Linux.
+func (Agent) restore(context.Context, *wire.Reader, *wire.Writer, wire.RestorePlan) error {
+	return errors.New("put files back: agents for Windows cannot; fetch the files with 'muster files SERVER get' and copy them")
+}

@@ -164,3 +164,132 @@ func fill(e *fileset.Entry, field map[string]int64) {
 		}
 	}
 }
+
+// Targets fills in where symbolic links lead. One that cannot be asked about keeps none.
+func (f *Fish) Targets(ctx context.Context, entries []fileset.Entry) error {
+	inside := map[string][]*fileset.Entry{}
+	var single []*fileset.Entry
+	for i := range entries {
+		if e := &entries[i]; e.Kind == fileset.Symlink {
+			dir, name := filepath.Split(e.Path)
+			if strings.Contains(name, "'") {
+				single = append(single, e)
+				continue
+			}
+			inside[dir] = append(inside[dir], e)
+		}
+	}
+	for dir, links := range inside {
+		err := f.inLists(dir, links, func(some []*fileset.Entry, words string) error {
+			answer, err := f.Do(ctx, "readlinklist", dir, words)
+			if err != nil {
+				return err
+			}
+			lines := strings.Split(strings.TrimSuffix(string(answer), "\n"), "\n")
+			if len(lines) != len(some) { // a target holds a line end
+				single = append(single, some...)
+				return nil
+			}
+			for i, e := range some {
+				e.Target = lines[i]
+			}
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("read links: %w", err)
+		}
+	}
+	for _, e := range single {
+		answer, err := f.Do(ctx, "readlink", e.Path)
+		if f.broken != nil {
+			return fmt.Errorf("read links: %w", err)
+		}
+		if err == nil {
+			e.Target = strings.TrimSuffix(string(answer), "\n")
+		}
+	}
+	return nil
+}
+
+// Attrs fills in the extended attributes of entries of one folder.
+func (f *Fish) Attrs(ctx context.Context, dir string, entries []*fileset.Entry) error {
+	var ask []*fileset.Entry
+	var listed []*fileset.Entry
+	for _, e := range entries {
+		if strings.Contains(filepath.Base(e.Path), "'") {
+			ask = append(ask, e)
+			continue
+		}
+		listed = append(listed, e)
+	}
+	err := f.inLists(dir, listed, func(some []*fileset.Entry, words string) error {
+		answer, err := f.Do(ctx, "lxattrlist", dir, words)
+		if err != nil {
+			if f.broken != nil {
+				return err
+			}
+			return nil // a file system without attributes
+		}
+		// An entry without a name, and the number of attributes that follow, begins each file.
+		n := -1
+		for _, a := range attrList(string(answer)) {
+			if a.Name != "" {
+				continue
+			}
+			if n++; n < len(some) && a.Value != "" && !strings.HasPrefix(a.Value, "0") {
+				ask = append(ask, some[n])
+			}
+		}
+		return nil
+	})
+	for i := 0; err == nil && i < len(ask); i++ {
+		err = f.attrs(ctx, ask[i])
+	}
+	if err != nil {
+		return fmt.Errorf("read attributes: %w", err)
+	}
+	return nil
+}
+
+func (f *Fish) attrs(ctx context.Context, e *fileset.Entry) error {
+	answer, err := f.Do(ctx, "lgetxattrs", e.Path)
+	if err != nil {
+		return f.broken
+	}
+	total := 0
+	for _, a := range attrList(string(answer)) {
+		if a.Name == "" || len(e.Attrs) >= fileset.MaxAttrs {
+			continue
+		}
+		if strings.Contains(a.Value, `\`) { // an escape, or one that only looks like it
+			value, err := f.Do(ctx, "lgetxattr", e.Path, a.Name)
+			if f.broken != nil {
+				return err
+			}
+			if err != nil {
+				continue
+			}
+			a.Value = string(value)
+		}
+		if total += len(a.Name) + len(a.Value); len(a.Name) > fileset.MaxName || len(a.Value) > fileset.MaxAttr || total > fileset.MaxAttrBytes {
+			break
+		}
+		e.Attrs = append(e.Attrs, a)
+	}
+	slices.SortFunc(e.Attrs, func(a, b fileset.Attr) int { return strings.Compare(a.Name, b.Name) })
+	e.Attrs = slices.CompactFunc(e.Attrs, func(a, b fileset.Attr) bool { return a.Name == b.Name })
+	return nil
+}
+
+// attrList reads a list of attributes as guestfish prints it.
+func attrList(answer string) (out []fileset.Attr) {
+	for line := range strings.Lines(answer) {
+		line = strings.TrimSuffix(line, "\n")
+		if name, ok := strings.CutPrefix(line, "  attrname: "); ok {
+			out = append(out, fileset.Attr{Name: name})
+		} else if value, ok := strings.CutPrefix(line, "  attrval: "); ok && len(out) > 0 {
+			out[len(out)-1].Value = value
+		}
+	}
+	return out
+}

@@ -27,6 +27,15 @@ func (l *Lab) openSource(_ context.Context, source dr.Source) (capture.Source, e
 
 // CaptureFiles implements capture.FileSource.
 func (s live) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report dr.Progress) error {
+	return s.talk(ctx, func(talk *capture.Session) error { return talk.Files(ctx, sink, report) })
+}
+
+// Restore implements capture.RestoreSource.
+func (s live) Restore(ctx context.Context, plan capture.RestorePlan, feed capture.Feed, placed func(capture.Placed) error) error {
+	return s.talk(ctx, func(talk *capture.Session) error { return talk.Restore(plan, feed, placed) })
+}
+
+func (s live) talk(ctx context.Context, what func(*capture.Session) error) error {
 	ours, theirs := net.Pipe()
 	ended := make(chan struct{})
 	go func() {
@@ -36,7 +45,7 @@ func (s live) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report 
 	}()
 	talk, err := capture.NewSession(ours, ours)
 	if err == nil {
-		err = talk.Files(ctx, sink, report)
+		err = what(talk)
 	}
 	ours.Close()
 	<-ended

@@ -82,6 +82,9 @@ type Content struct {
 	Length int64
 }
 
+// ID is the same for the same content in one store; "" for nothing.
+func (c Content) ID() string { return c.object.String() }
+
 // Files makes the snapshot one of files, which go onto an image that must be kept and cannot be forgotten before they are.
 func (w *Writer) Files(ctx context.Context, image string, set fileset.Set) (*FilesWriter, error) {
 	if err := w.usable(ctx); err != nil {

@@ -19,6 +19,8 @@ import (
 var (
 	_ capture.Source     = (*Source)(nil)
 	_ capture.FileSource = (*Source)(nil)
+
+	_ capture.RestoreSource = (*Source)(nil)
 )
 
 // endLimit is how long an agent that is done may take to end.
@@ -75,6 +77,11 @@ func (s *Source) read(ctx context.Context, talk func(*capture.Session) error) er
 // CaptureFiles implements capture.FileSource.
 func (s *Source) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report dr.Progress) error {
 	return s.read(ctx, func(talk *capture.Session) error { return talk.Files(ctx, sink, report) })
+}
+
+// Restore implements capture.RestoreSource.
+func (s *Source) Restore(ctx context.Context, plan capture.RestorePlan, feed capture.Feed, placed func(capture.Placed) error) error {
+	return s.read(ctx, func(talk *capture.Session) error { return talk.Restore(plan, feed, placed) })
 }
 
 // Forget implements capture.Source.

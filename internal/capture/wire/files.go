@@ -138,3 +138,44 @@ func ParseEntry(p []byte) (fileset.Entry, error) {
 	}
 	return e, nil
 }
+
+// MaxSuffix bounds RestorePlan.Suffix, in bytes.
+const MaxSuffix = 64
+
+// RestorePlan says how files are put back.
+type RestorePlan struct {
+	Overwrite bool   `json:"overwrite"` // also what is newer
+	Suffix    string `json:"suffix"`    // of the name beside what must stay; no /
+}
+
+// Placed says what became of an entry that was put back.
+type Placed struct {
+	Path []byte `json:"path"` // of the entry
+	As   []byte `json:"as"`   // where it lies
+	What string `json:"what"` // restored, replaced, beside, there or failed
+	Note string `json:"note,omitempty"`
+}
+
+// RestoreDone says that everything was put back that could be.
+type RestoreDone struct {
+	Entries int64 `json:"entries"`
+	Failed  int64 `json:"failed"`
+}
+
+// Put sends an entry to be put back. needed says that it is a folder that is only wanted for what follows. It is buffered.
+func (w *Writer) Put(e *fileset.Entry, needed bool) error {
+	var head [1]byte
+	if needed {
+		head[0] = 1
+	}
+	return w.frame(KindPut, head[:], e.AppendBinary(make([]byte, 0, 512)))
+}
+
+// ParsePut reads an entry to be put back.
+func ParsePut(p []byte) (e fileset.Entry, needed bool, err error) {
+	if len(p) < 2 || p[0] > 1 {
+		return e, false, fmt.Errorf("read what is to be put back: %w", ErrGarbage)
+	}
+	e, err = ParseEntry(p[1:])
+	return e, p[0] == 1, err
+}

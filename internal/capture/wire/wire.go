@@ -22,6 +22,11 @@
 //	appliance  AskFiles{FilesPlan} Was … Go          what is known of each name, in fileset.Compare's order
 //	agent      (Same | Gone | Piece … Entry)… Done   what became of it, in the same order; Again voids pieces
 //
+// or to put files back, both sides at the same time:
+//
+//	appliance  AskRestore{RestorePlan} (Put Piece …)… Go   or Failure, and nothing more is put back
+//	agent      Placed … Done                               what became of each, in the same order
+//
 // Until Kept an agent that tracks the disks forgets nothing of what was written before this capture.
 //
 // The agent may send Failure instead of anything; that ends the conversation. A pass that reads under freeze is
@@ -94,6 +99,9 @@ const (
 	KindKept         Kind = 'e' // appliance: nothing
 	KindAskFiles     Kind = 'f' // appliance: FilesPlan
 	KindWas          Kind = 'w' // appliance: what is known of some files
+	KindAskRestore   Kind = 'r' // appliance: RestorePlan
+	KindPut          Kind = 'p' // appliance: whether it is only needed, fileset.Entry; its content follows as pieces
+	KindPlaced       Kind = 'O' // agent: Placed
 )
 
 // limit is the most a frame of a kind may hold; -1 for a kind that does not exist.
@@ -117,7 +125,9 @@ func (k Kind) limit() int {
 		return 1 + MaxPiece
 	case KindEntry:
 		return fileset.MaxEntryBytes
-	case KindHello, KindPass, KindTick, KindDone, KindFailure, KindAskInventory, KindAskCapture, KindKnown, KindAskFiles, KindWas:
+	case KindPut:
+		return 1 + fileset.MaxEntryBytes
+	case KindHello, KindPass, KindTick, KindDone, KindFailure, KindAskInventory, KindAskCapture, KindKnown, KindAskFiles, KindWas, KindAskRestore, KindPlaced:
 		return MaxMessage
 	}
 	return -1

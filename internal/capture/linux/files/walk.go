@@ -1,9 +1,10 @@
 // Package files reads folders of a running server file by file: everything that Linux keeps of each, and the content of those
-// that changed.
+// that changed. It also puts files back.
 //
 //	Walk     one reading of a file set, in fileset.Compare's order
 //	Known    what is known of one name from the last time
 //	Out      where what is found goes
+//	Put      one putting back of files, each complete or absent
 //
 // Names are looked up in the folder that is held open, one at a time, and links are never followed: whoever renames, deletes
 // or swaps things meanwhile makes entries be missed or read again, but leads nobody out of the file set. What is opened is

@@ -1,0 +1,347 @@
+// Package guestfs opens images for files through libguestfs (guestfish): a customer's file systems are parsed by the kernel of
+// a small virtual machine that is thrown away, and below a layer that is thrown away too, so that a journal can be replayed.
+//
+// Knows: which of guestfish's commands shows what.
+// Must not know: what is done with what is seen.
+package guestfs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/musterdr/muster/internal/fileset"
+	"github.com/musterdr/muster/internal/files"
+	"github.com/musterdr/muster/internal/guestfish"
+)
+
+// Driver opens images with libguestfs.
+type Driver struct {
+	Work  string // an existing folder for what travels between host and appliance
+	Cache string // a folder, made if it is missing, in which libguestfs keeps its appliance between guests
+	KVM   bool   // this host's KVM has been proved to work
+}
+
+// Limits of a guest.
+const (
+	openLimit  = 5 * time.Minute // until the appliance runs
+	stepLimit  = 10 * time.Minute
+	walkLimit  = 2 * time.Hour
+	readLimit  = 12 * time.Hour // of one file
+	maxSystem  = 64             // file systems
+	maxOwn     = 64             // that the system does not mount
+	ownPrefix  = "/@"
+	systemRoot = "/v0"
+)
+
+type guest struct {
+	fish *guestfish.Fish
+	work string
+	own  []string // where the others are mounted, in the order of names
+	at   []string // what they are called
+}
+
+// Open implements files.Opener.
+func (d Driver) Open(ctx context.Context, disks []files.Disk) (files.Guest, error) {
+	ctx, cancel := context.WithTimeout(ctx, openLimit)
+	defer cancel()
+	work, err := os.MkdirTemp(d.Work, "files-")
+	if err != nil {
+		return nil, fmt.Errorf("make work folder: %w", err)
+	}
+	g := &guest{work: work}
+	if err := g.open(ctx, d, disks); err != nil {
+		g.Close()
+		return nil, err
+	}
+	return g, nil
+}
+
+func (g *guest) open(ctx context.Context, d Driver, disks []files.Disk) error {
+	if err := os.MkdirAll(d.Cache, 0o700); err != nil {
+		return fmt.Errorf("make appliance cache: %w", err)
+	}
+	var err error
+	if g.fish, err = guestfish.Start(guestfish.Env(g.work, d.Cache, d.KVM), g.work); err != nil {
+		return err
+	}
+	commands := slices.Clone(guestfish.Small)
+	for _, disk := range disks {
+		commands = append(commands, []string{"add", disk.Export, "readonly:true", "format:raw", "protocol:nbd", "server:unix:" + disk.Socket})
+	}
+	for _, c := range append(commands, []string{"run"}) {
+		if _, err := g.fish.Do(ctx, c[0], c[1:]...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Close implements files.Guest. Nothing has to be written out.
+func (g *guest) Close() {
+	if g.fish != nil {
+		g.fish.Kill()
+		g.fish.Quit()
+	}
+	_ = os.RemoveAll(g.work)
+}
+
+func (g *guest) do(ctx context.Context, command string, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, stepLimit)
+	defer cancel()
+	out, err := g.fish.Do(ctx, command, args...)
+	return string(out), err
+}
+
+// mountableRE is what a file system of the appliance may be called.
+var mountableRE = regexp.MustCompile(`^(btrfsvol:)?/dev/[A-Za-z0-9+_./@-]{1,250}$`)
+
+// pairs reads a table of guestfish's.
+func pairs(text string) (out [][2]string) {
+	for line := range strings.Lines(text) {
+		if key, value, ok := strings.Cut(strings.TrimSuffix(line, "\n"), ": "); ok {
+			out = append(out, [2]string{key, value})
+		}
+	}
+	return out
+}
+
+// Look implements files.Guest.
+func (g *guest) Look(ctx context.Context) (mounts []files.Mount, notes []string, err error) {
+	answer, err := g.do(ctx, "list-filesystems")
+	if err != nil {
+		return nil, nil, err
+	}
+	types, order := map[string]string{}, []string{}
+	for _, p := range pairs(answer) {
+		if mountableRE.MatchString(p[0]) && types[p[0]] == "" {
+			types[p[0]] = p[1]
+			order = append(order, p[0])
+		}
+	}
+	mounts, note, err := g.system(ctx, types)
+	if err != nil {
+		return nil, nil, err
+	}
+	if note != "" {
+		notes = append(notes, note)
+	}
+	var own []files.Mount
+	for _, device := range order {
+		t := types[device]
+		switch {
+		case t == "crypto_LUKS" || t == "BitLocker":
+			notes = append(notes, device+" is encrypted and cannot be seen")
+			continue
+		case t == "" || t == "swap" || t == "unknown" || strings.HasSuffix(t, "_member") || strings.HasPrefix(device, "btrfsvol:"):
+			continue
+		case slices.ContainsFunc(mounts, func(m files.Mount) bool { return m.Device == device || strings.HasPrefix(m.Device, "btrfsvol:"+device+"/") }):
+			continue
+		case len(own) >= maxOwn:
+			notes = append(notes, "there are more file systems than can be shown")
+			continue
+		}
+		own = append(own, files.Mount{Device: device, Type: t, Own: true, At: ownPrefix + strings.ReplaceAll(strings.TrimPrefix(device, "/dev/"), "/", "-")})
+	}
+	if len(mounts) == 0 && len(own) == 1 {
+		own[0].At = "/"
+	}
+	if len(mounts)+len(own) == 0 {
+		notes = append(notes, "there is no file system that can be seen")
+	}
+	return append(mounts, own...), notes, nil
+}
+
+// system finds the file systems of the installed system, those that others lie on first.
+func (g *guest) system(ctx context.Context, types map[string]string) (mounts []files.Mount, note string, err error) {
+	answer, err := g.do(ctx, "inspect-os")
+	if err != nil {
+		if g.fish.Broken() != nil {
+			return nil, "", err
+		}
+		return nil, "the installed system could not be recognised: " + err.Error(), nil
+	}
+	roots := strings.Fields(answer)
+	if len(roots) == 0 || !mountableRE.MatchString(roots[0]) {
+		return nil, "", nil
+	}
+	if len(roots) > 1 {
+		note = fmt.Sprintf("of %d installed systems %s is shown as /", len(roots), roots[0])
+	}
+	if answer, err = g.do(ctx, "inspect-get-mountpoints", roots[0]); err != nil {
+		return nil, "", err
+	}
+	for _, p := range pairs(answer) {
+		if strings.HasPrefix(p[0], "/") && path.Clean(p[0]) == p[0] && mountableRE.MatchString(p[1]) && len(mounts) < maxSystem {
+			mounts = append(mounts, files.Mount{Device: p[1], At: p[0], Type: types[p[1]]})
+		}
+	}
+	slices.SortFunc(mounts, func(a, b files.Mount) int { return fileset.Compare(a.At, b.At) })
+	if len(mounts) == 0 || mounts[0].At != "/" {
+		return nil, "the installed system mounts no root", nil
+	}
+	return mounts, note, nil
+}
+
+// Mount implements files.Guest.
+func (g *guest) Mount(ctx context.Context, mounts []files.Mount) (notes []string, err error) {
+	for i, m := range mounts {
+		at := systemRoot + strings.TrimSuffix(m.At, "/")
+		if m.Own && m.At != "/" {
+			at = fmt.Sprintf("/v%d", i+1)
+		}
+		if m.Own || m.At == "/" {
+			if _, err := g.do(ctx, "mkmountpoint", at); err != nil {
+				return notes, err
+			}
+		}
+		if _, err := g.do(ctx, "mount-ro", m.Device, at); err != nil {
+			if g.fish.Broken() != nil {
+				return notes, err
+			}
+			notes = append(notes, fmt.Sprintf("%s (%s), which belongs at %s, cannot be mounted and is not shown: %v", m.Device, m.Type, files.Text(m.At), err))
+			continue
+		}
+		if m.Own && m.At != "/" {
+			g.own, g.at = append(g.own, at), append(g.at, m.At)
+		}
+	}
+	return notes, nil
+}
+
+// inside says where a path is in the appliance.
+func (g *guest) inside(p string) string {
+	for i, at := range g.at {
+		if fileset.Below(p, at) {
+			return g.own[i] + p[len(at):]
+		}
+	}
+	return systemRoot + strings.TrimSuffix(p, "/")
+}
+
+// Walk implements files.Guest.
+func (g *guest) Walk(ctx context.Context) (entries []fileset.Entry, notes []string, err error) {
+	ctx, cancel := context.WithTimeout(ctx, walkLimit)
+	defer cancel()
+	lost := 0
+	add := func(from, to string) error {
+		found, err := g.fish.Walk(ctx, from, filepath.Join(g.work, "walk"), files.MaxNameBytes)
+		if err == nil {
+			err = g.fish.Targets(ctx, found)
+		}
+		if err != nil {
+			if g.fish.Broken() == nil && to == "/" && errors.Is(err, os.ErrNotExist) {
+				return nil // there is no system
+			}
+			return err
+		}
+		var buf []byte
+		for _, e := range found {
+			socket := e.Kind == 0 && e.Inode != 0
+			if e.Path = to + e.Path[len(from):]; to == "/" && e.Path != "/" {
+				e.Path = e.Path[1:]
+			}
+			buf = e.AppendBinary(buf[:0])
+			if _, _, err := fileset.Decode(buf); err != nil {
+				if !socket {
+					lost++
+				}
+				continue
+			}
+			entries = append(entries, e)
+		}
+		return nil
+	}
+	if err := add(systemRoot, "/"); err != nil {
+		return nil, nil, err
+	}
+	for i := range g.own {
+		if err := add(g.own[i], g.at[i]); err != nil {
+			return nil, nil, err
+		}
+	}
+	if lost > 0 {
+		notes = append(notes, fmt.Sprintf("%d names cannot be shown: they are too long, or could not be read", lost))
+	}
+	slices.SortFunc(entries, func(a, b fileset.Entry) int { return fileset.Compare(a.Path, b.Path) })
+	entries = slices.CompactFunc(entries, func(a, b fileset.Entry) bool { return a.Path == b.Path })
+	return entries, notes, nil
+}
+
+// Attrs implements files.Guest.
+func (g *guest) Attrs(ctx context.Context, entries []*fileset.Entry) error {
+	ctx, cancel := context.WithTimeout(ctx, stepLimit)
+	defer cancel()
+	moved := make([]fileset.Entry, len(entries))
+	ask := make([]*fileset.Entry, len(entries))
+	for i, e := range entries {
+		moved[i].Path = g.inside(e.Path)
+		ask[i] = &moved[i]
+	}
+	if len(ask) == 0 {
+		return nil
+	}
+	// A mount point lies elsewhere than what is beside it.
+	for len(ask) > 0 {
+		dir, _ := filepath.Split(ask[0].Path)
+		n := 1
+		for n < len(ask) && strings.HasPrefix(ask[n].Path, dir) && !strings.Contains(ask[n].Path[len(dir):], "/") {
+			n++
+		}
+		if err := g.fish.Attrs(ctx, dir, ask[:n]); err != nil {
+			return err
+		}
+		ask = ask[n:]
+	}
+	for i, e := range entries {
+		e.Attrs = moved[i].Attrs
+	}
+	return nil
+}
+
+// Read implements files.Guest. The content comes through a named pipe, so that it lies nowhere.
+func (g *guest) Read(ctx context.Context, p string, w io.Writer) error {
+	ctx, cancel := context.WithTimeout(ctx, readLimit)
+	defer cancel()
+	pipe := filepath.Join(g.work, "content")
+	if err := unix.Mkfifo(pipe, 0o600); err != nil {
+		return fmt.Errorf("read %.200q: %w", p, err)
+	}
+	defer os.Remove(pipe)
+	read := make(chan error, 1)
+	go func() {
+		f, err := os.OpenFile(pipe, os.O_RDONLY, 0)
+		if err == nil {
+			if _, err = io.Copy(w, f); err != nil {
+				g.fish.Kill() // nobody wants the rest
+			}
+			f.Close()
+		}
+		read <- err
+	}()
+	_, err := g.fish.Do(ctx, "download", g.inside(p), pipe)
+	// If guestfish never opened the pipe, whoever waits for it must not wait for ever.
+	if f, oerr := os.OpenFile(pipe, os.O_WRONLY|syscall.O_NONBLOCK, 0); oerr == nil {
+		f.Close()
+	} else if fd, oerr := unix.Open(pipe, unix.O_RDWR|unix.O_NONBLOCK, 0); oerr == nil {
+		unix.Close(fd)
+	}
+	if rerr := <-read; rerr != nil {
+		return rerr
+	}
+	if err != nil {
+		return fmt.Errorf("read %.200q: %w", p, err)
+	}
+	return nil
+}
