@@ -23,6 +23,8 @@ import (
 	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
+	"github.com/musterdr/muster/internal/files"
+	filesguestfs "github.com/musterdr/muster/internal/files/guestfs"
 	"github.com/musterdr/muster/internal/master"
 	"github.com/musterdr/muster/internal/prerecover/guestfs"
 	"github.com/musterdr/muster/internal/silo"
@@ -76,7 +78,7 @@ func serve(cmd *cobra.Command, i install) error {
 	if err := p.lock(i); err != nil {
 		return err
 	}
-	m, err := p.open(ctx, cmd, i)
+	m, app, err := p.open(ctx, cmd, i)
 	if err != nil {
 		return err
 	}
@@ -84,7 +86,7 @@ func serve(cmd *cobra.Command, i install) error {
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: api.Handler(m, version), ReadHeaderTimeout: 10 * time.Second}
+	server := &http.Server{Handler: api.Handler(m, app, version), ReadHeaderTimeout: 10 * time.Second}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	if err := m.Start(ctx); err != nil {
@@ -133,61 +135,65 @@ func (p *platform) listen(i install) (net.Listener, error) {
 }
 
 // open opens the parts in the order in which they need each other.
-func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*master.Master, error) {
+func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*master.Master, *appliance.Appliance, error) {
 	st, set, err := i.openStore(cmd)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	p.onClose("store", func() error { return st.Close(context.Background()) })
 	cat, err := catalog.Open(ctx, i.path("catalog.db"))
 	if err != nil {
-		return nil, fmt.Errorf("open catalog: %w", err)
+		return nil, nil, fmt.Errorf("open catalog: %w", err)
 	}
 	p.onClose("catalog", cat.Close)
-	s, err := p.openSilo(ctx, i, set, st)
+	s, kvm, err := p.openSilo(ctx, i, set, st)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: master.Shape,
 		Resources: map[string]int{master.ResourceTest: max(set.Tests, 1)}, Logger: p.log})
 	if err != nil {
-		return nil, fmt.Errorf("open engine: %w", err)
+		return nil, nil, fmt.Errorf("open engine: %w", err)
 	}
 	p.onClose("engine", func() error {
 		limit, cancel := context.WithTimeout(context.Background(), closeLimit)
 		defer cancel()
 		return eng.Close(limit)
 	})
-	return master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: &appliance.Appliance{Store: st, Open: i.openSource},
-		Silo: s, Log: p.log, Version: version, Data: i.Dir, Location: set.Store}), nil
+	browser := files.New(st, filesguestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, i.Run)
+	p.onClose("files", browser.Close)
+	app := &appliance.Appliance{Store: st, Open: i.openSource, Browser: browser}
+	return master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app,
+		Silo: s, Log: p.log, Version: version, Data: i.Dir, Location: set.Store}), app, nil
 }
 
-func (p *platform) openSilo(ctx context.Context, i install, set settings, st *store.Store) (*silo.Silo, error) {
+func (p *platform) openSilo(ctx context.Context, i install, set settings, st *store.Store) (s *silo.Silo, kvm bool, err error) {
 	hv, err := libvirt.Open(ctx, libvirt.Config{Socket: set.Libvirt, ProbeFile: probeFile(i)})
 	if err != nil {
-		return nil, withCode(exitUnavailable, fmt.Errorf("reach libvirt: %w; 'muster doctor' says what is missing", err))
+		return nil, false, withCode(exitUnavailable, fmt.Errorf("reach libvirt: %w; 'muster doctor' says what is missing", err))
 	}
 	p.onClose("hypervisor", hv.Close)
 	_, gid := hv.User()
 	host, err := hv.Host(ctx)
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
+	kvm = host.Accelerator == "kvm"
 	if err := os.MkdirAll(i.path("silo/work"), 0o711); err != nil {
-		return nil, fmt.Errorf("make work folder: %w", err)
+		return nil, false, fmt.Errorf("make work folder: %w", err)
 	}
 	guest, err := besides("muster-guest")
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	s, err := silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: host.Accelerator == "kvm"}, Networks: hostNetworks{},
+	s, err = silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, Networks: hostNetworks{},
 		Exporter: exporter{install: i, group: gid}, GuestAgent: guest, Dir: i.path("silo"), Run: i.Run, SocketGID: gid,
 		MaxMemory: set.MaxMemory, MaxCPUs: set.MaxCPUs, Diagnose: func(ctx context.Context) []api.Finding { return diagnose(ctx, i, set, hv, nil) }})
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	p.onClose("silo", s.Close)
-	return s, nil
+	return s, kvm, nil
 }
 
 // besides finds a program that is delivered beside this one.

@@ -19,7 +19,7 @@ import (
 // maxAnswer bounds an answer's body in bytes.
 const maxAnswer = 64 << 20
 
-// Client asks a master over its REST interface. It implements Operator.
+// Client asks a master over its REST interface. It implements Operator and Files.
 type Client struct {
 	http *http.Client
 	base string
@@ -54,6 +54,20 @@ func call[T any](ctx context.Context, c *Client, method, path string, query url.
 }
 
 func (c *Client) do(ctx context.Context, method, path string, query url.Values, in any) ([]byte, error) {
+	resp, err := c.send(ctx, method, path, query, in)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return nil, fmt.Errorf("read answer to %s %s: %w", method, path, err)
+	}
+	return data, nil
+}
+
+// send asks, and gives an answer that is no error. Its body has to be closed.
+func (c *Client) send(ctx context.Context, method, path string, query url.Values, in any) (*http.Response, error) {
 	var payload io.Reader
 	if in != nil {
 		raw, err := json.Marshal(in)
@@ -81,22 +95,22 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 		}
 		return nil, fmt.Errorf("ask master: %w", err)
 	}
+	if resp.StatusCode < 300 {
+		return resp, nil
+	}
 	defer resp.Body.Close()
 	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
 	if err != nil {
 		return nil, fmt.Errorf("read answer to %s %s: %w", method, path, err)
 	}
-	if resp.StatusCode >= 300 {
-		e := &Error{}
-		if json.Unmarshal(data, e) != nil || e.Message == "" {
-			e.Message = fmt.Sprintf("%s %s: the master answered %s", method, path, resp.Status)
-		}
-		if e.Kind == "" {
-			e.Kind = kindOf(resp.StatusCode)
-		}
-		return nil, e
+	e := &Error{}
+	if json.Unmarshal(data, e) != nil || e.Message == "" {
+		e.Message = fmt.Sprintf("%s %s: the master answered %s", method, path, resp.Status)
 	}
-	return data, nil
+	if e.Kind == "" {
+		e.Kind = kindOf(resp.StatusCode)
+	}
+	return nil, e
 }
 
 func seg(s string) string { return url.PathEscape(s) }

@@ -2,8 +2,15 @@ package api
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"io"
+	"net/http"
+	"net/url"
+	"strconv"
 	"time"
+
+	"github.com/danielgtaylor/huma/v2"
 )
 
 // Files is what people ask of what is in snapshots. An appliance implements it, alone: no master is asked. Handler offers it as
@@ -137,5 +144,87 @@ type Restored struct {
 	Replaced int64          `json:"replaced"`
 	Beside   int64          `json:"beside"`
 	Failed   int64          `json:"failed"`
-	Bytes    int64          `json:"bytes"` // of content
+	Bytes    int64          `json:"bytes"`           // of content
+	Error    string         `json:"error,omitempty"` // why it broke off: what is not named above was not put back
+}
+
+func registerFiles(a huma.API, f Files) {
+	huma.Get(a, "/v1/servers/{name}/files", func(ctx context.Context, in *FilesQuery) (*body[FileListing], error) {
+		return answer(f.ListFiles(ctx, *in))
+	})
+	huma.Get(a, "/v1/servers/{name}/files/find", func(ctx context.Context, in *FindQuery) (*body[FoundFiles], error) {
+		return answer(f.FindFiles(ctx, *in))
+	})
+	huma.Get(a, "/v1/servers/{name}/files/versions", func(ctx context.Context, in *VersionsQuery) (*body[FileHistory], error) {
+		return answer(f.FileVersions(ctx, *in))
+	})
+	huma.Get(a, "/v1/servers/{name}/files/content", func(ctx context.Context, in *GetQuery) (*huma.StreamResponse, error) {
+		return stream(func(w io.Writer) error { return f.GetFile(ctx, *in, w) })
+	})
+	huma.Post(a, "/v1/files/restore", func(ctx context.Context, in *body[RestoreRequest]) (*body[Restored], error) {
+		return answer(f.RestoreFiles(ctx, in.Body))
+	})
+}
+
+// streamPiece is how much is read before an answer begins.
+const streamPiece = 64 << 10
+
+// stream answers with what is written. What goes wrong before the first byte is an error like any other; after it the connection
+// is cut, so that nobody takes a part for the whole.
+func stream(write func(io.Writer) error) (*huma.StreamResponse, error) {
+	r, w := io.Pipe()
+	go func() { w.CloseWithError(write(w)) }()
+	first := make([]byte, streamPiece)
+	n, err := r.Read(first)
+	if err != nil && !errors.Is(err, io.EOF) {
+		_, err = answer(struct{}{}, err)
+		return nil, err
+	}
+	return &huma.StreamResponse{Body: func(c huma.Context) {
+		defer r.Close()
+		c.SetHeader("Content-Type", "application/octet-stream")
+		_, err := c.BodyWriter().Write(first[:n])
+		if err == nil {
+			_, err = io.Copy(c.BodyWriter(), r)
+		}
+		if err != nil {
+			panic(http.ErrAbortHandler)
+		}
+	}}, nil
+}
+
+// ListFiles implements Files.
+func (c *Client) ListFiles(ctx context.Context, q FilesQuery) (FileListing, error) {
+	return call[FileListing](ctx, c, "GET", "/v1/servers/"+seg(q.Server)+"/files", url.Values{"snapshot": {q.Snapshot}, "path": {q.Path},
+		"recursive": {strconv.FormatBool(q.Recursive)}, "limit": {strconv.Itoa(q.Limit)}}, nil)
+}
+
+// FindFiles implements Files.
+func (c *Client) FindFiles(ctx context.Context, q FindQuery) (FoundFiles, error) {
+	return call[FoundFiles](ctx, c, "GET", "/v1/servers/"+seg(q.Server)+"/files/find", url.Values{"pattern": {q.Pattern},
+		"all": {strconv.FormatBool(q.All)}, "limit": {strconv.Itoa(q.Limit)}}, nil)
+}
+
+// FileVersions implements Files.
+func (c *Client) FileVersions(ctx context.Context, q VersionsQuery) (FileHistory, error) {
+	return call[FileHistory](ctx, c, "GET", "/v1/servers/"+seg(q.Server)+"/files/versions", url.Values{"path": {q.Path}, "all": {strconv.FormatBool(q.All)}}, nil)
+}
+
+// RestoreFiles implements Files.
+func (c *Client) RestoreFiles(ctx context.Context, r RestoreRequest) (Restored, error) {
+	return call[Restored](ctx, c, "POST", "/v1/files/restore", nil, r)
+}
+
+// GetFile implements Files.
+func (c *Client) GetFile(ctx context.Context, q GetQuery, w io.Writer) error {
+	resp, err := c.send(ctx, "GET", "/v1/servers/"+seg(q.Server)+"/files/content", url.Values{"snapshot": {q.Snapshot}, "path": {q.Path},
+		"tar": {strconv.FormatBool(q.Tar)}}, nil)
+	if err != nil {
+		return err
+	}
+	defer resp.Body.Close()
+	if _, err := io.Copy(w, resp.Body); err != nil {
+		return fmt.Errorf("get %s: it broke off; what has arrived is not the whole: %w", q.Path, err)
+	}
+	return nil
 }

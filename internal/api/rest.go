@@ -22,8 +22,8 @@ const MaxEvents = 1000
 // maxBody bounds a request's body in bytes.
 const maxBody = 4 << 20
 
-// Handler offers an Operator as REST under /v1, with its OpenAPI description at /openapi.json.
-func Handler(op Operator, version string) http.Handler {
+// Handler offers an Operator and Files as REST under /v1, with its OpenAPI description at /openapi.json.
+func Handler(op Operator, files Files, version string) http.Handler {
 	huma.NewError = newError
 	mux := http.NewServeMux()
 	config := huma.DefaultConfig("Muster", version)
@@ -34,6 +34,7 @@ func Handler(op Operator, version string) http.Handler {
 	registerServers(a, op)
 	registerWork(a, op)
 	registerRecord(a, op)
+	registerFiles(a, files)
 	return http.MaxBytesHandler(mux, maxBody)
 }
 

@@ -1,5 +1,6 @@
-// Package appliance is the role of the box at the customer's site: it captures servers into a store. In this release
-// it runs in the same process as the master; it has never heard of a virtual machine.
+// Package appliance is the role of the box at the customer's site: it captures servers into a store, and gives single files
+// back. In this release it runs in the same process as the master; it has never heard of a virtual machine, and asks no
+// master about files.
 //
 // Knows: sources, and the store they are captured into.
 // Must not know: the catalog, hypervisors, why a snapshot is taken.
@@ -13,6 +14,7 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture"
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/files"
 	"github.com/musterdr/muster/internal/store"
 )
 
@@ -21,9 +23,14 @@ type Appliance struct {
 	Store *store.Store
 	// Open connects to a source. It is given by the program, which knows the ways there are.
 	Open func(ctx context.Context, source dr.Source) (capture.Source, error)
+	// Browser looks into snapshots.
+	Browser *files.Browser
 }
 
-var _ api.Appliance = (*Appliance)(nil)
+var (
+	_ api.Appliance = (*Appliance)(nil)
+	_ api.Files     = (*Appliance)(nil)
+)
 
 // Snapshot implements api.Appliance.
 func (a *Appliance) Snapshot(ctx context.Context, task api.SnapshotTask, report dr.Progress) (dr.Snapshot, error) {

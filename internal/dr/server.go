@@ -30,6 +30,9 @@ type Server struct {
 	Created    time.Time  `json:"created"`
 }
 
+// ServerRecord is the kind under which a store keeps definitions of servers, by their identifiers.
+const ServerRecord = "server"
+
 // Source says where a server's disks are read from. Exactly one of Disks, SSH and VM is set.
 type Source struct {
 	Disks []string   `json:"disks,omitempty"` // paths of raw disk images or block devices, in the server's own order

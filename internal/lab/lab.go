@@ -28,6 +28,7 @@ import (
 	"github.com/musterdr/muster/internal/boottest"
 	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/engine"
+	"github.com/musterdr/muster/internal/files"
 	"github.com/musterdr/muster/internal/image"
 	"github.com/musterdr/muster/internal/master"
 	"github.com/musterdr/muster/internal/prerecover/tree"
@@ -136,7 +137,9 @@ func (l *Lab) open() error {
 		return err
 	}
 	closes = append(closes, func() { eng.Close(context.Background()) })
-	app := &appliance.Appliance{Store: st, Open: l.openSource}
+	browser := files.New(st, nil, l.path("run"))
+	closes = append(closes, func() { browser.Close() })
+	app := &appliance.Appliance{Store: st, Open: l.openSource, Browser: browser}
 	l.Store = st
 	l.Master = master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silo: faultySilo{s, l},
 		Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now})
@@ -144,7 +147,7 @@ func (l *Lab) open() error {
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: api.Handler(l.Master, "lab"), ReadHeaderTimeout: time.Second}
+	server := &http.Server{Handler: api.Handler(l.Master, app, "lab"), ReadHeaderTimeout: time.Second}
 	go func() { _ = server.Serve(listener) }() // until it is closed
 	closes = append(closes, func() { server.Close() })
 	l.Client = api.Dial(l.path("api.sock"))

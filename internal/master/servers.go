@@ -12,9 +12,6 @@ import (
 	"github.com/musterdr/muster/internal/fileset"
 )
 
-// recordServer is the kind under which the store keeps servers' definitions.
-const recordServer = "server"
-
 // Contact implements api.Operator.
 func (m *Master) Contact(ctx context.Context, source dr.Source) (api.Contact, error) {
 	return m.Appliance.Contact(ctx, source)
@@ -30,11 +27,11 @@ func (m *Master) AddServer(ctx context.Context, server dr.Server) (dr.Server, er
 	if err := m.validate(ctx, &server); err != nil {
 		return dr.Server{}, err
 	}
-	if err := m.Store.PutRecord(ctx, recordServer, server.ID, server); err != nil {
+	if err := m.Store.PutRecord(ctx, dr.ServerRecord, server.ID, server); err != nil {
 		return dr.Server{}, fmt.Errorf("keep definition of %s in the store: %w", server.Name, err)
 	}
 	if err := m.Catalog.AddServer(ctx, server); err != nil {
-		if derr := m.Store.DeleteRecord(ctx, recordServer, server.ID); derr != nil {
+		if derr := m.Store.DeleteRecord(ctx, dr.ServerRecord, server.ID); derr != nil {
 			m.Log.Error("take back record of server", "server", server.Name, "error", derr)
 		}
 		if errors.Is(err, catalog.ErrExists) {
@@ -58,7 +55,7 @@ func (m *Master) UpdateServer(ctx context.Context, name string, change api.Serve
 	if err := m.Catalog.UpdateServer(ctx, server); err != nil {
 		return dr.Server{}, err
 	}
-	if err := m.Store.PutRecord(ctx, recordServer, server.ID, server); err != nil {
+	if err := m.Store.PutRecord(ctx, dr.ServerRecord, server.ID, server); err != nil {
 		return dr.Server{}, fmt.Errorf("keep definition of %s in the store: %w", server.Name, err)
 	}
 	return server, nil
@@ -243,7 +240,7 @@ func (m *Master) RemoveServer(ctx context.Context, name string) error {
 		}
 		return err
 	}
-	if err := m.Store.DeleteRecord(ctx, recordServer, s.ID); err != nil {
+	if err := m.Store.DeleteRecord(ctx, dr.ServerRecord, s.ID); err != nil {
 		return fmt.Errorf("forget definition of %s in the store: %w", s.Name, err)
 	}
 	// The source may be gone for good: what is left there is a cache folder, and not reaching it is no reason to fail.

@@ -156,7 +156,7 @@ func (m *Master) adopt(ctx context.Context) (catalog.Adopted, error) {
 	if err := m.Store.Refresh(ctx); err != nil {
 		return catalog.Adopted{}, err
 	}
-	servers, err := records[dr.Server](ctx, m.Store, recordServer)
+	servers, err := records[dr.Server](ctx, m.Store, dr.ServerRecord)
 	if err != nil {
 		return catalog.Adopted{}, err
 	}

@@ -21,8 +21,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/musterdr/muster/internal/fileset"
 	"github.com/musterdr/muster/internal/files"
+	"github.com/musterdr/muster/internal/fileset"
 	"github.com/musterdr/muster/internal/guestfish"
 )
 
@@ -146,7 +146,9 @@ func (g *guest) Look(ctx context.Context) (mounts []files.Mount, notes []string,
 			continue
 		case t == "" || t == "swap" || t == "unknown" || strings.HasSuffix(t, "_member") || strings.HasPrefix(device, "btrfsvol:"):
 			continue
-		case slices.ContainsFunc(mounts, func(m files.Mount) bool { return m.Device == device || strings.HasPrefix(m.Device, "btrfsvol:"+device+"/") }):
+		case slices.ContainsFunc(mounts, func(m files.Mount) bool {
+			return m.Device == device || strings.HasPrefix(m.Device, "btrfsvol:"+device+"/")
+		}):
 			continue
 		case len(own) >= maxOwn:
 			notes = append(notes, "there are more file systems than can be shown")
@@ -319,24 +321,26 @@ func (g *guest) Read(ctx context.Context, p string, w io.Writer) error {
 		return fmt.Errorf("read %.200q: %w", p, err)
 	}
 	defer os.Remove(pipe)
+	// Both ends are held before guestfish is asked, so that nobody waits for the other to open one.
+	from, err := os.OpenFile(pipe, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return fmt.Errorf("read %.200q: %w", p, err)
+	}
+	defer from.Close()
+	until, err := os.OpenFile(pipe, os.O_WRONLY|syscall.O_NONBLOCK, 0)
+	if err != nil {
+		return fmt.Errorf("read %.200q: %w", p, err)
+	}
 	read := make(chan error, 1)
 	go func() {
-		f, err := os.OpenFile(pipe, os.O_RDONLY, 0)
-		if err == nil {
-			if _, err = io.Copy(w, f); err != nil {
-				g.fish.Kill() // nobody wants the rest
-			}
-			f.Close()
+		_, err := io.Copy(w, from)
+		if err != nil {
+			g.fish.Kill() // nobody wants the rest
 		}
 		read <- err
 	}()
-	_, err := g.fish.Do(ctx, "download", g.inside(p), pipe)
-	// If guestfish never opened the pipe, whoever waits for it must not wait for ever.
-	if f, oerr := os.OpenFile(pipe, os.O_WRONLY|syscall.O_NONBLOCK, 0); oerr == nil {
-		f.Close()
-	} else if fd, oerr := unix.Open(pipe, unix.O_RDWR|unix.O_NONBLOCK, 0); oerr == nil {
-		unix.Close(fd)
-	}
+	_, err = g.fish.Do(ctx, "download", g.inside(p), pipe)
+	until.Close()
 	if rerr := <-read; rerr != nil {
 		return rerr
 	}

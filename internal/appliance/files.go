@@ -1,0 +1,214 @@
+package appliance
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"path"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/capture"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/files"
+	"github.com/musterdr/muster/internal/fileset"
+)
+
+// Limits of putting back.
+const (
+	maxPaths    = 1000
+	maxRestored = 100_000 // files that are named in an answer
+)
+
+// ListFiles implements api.Files.
+func (a *Appliance) ListFiles(ctx context.Context, q api.FilesQuery) (api.FileListing, error) {
+	return a.Browser.List(ctx, q)
+}
+
+// FindFiles implements api.Files.
+func (a *Appliance) FindFiles(ctx context.Context, q api.FindQuery) (api.FoundFiles, error) {
+	return a.Browser.Find(ctx, q)
+}
+
+// FileVersions implements api.Files.
+func (a *Appliance) FileVersions(ctx context.Context, q api.VersionsQuery) (api.FileHistory, error) {
+	return a.Browser.Versions(ctx, q)
+}
+
+// GetFile implements api.Files.
+func (a *Appliance) GetFile(ctx context.Context, q api.GetQuery, w io.Writer) error {
+	return a.Browser.Get(ctx, q, w)
+}
+
+// server finds a protected server by its name or identifier, in the store: no master is asked.
+func (a *Appliance) server(ctx context.Context, name string) (found dr.Server, err error) {
+	err = a.Store.Records(ctx, dr.ServerRecord, func(_ string, raw json.RawMessage) error {
+		var s dr.Server
+		if err := json.Unmarshal(raw, &s); err != nil {
+			return err
+		}
+		if s.Name == name || s.ID == name {
+			found = s
+		}
+		return nil
+	})
+	if err == nil && found.ID == "" {
+		err = api.Errorf(api.NotFound, "%q is no protected server: see 'muster server list'", name)
+	}
+	return found, err
+}
+
+// RestoreFiles implements api.Files.
+func (a *Appliance) RestoreFiles(ctx context.Context, r api.RestoreRequest) (api.Restored, error) {
+	p, err := place(r)
+	if err != nil {
+		return api.Restored{}, api.Errorf(api.Invalid, "%w", err)
+	}
+	snap, err := a.Browser.Snapshot(ctx, r.Server, r.Snapshot, p.paths...)
+	if err != nil {
+		return api.Restored{}, err
+	}
+	if r.ToServer == "" {
+		r.ToServer = r.Server
+	}
+	to, err := a.server(ctx, r.ToServer)
+	if err != nil {
+		return api.Restored{}, err
+	}
+	if r.ToPath == "" && to.ID != snap.ServerID {
+		return api.Restored{}, api.Errorf(api.Invalid, "put files of %s onto %s: give a folder there with --to-path", snap.Server, to.Name)
+	}
+	src, err := a.Open(ctx, to.Source)
+	if err != nil {
+		return api.Restored{}, err
+	}
+	var feeding sync.WaitGroup
+	defer feeding.Wait()
+	defer src.Close() // first, so that what is being fed ends
+	dst, ok := src.(capture.RestoreSource)
+	if !ok {
+		return api.Restored{}, api.Errorf(api.Invalid, "put files onto %s: only a server that is reached with --ssh can be written to: fetch them with 'muster files %s get'", to.Name, r.Server)
+	}
+	out := api.Restored{Snapshot: snap.ID, Taken: snap.Taken, ToServer: to.Name, Files: []api.RestoredFile{}}
+	plan := capture.RestorePlan{Overwrite: r.Overwrite, Suffix: ".restored-" + snap.Taken.UTC().Format("20060102T150405Z")}
+	var bytes int64
+	feeding.Add(1) // until it is clear that it will not be called
+	var once sync.Once
+	release := func() { once.Do(feeding.Done) }
+	called := make(chan struct{})
+	feed := func(put func(*fileset.Entry, bool, io.Reader) error) error {
+		close(called)
+		defer release()
+		return a.Browser.Pick(ctx, snap, p.paths, func(e *fileset.Entry, above bool, content io.Reader) error {
+			bytes += e.Stored()
+			return p.put(e, above, content, put)
+		})
+	}
+	err = dst.Restore(ctx, plan, feed, func(f capture.Placed) error {
+		count(&out, f)
+		return nil
+	})
+	select {
+	case <-called:
+	default:
+		release()
+	}
+	if err != nil {
+		if err = fmt.Errorf("put files of %s onto %s: %w", snap.ID, to.Name, err); len(out.Files) == 0 {
+			return out, err
+		}
+		out.Error = err.Error()
+	} else {
+		out.Bytes = bytes // nobody counts any more
+	}
+	slog.InfoContext(ctx, "files were put back", "snapshot", snap.ID, "server", to.Name, "restored", out.Restored, "replaced", out.Replaced, "beside", out.Beside, "failed", out.Failed)
+	return out, nil
+}
+
+// count adds what became of one file.
+func count(out *api.Restored, f capture.Placed) {
+	switch f.What {
+	case "restored":
+		out.Restored++
+	case "replaced":
+		out.Replaced++
+	case "beside":
+		out.Beside++
+	case "there":
+	default:
+		f.What = "failed"
+		out.Failed++
+	}
+	if len(out.Files) < maxRestored {
+		out.Files = append(out.Files, api.RestoredFile{Path: files.Text(string(f.Path)), As: files.Text(string(f.As)), What: f.What, Note: f.Note})
+	}
+}
+
+// placing says where things go.
+type placing struct {
+	paths []string // in the snapshot; none lies below another
+	to    string   // folder on the server; "": their own places
+}
+
+func place(r api.RestoreRequest) (p placing, err error) {
+	if len(r.Paths) == 0 || len(r.Paths) > maxPaths {
+		return p, fmt.Errorf("put back %d paths: name 1 to %d", len(r.Paths), maxPaths)
+	}
+	if r.ToPath != "" {
+		if p.to, err = files.ParsePath(r.ToPath); err != nil {
+			return p, err
+		}
+	}
+	for _, text := range r.Paths {
+		one, err := files.ParsePath(text)
+		switch {
+		case err != nil:
+			return p, err
+		case one == "/":
+			return p, errors.New("put back /: that is the whole system: run it with 'muster invoke', or name what you want of it")
+		case strings.HasPrefix(one, "/@") && p.to == "":
+			return p, fmt.Errorf("put back %s: it is on a file system that the server does not mount: give a folder with --to-path", text)
+		}
+		p.paths = append(p.paths, one)
+	}
+	slices.SortFunc(p.paths, fileset.Compare)
+	p.paths = slices.CompactFunc(p.paths, func(a, b string) bool { return fileset.Below(b, a) })
+	names := map[string]string{}
+	for _, one := range p.paths {
+		if other, twice := names[path.Base(one)]; twice && p.to != "" {
+			return p, fmt.Errorf("put back %s and %s: in one folder they would have the same name; do it one after the other", files.Text(other), files.Text(one))
+		}
+		names[path.Base(one)] = one
+	}
+	return p, nil
+}
+
+// put gives an entry its place.
+func (p placing) put(e *fileset.Entry, above bool, content io.Reader, put func(*fileset.Entry, bool, io.Reader) error) error {
+	if p.to == "" {
+		return put(e, above, content)
+	}
+	if above {
+		return nil
+	}
+	moved := *e
+	moved.Path = p.moved(e.Path)
+	if e.Kind == fileset.Link {
+		moved.Target = p.moved(e.Target)
+	}
+	return put(&moved, false, content)
+}
+
+func (p placing) moved(name string) string {
+	for _, one := range p.paths {
+		if fileset.Below(name, one) {
+			return path.Join(p.to, path.Base(one)) + name[len(one):]
+		}
+	}
+	return path.Join(p.to, path.Base(name)) // not reached: a link leads to what was chosen
+}
