@@ -375,6 +375,16 @@ func (d *DiskWriter) sealSegment(ctx context.Context, n int64) error {
 	return nil
 }
 
+// sealOpen writes every open segment.
+func (d *DiskWriter) sealOpen() error {
+	for len(d.open) > 0 {
+		if err := d.sealSegment(d.w.ctx, d.open[0]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // putSegment writes the node of a segment.
 func (d *DiskWriter) putSegment(n int64, blocks []content.ID) (object.ID, error) {
 	ids := make([]object.ID, len(blocks))
@@ -412,10 +422,8 @@ type diskMap struct {
 func (d *DiskWriter) seal() (*diskMap, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for len(d.open) > 0 {
-		if err := d.sealSegment(d.w.ctx, d.open[0]); err != nil {
-			return nil, err
-		}
+	if err := d.sealOpen(); err != nil {
+		return nil, err
 	}
 	block, tail, z, err := d.zerosNow()
 	if err != nil {
@@ -446,10 +454,8 @@ func (d *DiskWriter) seal() (*diskMap, error) {
 func (d *DiskWriter) changedBlocks() (int64, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for len(d.open) > 0 {
-		if err := d.sealSegment(d.w.ctx, d.open[0]); err != nil {
-			return 0, err
-		}
+	if err := d.sealOpen(); err != nil {
+		return 0, err
 	}
 	var bytes int64
 	for i := range d.segs {
