@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -229,12 +228,7 @@ func (k *FilesSink) abort(ctx context.Context) {
 	if k.before != nil {
 		k.before.Close()
 	}
-	if k.writer == nil || k.kept != nil {
-		return
-	}
-	if err := k.writer.Abort(context.WithoutCancel(ctx)); err != nil {
-		slog.Warn("snapshot not given up cleanly", "snapshot", k.task.ID, "error", err)
-	}
+	abort(ctx, k.writer, k.task.ID)
 }
 
 // Files reads a file set into the sink and has it kept.

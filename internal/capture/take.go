@@ -21,7 +21,7 @@ func sumsName(disk int) string { return fmt.Sprintf("sums-%d", disk) }
 // Take captures a server into the store as the snapshot that the task asks for. The snapshot is complete, or there is none.
 func Take(ctx context.Context, src Source, st *store.Store, task api.SnapshotTask, report dr.Progress) (dr.Snapshot, error) {
 	k := &Sink{store: st, task: task, parent: task.Parent, began: time.Now()}
-	defer k.abort(ctx)
+	defer func() { abort(ctx, k.writer, task.ID) }()
 	if err := src.Capture(ctx, k, report); err != nil {
 		return dr.Snapshot{}, fmt.Errorf("capture %s: %w", task.Server.Name, err)
 	}
@@ -248,12 +248,12 @@ func (k *Sink) Part(ctx context.Context, disk int, img image.Image, extents []im
 	return d.Ingest(ctx, looked{img, &k.watch, disk, size}, append([]image.Extent{}, extents...), report)
 }
 
-// abort gives up what was not committed.
-func (k *Sink) abort(ctx context.Context) {
-	if k.writer == nil || k.kept != nil {
+// abort gives up what was not committed. A writer that never was, or that has committed, is left alone.
+func abort(ctx context.Context, w *store.Writer, snapshotID string) {
+	if w == nil {
 		return
 	}
-	if err := k.writer.Abort(context.WithoutCancel(ctx)); err != nil {
-		slog.Warn("snapshot not given up cleanly", "snapshot", k.task.ID, "error", err)
+	if err := w.Abort(context.WithoutCancel(ctx)); err != nil {
+		slog.Warn("snapshot not given up cleanly", "snapshot", snapshotID, "error", err)
 	}
 }
