@@ -44,14 +44,19 @@ func newBase(ctx context.Context, st *store.Store, id string, disks []Disk) *bas
 	if err != nil {
 		return nil
 	}
+	return readBase(id, snap.Disks, disks, func(name string) ([]byte, error) { return st.Attachment(ctx, id, name) })
+}
+
+// readBase reads it from what was attached to disks that were written before.
+func readBase(id string, before []dr.SnapshotDisk, disks []Disk, attached func(name string) ([]byte, error)) *base {
 	b := &base{id: id, maps: make([]*signs.Map, len(disks))}
 	any := false
 	for i, now := range disks {
-		j := slices.IndexFunc(snap.Disks, func(before dr.SnapshotDisk) bool { return before.Name == now.Name })
+		j := slices.IndexFunc(before, func(d dr.SnapshotDisk) bool { return d.Name == now.Name })
 		if j < 0 {
 			j = i
 		}
-		raw, err := st.Attachment(ctx, id, signsName(j))
+		raw, err := attached(signsName(j))
 		if err != nil {
 			continue
 		}
@@ -59,7 +64,7 @@ func newBase(ctx context.Context, st *store.Store, id string, disks []Disk) *bas
 			any = true
 		}
 	}
-	if raw, err := st.Attachment(ctx, id, namesName); err == nil {
+	if raw, err := attached(namesName); err == nil {
 		var l signs.Listing
 		if json.Unmarshal(raw, &l) == nil && l.Check() == nil {
 			b.names, any = &l, true
@@ -79,14 +84,14 @@ func (b *base) at(disk, block int, size int64) *signs.Map {
 	return b.maps[disk]
 }
 
-// begin starts the map of the next disk: as the last snapshot left it where blocks that are not written stay, else empty.
-func (w *watch) begin(disk, block int, size int64, stays bool) error {
+// begin starts the map of the next disk: as it is known where blocks that are not written stay, else empty.
+func (w *watch) begin(disk, block int, size int64, known *base) error {
 	for _, b := range w.bases {
 		if b.maps[disk] != nil && b.maps[disk].BlockSize() != block {
 			b.maps[disk] = nil // its cells are others
 		}
 	}
-	if before := w.last.at(disk, block, size); stays && before != nil {
+	if before := known.at(disk, block, size); before != nil {
 		w.maps = append(w.maps, before.Clone())
 		return nil
 	}
@@ -142,12 +147,7 @@ func (k *Sink) keepSigns(out Outcome) (*dr.Signs, error) {
 		found.NoNames = "this source shows no names of files, only blocks"
 	}
 	var took time.Duration
-	for i, m := range w.maps {
-		b, err := m.MarshalBinary()
-		if err != nil {
-			return nil, err
-		}
-		k.writer.Attach(signsName(i), b)
+	for _, m := range w.maps {
 		m.Content(&found.Content)
 		took += m.Took()
 	}

@@ -331,7 +331,7 @@ func (v *verifier) files(ctx context.Context, f *found) {
 	}
 	for name := range f.doc.Attachments {
 		check(name, func() error {
-			_, err := v.s.attachment(ctx, f.doc.Snapshot.ID, name)
+			_, err := v.s.attachment(ctx, f, name)
 			return err
 		})
 	}

@@ -1,0 +1,141 @@
+package capture
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"sync/atomic"
+	"time"
+
+	"github.com/musterdr/muster/internal/capture/wire"
+	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/store"
+)
+
+// A first copy of a server may take days, and a line does not hold for days. What a full capture has written is kept now and
+// then in the store as a partial, with the fingerprints and signs of its blocks. The next capture of that server begins with
+// it: it compares everything, as with a parent, and only what is missing is sent. An increment needs none of this: what its
+// parent has is not sent in any case.
+
+// When a partial is kept: after so many bytes or so much time, whichever comes first. It is also kept when a capture ends
+// that is not finished, so that only what kills the appliance costs as much.
+const (
+	checkpointBytes = 1 << 30
+	checkpointEvery = 5 * time.Minute
+	checkpointShare = 20 // of the time at most a twentieth goes into it, however large the disks are
+	leaveLimit      = time.Minute
+)
+
+// resume is what a Sink knows of going on, and of being gone on with.
+type resume struct {
+	resumes bool         // the next capture can go on with this one: it is full, of a source that compares
+	step    int64        // bytes between two checkpoints; 0: checkpointBytes
+	had     int64        // bytes that an earlier attempt had kept
+	fresh   atomic.Int64 // bytes written since the last checkpoint
+	last    time.Time    // when that was
+	took    time.Duration
+}
+
+// goOn begins with what an earlier attempt left, if that is of use: its fingerprints, and what its blocks held.
+func (k *Sink) goOn(ctx context.Context, layout Layout) (sums []*wire.Sums, held *base, err error) {
+	if !layout.Compares {
+		return nil, nil, nil
+	}
+	k.resumes, k.last = true, time.Now()
+	went, err := k.writer.GoOn(ctx, k.task.Server.ID, func(p *store.Partial) error {
+		attached := func(name string) ([]byte, error) { return p.Attachment(ctx, name) }
+		held = readBase("", p.Disks(), layout.Disks, attached)
+		var why string
+		if sums, why = fit(layout, p.Disks(), held, attached); why != "" {
+			return errors.New(why)
+		}
+		for _, d := range p.Disks() {
+			k.had += d.Data
+		}
+		return nil
+	})
+	if !went {
+		return nil, nil, err
+	}
+	return sums, held, nil
+}
+
+// attachKnown attaches what the next capture needs to know of the blocks.
+func (k *Sink) attachKnown(attach func(name string, data []byte)) error {
+	for i, s := range k.sums {
+		b, err := s.MarshalBinary()
+		if err != nil {
+			return err
+		}
+		attach(sumsName(i), b)
+	}
+	for i, m := range k.watch.maps {
+		b, err := m.MarshalBinary()
+		if err != nil {
+			return err
+		}
+		attach(signsName(i), b)
+	}
+	return nil
+}
+
+// due says whether it is time for a checkpoint.
+func (k *Sink) due() bool {
+	fresh := k.fresh.Load()
+	if !k.resumes || fresh == 0 {
+		return false
+	}
+	step, since := int64(checkpointBytes), time.Since(k.last)
+	if k.step > 0 {
+		step = k.step
+	}
+	return (fresh >= step || since >= checkpointEvery) && since >= checkpointShare*k.took
+}
+
+// checkpoint keeps what was written so far. Nothing may be written meanwhile, and the fingerprints have to be those of what
+// was: a fingerprint of something else would hide a block that is missing. That it did not work out costs nothing but time
+// later.
+func (k *Sink) checkpoint(ctx context.Context) {
+	began := time.Now()
+	files := map[string][]byte{}
+	err := k.attachKnown(func(name string, data []byte) { files[name] = data })
+	if err == nil {
+		err = k.writer.Checkpoint(ctx, k.task.Server.ID, k.task.Server.Name, files)
+	}
+	if err != nil {
+		slog.Warn("what was captured so far could not be kept", "server", k.task.Server.Name, "error", err.Error())
+	}
+	k.fresh.Store(0)
+	k.last = time.Now()
+	k.took = k.last.Sub(began)
+}
+
+// leave keeps what a capture that ends without a snapshot has written, or if that may be the reason why it did, nothing.
+func (k *Sink) leave(ctx context.Context, cause error) {
+	if !k.resumes {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), leaveLimit)
+	defer cancel()
+	if errors.Is(cause, wire.ErrGarbage) || errors.Is(cause, errDiffers) || errors.Is(cause, store.ErrDamaged) {
+		if err := k.store.DropPartial(ctx, k.task.Server.ID); err != nil {
+			slog.Warn("a capture that went wrong could not be cleaned up", "server", k.task.Server.Name, "error", err.Error())
+		}
+		return
+	}
+	if k.fresh.Load() > 0 {
+		k.checkpoint(ctx)
+	}
+}
+
+// reportHad says where a snapshot that goes on begins.
+func (k *Sink) reportHad(layout Layout, report dr.Progress) {
+	if k.had == 0 {
+		return
+	}
+	var total int64
+	for _, d := range layout.Disks {
+		total += d.Size
+	}
+	report.Report("going on: kept by an attempt that was cut off", k.had, total, "bytes")
+}
