@@ -24,6 +24,9 @@ var shared *store.Store
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
+	if place := os.Getenv("MUSTER_TEST_APPLIANCE"); place != "" {
+		appliance(place)
+	}
 	ctx := context.Background()
 	dir, err := os.MkdirTemp("", "muster")
 	if err != nil {
