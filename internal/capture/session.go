@@ -28,6 +28,8 @@ const (
 	maxNotes   = 64
 	maxNote    = 500 // characters of one note or failure of an agent
 	writersMax = 8
+	// freezeBegins is how long after it was announced a freeze begins at the latest.
+	freezeBegins = time.Minute
 )
 
 // Session is the appliance's side of one conversation with an agent. The agent is hostile input: what it sends is limited,
@@ -166,6 +168,7 @@ func (s *Session) read(ctx context.Context, plan wire.Plan, sink *Sink, report d
 	sink.reportHad(begun, report)
 	rec := newReceiver(ctx, sink, sums, report)
 	defer rec.stop()
+	rec.freeze = max(plan.FreezeLimit, dr.DefaultFreezeLimit)
 	for i, known := range sums {
 		rec.blind[i] = plan.Track && layout.Disks[i].Tracked && sink.Inherits(i)
 		if err := s.tell(i, known, rec.blind[i], report); err != nil {
@@ -277,10 +280,11 @@ type receiver struct {
 	unzip   *zstd.Decoder
 	part    string
 	passes  int
-	frozen  bool       // this pass
-	seen    [][]uint64 // by disk, one bit a block: it came in this pass
-	blind   []bool     // by disk: the agent has no fingerprints of it
-	came    []int64    // by disk: blocks, in all passes
+	freeze  time.Duration // the longest that anything may stand still
+	still   time.Time     // nothing stands still after that
+	seen    [][]uint64    // by disk, one bit a block: it came in this pass
+	blind   []bool        // by disk: the agent has no fingerprints of it
+	came    []int64       // by disk: blocks, in all passes
 	names   *signs.Listing
 }
 
@@ -314,7 +318,7 @@ func (r *receiver) stop() {
 func (r *receiver) receive(from *wire.Reader) (wire.Done, error) {
 	var done wire.Done
 	for {
-		if !r.frozen && r.sink.due() { // while something stands still nobody waits for the store
+		if r.sink.due() && time.Now().After(r.still) { // nobody waits for the store while something stands still
 			if err := r.settle(); err != nil {
 				return done, err
 			}
@@ -380,7 +384,8 @@ func (r *receiver) control(kind wire.Kind, payload []byte) error {
 		if r.sink.had > 0 {
 			r.part += ", going on after a cut"
 		}
-		if r.frozen = p.Frozen; p.Frozen {
+		if p.Frozen {
+			r.still = time.Now().Add(r.freeze + freezeBegins)
 			r.part = "read at one instant"
 		}
 		r.report.Report(r.part, 0, max(0, p.Total), "bytes")
