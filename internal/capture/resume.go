@@ -20,18 +20,18 @@ import (
 // When a partial is kept: after so many bytes or so much time, whichever comes first. It is also kept when a capture ends
 // that is not finished, so that only what kills the appliance costs as much.
 const (
-	checkpointBytes = 1 << 30
-	checkpointEvery = 5 * time.Minute
-	checkpointShare = 20 // of the time at most a twentieth goes into it, however large the disks are
-	leaveLimit      = time.Minute
+	partialBytes = 1 << 30
+	partialEvery = 5 * time.Minute
+	partialShare = 20 // of the time at most a twentieth goes into it, however large the disks are
+	leaveLimit   = time.Minute
 )
 
 // resume is what a Sink knows of going on, and of being gone on with.
 type resume struct {
 	resumes bool         // the next capture can go on with this one: it is full, of a source that compares
-	step    int64        // bytes between two checkpoints; 0: checkpointBytes
+	step    int64        // bytes between two partials; 0: partialBytes
 	had     int64        // bytes that an earlier attempt had kept
-	fresh   atomic.Int64 // bytes written since the last checkpoint
+	fresh   atomic.Int64 // bytes written since the last partial
 	last    time.Time    // when that was
 	took    time.Duration
 }
@@ -79,28 +79,28 @@ func (k *Sink) attachKnown(attach func(name string, data []byte)) error {
 	return nil
 }
 
-// due says whether it is time for a checkpoint.
+// due says whether it is time to keep a partial.
 func (k *Sink) due() bool {
 	fresh := k.fresh.Load()
 	if !k.resumes || fresh == 0 {
 		return false
 	}
-	step, since := int64(checkpointBytes), time.Since(k.last)
+	step, since := int64(partialBytes), time.Since(k.last)
 	if k.step > 0 {
 		step = k.step
 	}
-	return (fresh >= step || since >= checkpointEvery) && since >= checkpointShare*k.took
+	return (fresh >= step || since >= partialEvery) && since >= partialShare*k.took
 }
 
-// checkpoint keeps what was written so far. Nothing may be written meanwhile, and the fingerprints have to be those of what
+// keepPartial keeps what was written so far. Nothing may be written meanwhile, and the fingerprints have to be those of what
 // was: a fingerprint of something else would hide a block that is missing. That it did not work out costs nothing but time
 // later.
-func (k *Sink) checkpoint(ctx context.Context) {
+func (k *Sink) keepPartial(ctx context.Context) {
 	began := time.Now()
 	files := map[string][]byte{}
 	err := k.attachKnown(func(name string, data []byte) { files[name] = data })
 	if err == nil {
-		err = k.writer.Checkpoint(ctx, k.task.Server.ID, k.task.Server.Name, files)
+		err = k.writer.KeepPartial(ctx, k.task.Server.ID, k.task.Server.Name, files)
 	}
 	if err != nil {
 		slog.Warn("what was captured so far could not be kept", "server", k.task.Server.Name, "error", err.Error())
@@ -124,7 +124,7 @@ func (k *Sink) leave(ctx context.Context, cause error) {
 		return
 	}
 	if k.fresh.Load() > 0 {
-		k.checkpoint(ctx)
+		k.keepPartial(ctx)
 	}
 }
 

@@ -314,7 +314,7 @@ func TestAnAgentThatTalksNonsenseLeavesNothingToGoOnWith(t *testing.T) {
 	}
 }
 
-// appliance is what a child of this test does: it captures most of a disk, with checkpoints, says so and waits for its end.
+// appliance is what a child of this test does: it captures most of a disk, with partials, says so and waits for its end.
 func appliance(place string) {
 	ctx := context.Background()
 	st, err := store.Open(ctx, folder.Driver{Path: place}, "password")
@@ -335,7 +335,7 @@ func appliance(place string) {
 	panic(err)
 }
 
-func TestAnApplianceThatIsKilledGoesOnAtItsLastCheckpoint(t *testing.T) {
+func TestAnApplianceThatIsKilledGoesOnAtItsLastPartial(t *testing.T) {
 	place := folder.Driver{Path: filepath.Join(t.TempDir(), "store")}
 	if err := store.Create(t.Context(), place, "password"); err != nil {
 		t.Fatal(err)

@@ -322,7 +322,7 @@ func (r *receiver) receive(from *wire.Reader) (wire.Done, error) {
 			if err := r.settle(); err != nil {
 				return done, err
 			}
-			r.sink.checkpoint(r.ctx)
+			r.sink.keepPartial(r.ctx)
 		}
 		var buf []byte
 		select {

@@ -24,7 +24,7 @@ import (
 // PartialLife is how long a partial is kept that nobody goes on with.
 const PartialLife = 7 * 24 * time.Hour
 
-// partialReason is why Kopia says that the snapshot it takes a partial for is incomplete, which keeps it out of lists.
+// partialReason is Kopia's word for why the snapshot for which it takes a partial is incomplete. It keeps it out of its lists.
 const partialReason = "checkpoint"
 
 // Partial is what an earlier attempt had written, as it is offered to the next.
@@ -78,15 +78,15 @@ func (w *Writer) GoOn(ctx context.Context, serverID string, fits func(*Partial) 
 	return false, w.s.DropPartial(ctx, serverID)
 }
 
-// Checkpoint keeps what was written so far as the partial of a server, in place of an earlier one, with files attached to
+// KeepPartial keeps what was written so far as the partial of a server, in place of an earlier one, with files attached to
 // it. When it returns without an error this outlives the process. Nothing may be written meanwhile; more may be after it.
-func (w *Writer) Checkpoint(ctx context.Context, serverID, server string, attach map[string][]byte) error {
+func (w *Writer) KeepPartial(ctx context.Context, serverID, server string, attach map[string][]byte) error {
 	err := w.usable(ctx)
 	if err == nil && (w.parentID != "" || w.files != nil) {
 		err = errors.New("only a full snapshot of disks has one")
 	}
 	if err == nil {
-		err = w.checkpoint(ctx, serverID, server, attach)
+		err = w.keepPartial(ctx, serverID, server, attach)
 	}
 	if err != nil {
 		return fmt.Errorf("keep what was written so far of %s: %w", w.id, w.s.explain(err))
@@ -94,7 +94,7 @@ func (w *Writer) Checkpoint(ctx context.Context, serverID, server string, attach
 	return nil
 }
 
-func (w *Writer) checkpoint(ctx context.Context, serverID, server string, attach map[string][]byte) error {
+func (w *Writer) keepPartial(ctx context.Context, serverID, server string, attach map[string][]byte) error {
 	doc := document{Format: partialFormat, Snapshot: dr.Snapshot{ID: w.id, ServerID: serverID, Server: server, Taken: w.s.now().UTC()}}
 	if err := dr.ValidateID(serverID); err != nil {
 		return err
@@ -107,7 +107,7 @@ func (w *Writer) checkpoint(ctx context.Context, serverID, server string, attach
 	if err != nil {
 		return err
 	}
-	return w.s.mutate(ctx, "checkpoint", func(ctx context.Context, rw repo.DirectRepositoryWriter) error {
+	return w.s.mutate(ctx, "partial", func(ctx context.Context, rw repo.DirectRepositoryWriter) error {
 		if err := dropPartials(ctx, rw, serverID); err != nil {
 			return err
 		}

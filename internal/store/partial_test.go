@@ -24,7 +24,7 @@ func partialOf(t *testing.T, s *Store, server string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	err = errors.Join(d.Write(t.Context(), 0, bytes.Repeat([]byte("x"), MinBlockSize)), w.Checkpoint(t.Context(), server, "shop", nil))
+	err = errors.Join(d.Write(t.Context(), 0, bytes.Repeat([]byte("x"), MinBlockSize)), w.KeepPartial(t.Context(), server, "shop", nil))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -88,7 +88,7 @@ func TestADamagedPartialStopsNoCollectionAndNoCapture(t *testing.T) {
 		t.Helper()
 		err := s.mutate(t.Context(), "test", func(ctx context.Context, w repo.DirectRepositoryWriter) error {
 			now := fs.UTCTimestampFromTime(s.now())
-			id, err := putObject(ctx, w, []byte("no folder"), "", compressorFast)
+			id, err := putObject(ctx, w, []byte("no folder"), "", compressorFast, objectSplitter)
 			if err != nil {
 				return err
 			}
@@ -126,7 +126,7 @@ func TestOnlyAFullSnapshotOfDisksHasAPartial(t *testing.T) {
 	if _, err := w.Disk(t.Context(), "sda", MinBlockSize, 0); err != nil {
 		t.Fatal(err)
 	}
-	if err := w.Checkpoint(t.Context(), "srv-1", "shop", nil); err == nil || partials(t, s) != 0 {
+	if err := w.KeepPartial(t.Context(), "srv-1", "shop", nil); err == nil || partials(t, s) != 0 {
 		t.Error("an increment kept a partial")
 	}
 }

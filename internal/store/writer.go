@@ -188,7 +188,7 @@ func (w *Writer) fail(err error) error {
 
 // put writes one object in one piece and gives its identifier.
 func (w *Writer) put(data []byte, prefix, compressor string) (object.ID, error) {
-	return putObject(w.ctx, w.session, data, prefix, compressor)
+	return putObject(w.ctx, w.session, data, prefix, compressor, objectSplitter)
 }
 
 // putNode writes an indirect object over objects of any length.
@@ -210,10 +210,10 @@ func (w *Writer) putNode(entries []object.IndirectObjectEntry) (object.ID, error
 // isMine says whether a pack was written by this snapshot.
 func (w *Writer) isMine(pack blob.ID) bool { return w.mine.has(content.SessionIDFromBlobID(pack)) }
 
-func putObject(ctx context.Context, session repo.RepositoryWriter, data []byte, prefix, compressor string) (object.ID, error) {
+func putObject(ctx context.Context, session repo.RepositoryWriter, data []byte, prefix, compressor, splitter string) (object.ID, error) {
 	o := session.NewObjectWriter(ctx, object.WriterOptions{
 		Prefix: contentPrefix(prefix), Compressor: compressorName(compressor), MetadataCompressor: compressorName(compressor),
-		Splitter: objectSplitter,
+		Splitter: splitter,
 	})
 	defer o.Close() //nolint:errcheck // gives back memory
 	if _, err := o.Write(data); err != nil {
@@ -323,7 +323,7 @@ func (w *Writer) seal(ctx context.Context, doc *document, attach map[string][]by
 	}
 	c.files = make(map[string]object.ID, len(attach))
 	for name, data := range attach {
-		id, err := w.put(data, "", compressorSmall)
+		id, err := putObject(w.ctx, w.session, data, "", compressorSmall, attachedSplitter)
 		if err != nil {
 			return c, fmt.Errorf("attach %s: %w", name, err)
 		}
@@ -453,7 +453,7 @@ func (t *tree) data(name string, data []byte) *snapshot.DirEntry {
 	if t.err != nil {
 		return nil
 	}
-	id, err := putObject(t.ctx, t.rw, data, "", compressorSmall)
+	id, err := putObject(t.ctx, t.rw, data, "", compressorSmall, objectSplitter)
 	t.err = err
 	return t.file(name, int64(len(data)), id)
 }

@@ -47,12 +47,12 @@ func (x *suite) attempt(ctx context.Context, s *store.Store, id, server string, 
 	return a, err
 }
 
-// write writes some extents, and makes a checkpoint.
+// write writes some extents, and keeps a partial.
 func (a attempt) write(ctx context.Context, server string, d *Disk, extents ...image.Extent) error {
 	if err := a.d.Ingest(ctx, d, extents, nil); err != nil {
 		return err
 	}
-	return a.w.Checkpoint(ctx, server, "shop", map[string][]byte{part: d.Data})
+	return a.w.KeepPartial(ctx, server, "shop", map[string][]byte{part: d.Data})
 }
 
 func (x *suite) must(t *testing.T, s *store.Store, id, server string, size int64) attempt {
@@ -82,7 +82,7 @@ func (x *suite) goesOn(t *testing.T) {
 	if err := a.write(ctx, server, part, image.Extent{Length: 1 << 20}); err != nil || a.resumed {
 		t.Fatalf("resumed %v, %v", a.resumed, err)
 	}
-	if err := a.d.Ingest(ctx, whole, []image.Extent{{Offset: 2 << 20, Length: block}}, nil); err != nil { // after the checkpoint: lost
+	if err := a.d.Ingest(ctx, whole, []image.Extent{{Offset: 2 << 20, Length: block}}, nil); err != nil { // after the partial: lost
 		t.Fatal(err)
 	}
 	_ = a.w.Abort(ctx)
@@ -178,8 +178,8 @@ func (x *suite) useless(t *testing.T) {
 	}
 }
 
-// partialPowerCuts cuts the power at every change of an attempt with checkpoints: what a checkpoint said to have kept is
-// there, and what is there is what that checkpoint or a later one kept, to the byte.
+// partialPowerCuts cuts the power at every change of an attempt with partials: what was said to be kept is
+// there, and what is there is what that partial or a later one held, to the byte.
 func (x *suite) partialPowerCuts(t *testing.T) {
 	const server, size = "srv-cut", 1<<20 + 1
 	step := 2
@@ -187,7 +187,7 @@ func (x *suite) partialPowerCuts(t *testing.T) {
 		step = 7
 	}
 	d := &Disk{Data: make([]byte, size)}
-	var kept []byte // by the last checkpoint that said so
+	var kept []byte // by the last partial that was said to be
 	for n := 1; n < 100; n += step {
 		s, err := store.Open(t.Context(), x.drv, password)
 		if err != nil {
@@ -217,11 +217,11 @@ func (x *suite) partialPowerCuts(t *testing.T) {
 		x.drv.CutAt(0, nil)
 		_ = a.w.Abort(context.WithoutCancel(ctx))
 		if err == nil {
-			t.Logf("two checkpoints take up to %d changes", n)
+			t.Logf("two partials take up to %d changes", n)
 			a = x.must(t, s, x.id(), server, size)
 			x.asKept(t, s, server, a)
 			if !bytes.Equal(a.had, kept) {
-				t.Error("the last checkpoint is not the one that is there")
+				t.Error("the last partial is not the one that is there")
 			}
 		}
 		_ = s.Close(context.WithoutCancel(ctx))

@@ -76,7 +76,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Driver) {
 		{"verifying nothing is an error", x.nothing},
 		{"a power cut leaves a snapshot complete or absent", x.powerCuts},
 		{"a power cut leaves files complete or absent", x.filePowerCuts},
-		{"a power cut leaves what a checkpoint kept", x.partialPowerCuts},
+		{"a power cut leaves the partial", x.partialPowerCuts},
 		{"a place that is gone is given up", x.gone},
 	} {
 		if !t.Run(test.name, test.run) {
