@@ -17,19 +17,23 @@ import (
 // it: it compares everything, as with a parent, and only what is missing is sent. An increment needs none of this: what its
 // parent has is not sent in any case.
 
-// When a partial is kept: after so many bytes or so much time, whichever comes first. It is also kept when a capture ends
-// that is not finished, so that only what kills the appliance costs as much.
-const (
-	partialBytes = 1 << 30
-	partialEvery = 5 * time.Minute
-	partialShare = 20 // of the time at most a twentieth goes into it, however large the disks are
-	leaveLimit   = time.Minute
-)
+// pace says when a partial is kept. It is also kept when a capture ends that is not finished, so that only what kills the
+// appliance costs as much.
+type pace struct {
+	bytes int64         // written since the last one,
+	every time.Duration // or so long after it if anything was
+	share time.Duration // and never so often that it takes more than one part in so many of the time, however large the disks are
+}
+
+var usualPace = pace{bytes: 1 << 30, every: 5 * time.Minute, share: 20}
+
+// leaveLimit is how long a capture that was cut off may take to keep what it has.
+const leaveLimit = time.Minute
 
 // resume is what a Sink knows of going on, and of being gone on with.
 type resume struct {
-	resumes bool         // the next capture can go on with this one: it is full, of a source that compares
-	step    int64        // bytes between two partials; 0: partialBytes
+	resumes bool // the next capture can go on with this one: it is full, of a source that compares
+	pace    pace
 	had     int64        // bytes that an earlier attempt had kept
 	fresh   atomic.Int64 // bytes written since the last partial
 	last    time.Time    // when that was
@@ -85,11 +89,8 @@ func (k *Sink) due() bool {
 	if !k.resumes || fresh == 0 {
 		return false
 	}
-	step, since := int64(partialBytes), time.Since(k.last)
-	if k.step > 0 {
-		step = k.step
-	}
-	return (fresh >= step || since >= partialEvery) && since >= partialShare*k.took
+	since := time.Since(k.last)
+	return (fresh >= k.pace.bytes || since >= k.pace.every) && since >= k.pace.share*k.took
 }
 
 // keepPartial keeps what was written so far. Nothing may be written meanwhile, and the fingerprints have to be those of what

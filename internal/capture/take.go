@@ -23,7 +23,7 @@ func sumsName(disk int) string { return fmt.Sprintf("sums-%d", disk) }
 // What a source that compares had read when it was cut off is not a snapshot; it is what the next capture of that server
 // has to begin with (see resume.go).
 func Take(ctx context.Context, src Source, st *store.Store, task api.SnapshotTask, report dr.Progress) (dr.Snapshot, error) {
-	return take(ctx, src, &Sink{store: st, task: task, parent: task.Parent, began: time.Now()}, report)
+	return take(ctx, src, &Sink{store: st, task: task, parent: task.Parent, began: time.Now(), resume: resume{pace: usualPace}}, report)
 }
 
 func take(ctx context.Context, src Source, k *Sink, report dr.Progress) (dr.Snapshot, error) {
