@@ -22,7 +22,7 @@ import (
 type pace struct {
 	bytes int64         // written since the last one,
 	every time.Duration // or so long after it if anything was
-	share time.Duration // and never so often that it takes more than one part in so many of the time, however large the disks are
+	share int           // and never so often that it takes more than one part in so many of the time, however large the disks are
 }
 
 var usualPace = pace{bytes: 1 << 30, every: 5 * time.Minute, share: 20}
@@ -90,7 +90,7 @@ func (k *Sink) due() bool {
 		return false
 	}
 	since := time.Since(k.last)
-	return (fresh >= k.pace.bytes || since >= k.pace.every) && since >= k.pace.share*k.took
+	return (fresh >= k.pace.bytes || since >= k.pace.every) && since >= time.Duration(k.pace.share)*k.took
 }
 
 // keepPartial keeps what was written so far. Nothing may be written meanwhile, and the fingerprints have to be those of what
