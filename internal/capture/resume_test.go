@@ -277,6 +277,8 @@ func TestACancelledCaptureIsGoneOnWith(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	c := &comparing{data: noise(4<<20, 6), at: 3 << 20}
 	c.wait = func(w *wire.Writer) {
+		_ = w.Message(wire.KindPass, wire.Pass{Number: 2}) // before which all that came is written
+		_ = w.Message(wire.KindTick, wire.Tick{})          // which is heard after that
 		cancel()
 		for w.Message(wire.KindTick, wire.Tick{}) == nil { // until it is not heard any more
 		}
