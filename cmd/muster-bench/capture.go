@@ -56,7 +56,7 @@ func (h *here) Capture(ctx context.Context, sink *capture.Sink, report dr.Progre
 
 // CaptureFiles implements capture.FileSource.
 func (h *here) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report dr.Progress) error {
-	return h.converse(ctx, func(talk *capture.Session) error { return talk.Files(ctx, sink, report) })
+	return h.converse(ctx, func(talk *capture.Session) error { return talk.Files(ctx, wire.FilesPlan{}, sink, report) })
 }
 
 func (h *here) converse(ctx context.Context, say func(*capture.Session) error) error {

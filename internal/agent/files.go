@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"time"
 
+	"golang.org/x/time/rate"
+
 	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/linux/files"
 	"github.com/musterdr/muster/internal/capture/wire"
@@ -24,7 +26,10 @@ func (a Agent) files(ctx context.Context, r *wire.Reader, w *wire.Writer, plan w
 	defer cancel(nil)
 	known := make(chan files.Known, knownAhead)
 	go func() { cancel(listen(ctx, r, known)) }()
-	out := &filesOut{Writer: w}
+	out := &filesOut{ctx: ctx, Writer: w}
+	if plan.Rate > 0 {
+		out.rate = rate.NewLimiter(rate.Limit(plan.Rate), files.MaxPiece)
+	}
 	walk := &files.Walk{Top: a.Top, Set: fileset.Set{Roots: plan.Roots, Exclude: plan.Exclude}, Out: out, Known: func() (files.Known, bool, error) {
 		select {
 		case k, more := <-known:
@@ -80,16 +85,23 @@ func listen(ctx context.Context, r *wire.Reader, known chan<- files.Known) error
 
 // filesOut sends what a walk finds.
 type filesOut struct {
+	ctx context.Context
 	*wire.Writer
+	rate   *rate.Limiter // nil: no limit
 	walk   *files.Walk
 	packed []byte
 	ticked time.Time
 }
 
-// Piece sends a piece, compressed where that is worth it.
+// Piece sends a piece, compressed where that is worth it, and comes back when the next one may be read.
 func (o *filesOut) Piece(data []byte) error {
 	if err := o.tick(); err != nil {
 		return err
+	}
+	if o.rate != nil {
+		if err := o.rate.WaitN(o.ctx, len(data)); err != nil {
+			return err
+		}
 	}
 	var smaller bool
 	if o.packed, smaller = pack(o.packed, data); smaller {

@@ -62,9 +62,6 @@ type FilesSink struct {
 	entries int64
 }
 
-// Set is what to read.
-func (k *FilesSink) Set() fileset.Set { return k.set }
-
 // Begin is called once, first.
 func (k *FilesSink) Begin(ctx context.Context) error {
 	if k.writer != nil {
@@ -237,14 +234,14 @@ func (k *FilesSink) abort(ctx context.Context) {
 	}
 }
 
-// Files reads a file set into the sink and has it kept.
-func (s *Session) Files(ctx context.Context, sink *FilesSink, report dr.Progress) error {
-	set := sink.Set()
+// Files reads the sink's file set into it and has it kept.
+func (s *Session) Files(ctx context.Context, plan wire.FilesPlan, sink *FilesSink, report dr.Progress) error {
+	plan.Roots, plan.Exclude = sink.set.Roots, sink.set.Exclude
 	if err := sink.Begin(ctx); err != nil {
 		return err
 	}
 	taken := time.Now() // nothing is older than this in what follows
-	if err := s.w.Message(wire.KindAskFiles, wire.FilesPlan{Roots: set.Roots, Exclude: set.Exclude}); err != nil {
+	if err := s.w.Message(wire.KindAskFiles, plan); err != nil {
 		return fmt.Errorf("ask the agent: %w", err)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
