@@ -88,8 +88,9 @@ func (e *earlier) advance(ctx context.Context) (err error) {
 	return err
 }
 
-// meet brings what the set had under a name into the order of today's, at a block, and counts the blocks that differ.
-func (e *earlier) meet(ctx context.Context, w *store.FilesWriter, path string, now store.Content, at int64) error {
+// meet brings what the set had under a name into the order of today's map, at a block, and counts the blocks that differ. Of a
+// content that it had just so nothing is measured anew.
+func (e *earlier) meet(ctx context.Context, w *store.FilesWriter, path string, now store.Content, today *signs.Map, at int64) error {
 	for e.head != nil && fileset.Compare(e.head.Path, path) < 0 {
 		if err := e.advance(ctx); err != nil {
 			return err
@@ -108,6 +109,10 @@ func (e *earlier) meet(ctx context.Context, w *store.FilesWriter, path string, n
 			return errors.New("what its files held was not kept")
 		}
 		e.maps[0].Copy(at, e.kept, e.at, min(blocksOf(was), blocksOf(now)))
+		if was == now {
+			today.Copy(at, e.kept, e.at, blocksOf(now))
+			return nil
+		}
 	}
 	n, err := w.Changed(was, now)
 	e.changed += n
@@ -207,7 +212,7 @@ func (w *setWatch) entry(ctx context.Context, files *store.FilesWriter, e *files
 		if b.lost {
 			continue
 		}
-		if err := b.meet(ctx, files, e.Path, c, w.used); err != nil {
+		if err := b.meet(ctx, files, e.Path, c, w.maps[0], w.used); err != nil {
 			w.drop(b, err)
 		}
 	}
