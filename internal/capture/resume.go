@@ -47,10 +47,10 @@ func (k *Sink) goOn(ctx context.Context, layout Layout) (sums []*wire.Sums, held
 	}
 	k.resumes, k.last = true, time.Now()
 	went, err := k.writer.GoOn(ctx, k.task.Server.ID, func(p *store.Partial) error {
-		attached := func(name string) ([]byte, error) { return p.Attachment(ctx, name) }
-		held = readBase("", p.Disks(), layout.Disks, attached)
+		with := attached(func(name string) ([]byte, error) { return p.Attachment(ctx, name) })
+		held = readBase("", p.Disks(), layout.Disks, with)
 		var why string
-		if sums, why = fit(layout, p.Disks(), held, attached); why != "" {
+		if sums, why = fit(layout, p.Disks(), held, with); why != "" {
 			return errors.New(why)
 		}
 		for _, d := range p.Disks() {
@@ -64,21 +64,14 @@ func (k *Sink) goOn(ctx context.Context, layout Layout) (sums []*wire.Sums, held
 	return sums, held, nil
 }
 
-// attachKnown attaches what the next capture needs to know of the blocks.
-func (k *Sink) attachKnown(attach func(name string, data []byte)) error {
+// attachSums attaches the fingerprints of the blocks.
+func (k *Sink) attachSums(to func(name string, data []byte)) error {
 	for i, s := range k.sums {
 		b, err := s.MarshalBinary()
 		if err != nil {
 			return err
 		}
-		attach(sumsName(i), b)
-	}
-	for i, m := range k.watch.maps {
-		b, err := m.MarshalBinary()
-		if err != nil {
-			return err
-		}
-		attach(signsName(i), b)
+		to(sumsName(i), b)
 	}
 	return nil
 }
@@ -99,7 +92,8 @@ func (k *Sink) due() bool {
 func (k *Sink) keepPartial(ctx context.Context) {
 	began := time.Now()
 	files := map[string][]byte{}
-	err := k.attachKnown(func(name string, data []byte) { files[name] = data })
+	attach := func(name string, data []byte) { files[name] = data }
+	err := errors.Join(k.attachSums(attach), k.watch.attach(attach))
 	if err == nil {
 		err = k.writer.KeepPartial(ctx, k.task.Server.ID, k.task.Server.Name, files)
 	}

@@ -43,7 +43,7 @@ func (k *Sink) Keep(ctx context.Context, out Outcome) error {
 	if k.writer == nil {
 		return errors.New("keep a snapshot: none has begun")
 	}
-	if err := k.attachKnown(k.writer.Attach); err != nil {
+	if err := k.attachSums(k.writer.Attach); err != nil {
 		return err
 	}
 	found, err := k.keepSigns(out)
@@ -195,11 +195,11 @@ func (k *Sink) fromParent(ctx context.Context, layout Layout) (sums []*wire.Sums
 	if err != nil {
 		return nil, fmt.Sprintf("the earlier snapshot %s cannot be read: %v", k.parent, err)
 	}
-	return fit(layout, parent.Disks, k.watch.last, func(name string) ([]byte, error) { return k.store.Attachment(ctx, k.parent, name) })
+	return fit(layout, parent.Disks, k.watch.last, attachedTo(ctx, k.store, k.parent))
 }
 
 // fit gives the fingerprints attached to disks that were written before, or why those of now cannot be built on them.
-func fit(layout Layout, disks []dr.SnapshotDisk, held *base, attached func(name string) ([]byte, error)) (sums []*wire.Sums, why string) {
+func fit(layout Layout, disks []dr.SnapshotDisk, held *base, with attached) (sums []*wire.Sums, why string) {
 	if len(disks) != len(layout.Disks) {
 		return nil, fmt.Sprintf("the server has %d disks now and had %d", len(layout.Disks), len(disks))
 	}
@@ -217,7 +217,7 @@ func fit(layout Layout, disks []dr.SnapshotDisk, held *base, attached func(name 
 		if !layout.Compares {
 			continue
 		}
-		b, err := attached(sumsName(i))
+		b, err := with(sumsName(i))
 		if err != nil {
 			return nil, fmt.Sprintf("no fingerprints of disk %s were kept: %v", now.Name, err)
 		}
