@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -16,10 +17,8 @@ import (
 	"github.com/musterdr/muster/internal/vm/sim"
 )
 
-// filled is a lab in which a server with a disk full of text is protected, with the content of its disk.
-func filled(t *testing.T, guest func(vm.Spec) sim.Guest) (*Lab, []byte) {
-	t.Helper()
-	l := New(t, guest)
+// text is a disk full of text. Nobody writes to it.
+var text = sync.OnceValue(func() []byte {
 	data := make([]byte, 20<<20)
 	r := rand.New(rand.NewPCG(3, 3))
 	for i := range data[:19<<20] {
@@ -27,6 +26,13 @@ func filled(t *testing.T, guest func(vm.Spec) sim.Guest) (*Lab, []byte) {
 			data[i] = data[i-64]
 		}
 	}
+	return data
+})
+
+// filled is a lab in which a server with a disk full of text is protected, with the content of its disk.
+func filled(t *testing.T, guest func(vm.Spec) sim.Guest) (*Lab, []byte) {
+	t.Helper()
+	l, data := New(t, guest), text()
 	l.write(t, data)
 	_, err := l.AddServer(ctx, dr.Server{Name: "shop", Source: dr.Source{Disks: []string{l.path("shop.raw")}}, Schedule: dr.Schedule{Every: 24 * time.Hour}, Signs: dr.SignsHigh, // the disk is small
 		Checks: []dr.Check{{Name: "page", Kind: dr.CheckHTTP, URL: "http://127.0.0.1/"}}})
@@ -34,6 +40,15 @@ func filled(t *testing.T, guest func(vm.Spec) sim.Guest) (*Lab, []byte) {
 		t.Fatal(err)
 	}
 	return l, data
+}
+
+// long leaves a test out of the run with the race detector, which makes it slow and which it would show nothing that the
+// others here do not: they go the same ways through the parts.
+func long(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("the race detector sees the same in the other tests of signs")
+	}
 }
 
 func (l *Lab) write(t *testing.T, disk []byte) {
@@ -169,6 +184,7 @@ func TestALostCatalogForgetsNoHold(t *testing.T) {
 }
 
 func TestRetentionKeepsTheEvidence(t *testing.T) {
+	long(t)
 	t.Parallel()
 	l, disk := filled(t, Healthy)
 	keep := 1
@@ -194,6 +210,7 @@ func TestRetentionKeepsTheEvidence(t *testing.T) {
 }
 
 func TestAServerOfWhichSignsAreOffIsPromoted(t *testing.T) {
+	long(t)
 	t.Parallel()
 	l, disk := filled(t, Healthy)
 	off := dr.SignsOff
@@ -213,6 +230,7 @@ func TestAServerOfWhichSignsAreOffIsPromoted(t *testing.T) {
 
 // A criminal with root may change the server's disks, so that the next snapshot is a full one.
 func TestAFullSnapshotIsComparedAllTheSame(t *testing.T) {
+	long(t)
 	t.Parallel()
 	l, disk := filled(t, Healthy)
 	good := l.snapshot(t)
