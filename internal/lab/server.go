@@ -7,6 +7,7 @@ import (
 	"github.com/musterdr/muster/internal/agent"
 	"github.com/musterdr/muster/internal/capture"
 	"github.com/musterdr/muster/internal/capture/disk"
+	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
 )
 
@@ -27,7 +28,7 @@ func (l *Lab) openSource(_ context.Context, source dr.Source) (capture.Source, e
 
 // CaptureFiles implements capture.FileSource.
 func (s live) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report dr.Progress) error {
-	return s.talk(ctx, func(talk *capture.Session) error { return talk.Files(ctx, sink, report) })
+	return s.talk(ctx, func(talk *capture.Session) error { return talk.Files(ctx, wire.FilesPlan{}, sink, report) })
 }
 
 // Restore implements capture.RestoreSource.
