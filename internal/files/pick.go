@@ -264,19 +264,34 @@ func (b *Browser) Get(ctx context.Context, q api.GetQuery, w io.Writer) error {
 	if q.Tar {
 		return b.tar(ctx, snap, p, w)
 	}
+	if err := b.readable(ctx, snap, p); err != nil {
+		return err
+	}
 	return b.Pick(ctx, snap, []string{p}, func(e *fileset.Entry, above bool, content io.Reader) error {
-		switch {
-		case above:
+		if above {
 			return nil
-		case e.Kind == fileset.Folder:
-			return api.Errorf(api.Invalid, "%s is a folder: get it with --tar", Text(p))
-		case e.Kind == fileset.Symlink:
-			return api.Errorf(api.Invalid, "%s is a symbolic link to %s: get that, or the link with --tar", Text(p), Text(e.Target))
-		case e.Kind != fileset.File:
-			return api.Errorf(api.Invalid, "%s is a %s and has no content", Text(p), kinds[e.Kind])
 		}
 		return whole(w, e, content)
 	})
+}
+
+// readable says why a path has no content, if it has none, before an image is opened for it.
+func (b *Browser) readable(ctx context.Context, snap dr.Snapshot, p string) error {
+	var no error
+	_, err := b.items(ctx, snap, true, func(i *Item) error {
+		switch {
+		case i.Path != p:
+			return nil
+		case i.Kind == fileset.Folder:
+			no = api.Errorf(api.Invalid, "%s is a folder: get it with --tar", Text(p))
+		case i.Kind == fileset.Symlink:
+			no = api.Errorf(api.Invalid, "%s is a symbolic link to %s: get that, or the link with --tar", Text(p), Text(i.Target))
+		case i.Kind != fileset.File && i.Kind != fileset.Link:
+			no = api.Errorf(api.Invalid, "%s is a %s and has no content", Text(p), kinds[i.Kind])
+		}
+		return errStop
+	})
+	return errors.Join(err, no)
 }
 
 // whole writes a content with zeros for its holes.
