@@ -191,7 +191,7 @@ func filesFind(cmd *cobra.Command, c *api.Client, f *filesFlags, server, _ strin
 // unseen says which snapshots have not been looked into.
 func unseen(cmd *cobra.Command, ids []string) {
 	if n := len(ids); n > 0 {
-		fmt.Fprintf(cmd.OutOrStdout(), "%d images have not been looked into; --all opens them, which takes its time.\n", n)
+		fmt.Fprintf(cmd.OutOrStdout(), "Images that have not been looked into: %d; --all opens them, which takes its time.\n", n)
 	}
 }
 

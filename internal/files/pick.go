@@ -277,21 +277,21 @@ func (b *Browser) Get(ctx context.Context, q api.GetQuery, w io.Writer) error {
 
 // readable says why a path has no content, if it has none, before an image is opened for it.
 func (b *Browser) readable(ctx context.Context, snap dr.Snapshot, p string) error {
-	var no error
+	var why error
 	_, err := b.items(ctx, snap, true, func(i *Item) error {
 		switch {
 		case i.Path != p:
 			return nil
 		case i.Kind == fileset.Folder:
-			no = api.Errorf(api.Invalid, "%s is a folder: get it with --tar", Text(p))
+			why = api.Errorf(api.Invalid, "%s is a folder: get it with --tar", Text(p))
 		case i.Kind == fileset.Symlink:
-			no = api.Errorf(api.Invalid, "%s is a symbolic link to %s: get that, or the link with --tar", Text(p), Text(i.Target))
+			why = api.Errorf(api.Invalid, "%s is a symbolic link to %s: get that, or the link with --tar", Text(p), Text(i.Target))
 		case i.Kind != fileset.File && i.Kind != fileset.Link:
-			no = api.Errorf(api.Invalid, "%s is a %s and has no content", Text(p), kinds[i.Kind])
+			why = api.Errorf(api.Invalid, "%s is a %s and has no content", Text(p), kinds[i.Kind])
 		}
 		return errStop
 	})
-	return errors.Join(err, no)
+	return errors.Join(err, why)
 }
 
 // whole writes a content with zeros for its holes.
