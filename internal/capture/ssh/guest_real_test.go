@@ -1,7 +1,6 @@
 package ssh
 
 import (
-	"bytes"
 	"errors"
 	"fmt"
 	"io"
@@ -33,11 +32,12 @@ const (
 	guestDiskSize = 240 << 20
 )
 
-// newGuest boots a copy of the demo's server and gives it the tools of this host, which is a Debian of the same release.
-func newGuest(t *testing.T) *guest {
+// newGuest boots a copy of the demo's server with one of the kernels that scripts/guest-kernels fetches ("bookworm", or
+// "bookworm-backports" for one that is newer than 6.8). Only what the tests need is started, because all of it is emulated.
+func newGuest(t *testing.T, kernel string) *guest {
 	t.Helper()
 	if os.Getenv("MUSTER_REAL") == "" {
-		t.Skip("needs QEMU and the demo's server: set MUSTER_REAL=1 (scripts/test real)")
+		t.Skip("needs QEMU, the demo's server and kernels for it: set MUSTER_REAL=1 (scripts/test real)")
 	}
 	base, format := os.Getenv("MUSTER_SHOP"), "raw"
 	if filepath.Ext(base) == ".qcow2" {
@@ -51,9 +51,10 @@ func newGuest(t *testing.T) *guest {
 	}
 	port := free.Addr().(*net.TCPAddr).Port
 	free.Close()
-	args := []string{"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "768", "-display", "none", "-vga", "none",
-		"-smbios", "type=41,designation=Integrated NIC 1,kind=ethernet,instance=1,pcidev=nic",
-		"-drive", "if=none,id=system,format=qcow2,cache=unsafe,file=" + g.path("system.qcow2"), "-device", "ide-hd,bus=ide.0,drive=system",
+	image := g.initramfs(filepath.Join(os.Getenv("MUSTER_KERNELS"), kernel))
+	args := []string{"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "768", "-nodefaults", "-display", "none",
+		"-kernel", image, "-initrd", g.path("initramfs"), "-append", "console=ttyS0 quiet panic=-1 net.ifnames=0 mitigations=off", "-no-reboot",
+		"-drive", "if=none,id=system,format=qcow2,cache=unsafe,file=" + g.path("system.qcow2"), "-device", "virtio-blk-pci,drive=system,addr=1f.7",
 		"-netdev", fmt.Sprintf("user,id=net,net=10.77.0.0/24,host=10.77.0.1,hostfwd=tcp:127.0.0.1:%d-10.77.0.10:22", port),
 		"-device", "virtio-net-pci,id=nic,netdev=net,mac=ac:1f:6b:77:00:10,romfile=", "-serial", "file:" + g.path("serial.log")}
 	for i := range guestDisks {
@@ -73,7 +74,7 @@ func newGuest(t *testing.T) *guest {
 		_ = machine.Wait()
 	})
 	g.source = dr.SSHSource{User: "root", Host: "127.0.0.1", Port: port, KeyFile: os.Getenv("MUSTER_SHOP_KEY"), FreezeLimit: 60 * time.Second}
-	for limit := time.Now().Add(4 * time.Minute); exec.Command("ssh", g.ssh("true")...).Run() != nil; <-time.After(time.Second) {
+	for limit := time.Now().Add(2 * time.Minute); exec.Command("ssh", g.ssh("true")...).Run() != nil; <-time.After(200 * time.Millisecond) {
 		if time.Now().After(limit) {
 			log, _ := os.ReadFile(g.path("serial.log"))
 			t.Fatalf("the guest does not answer: %s", log)
@@ -85,9 +86,80 @@ func newGuest(t *testing.T) *guest {
 		t.Fatal(err)
 	}
 	g.source.HostKey = about.HostKey
-	g.run("systemctl stop shop nginx postgresql cron")
-	g.tools()
 	return g
+}
+
+// What the kernel of a guest must have loaded, and what its programs come from where the demo's server lacks them.
+var (
+	guestModules  = []string{"virtio_pci", "virtio_blk", "virtio_net", "ext4", "dm_mod", "dm_snapshot", "dm_thin_pool", "dm_crypt", "xts", "raid1"}
+	guestPackages = []string{"fdisk", "libfdisk1", "lvm2", "dmsetup", "libdevmapper1.02.1", "libdevmapper-event1.02.1", "libaio1", "liblvm2cmd2.03", "libedit2", "libbsd0", "libmd0", "mdadm",
+		"thin-provisioning-tools", "libboost-iostreams1.74.0"}
+)
+
+// Two scripts that take the place of an installed system's: of the initramfs, and of the system that it finds.
+const (
+	guestInitramfs = `#!/busybox sh
+/busybox mount -t devtmpfs dev /dev
+for m in /modules/*; do /busybox insmod $m; done
+n=0
+while ! /busybox mount -t ext4 /dev/%[1]s2 /system && [ $n -lt 50 ]; do n=$((n+1)); /busybox sleep 0.1; done
+/busybox mount --move /dev /system/dev
+/busybox chroot /system tar --extract --keep-directory-symlink --skip-old-files </tools.tar
+/busybox cp /start /system/sbin/start
+exec /busybox switch_root /system /sbin/start
+`
+	guestStart = `#!/bin/bash
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs run /run
+mkdir -p /run/sshd /run/lock /dev/pts /dev/shm
+mount -t devpts pts /dev/pts; mount -t tmpfs shm /dev/shm; mount -t cgroup2 cgroup /sys/fs/cgroup
+ldconfig
+ip link set lo up; ip link set eth0 up; ip address add 10.77.0.10/24 dev eth0
+/lib/systemd/systemd-udevd --daemon; udevadm trigger --action=add --subsystem-match=block; udevadm settle
+/usr/sbin/sshd -D &
+while :; do wait; sleep 1; done
+`
+)
+
+// initramfs writes what the guest's kernel starts with, and gives the path of that kernel.
+func (g *guest) initramfs(kernels string) (image string) {
+	g.t.Helper()
+	found, err := filepath.Glob(filepath.Join(kernels, "boot/vmlinuz-*"))
+	if err != nil || len(found) != 1 {
+		g.t.Fatalf("there is no kernel in %s/boot (scripts/guest-kernels): %v", kernels, err)
+	}
+	release := strings.TrimPrefix(filepath.Base(found[0]), "vmlinuz-")
+	if _, err := os.Stat(filepath.Join(kernels, "lib/modules", release, "modules.dep")); err != nil {
+		command(g.t, "depmod", "--basedir", kernels, release)
+	}
+	root := g.path("initramfs.d")
+	for _, dir := range []string{"modules", "system", "dev"} {
+		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+			g.t.Fatal(err)
+		}
+	}
+	command(g.t, "cp", "/bin/busybox", root)
+	var loaded []string
+	for _, m := range guestModules {
+		for line := range strings.Lines(command(g.t, "modprobe", "--dirname", kernels, "--set-version", release, "--show-depends", m)) {
+			if f := strings.Fields(line); len(f) > 1 && f[0] == "insmod" && !slices.Contains(loaded, f[1]) {
+				loaded = append(loaded, f[1])
+				to := filepath.Join(root, fmt.Sprintf("modules/%02d-%s", len(loaded), strings.TrimSuffix(filepath.Base(f[1]), ".xz")))
+				command(g.t, "cp", f[1], to)
+				if filepath.Ext(f[1]) == ".xz" {
+					command(g.t, "sh", "-c", "xz --decompress --stdout "+f[1]+" >"+to)
+				}
+			}
+		}
+	}
+	system := "vd" + string(rune('a'+guestDisks)) // the last by its address
+	err = errors.Join(os.WriteFile(filepath.Join(root, "init"), fmt.Appendf(nil, guestInitramfs, system), 0o755), os.WriteFile(filepath.Join(root, "start"), []byte(guestStart), 0o755))
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.tools(filepath.Join(root, "tools.tar"))
+	command(g.t, "sh", "-c", "cd "+root+" && find . | busybox cpio -o -H newc >"+g.path("initramfs"))
+	return found[0]
 }
 
 // in is the guest for a part of a test.
@@ -122,11 +194,11 @@ func (g *guest) try(script string) (string, error) {
 	return strings.TrimSpace(string(out)), err
 }
 
-// tools copies what the guest lacks from this host's packages.
-func (g *guest) tools() {
+// tools packs what the guest lacks from this host's packages: it is a Debian of the same release.
+func (g *guest) tools(to string) {
 	g.t.Helper()
 	var files []string
-	for _, p := range []string{"fdisk", "libfdisk1", "lvm2", "dmsetup", "libdevmapper1.02.1", "libdevmapper-event1.02.1", "libaio1", "liblvm2cmd2.03", "libedit2", "libbsd0", "libmd0", "mdadm", "thin-provisioning-tools", "libboost-iostreams1.74.0"} {
+	for _, p := range guestPackages {
 		out, err := exec.Command("dpkg", "-L", p).Output()
 		if err != nil {
 			continue // not installed: what needs it will say so
@@ -134,20 +206,11 @@ func (g *guest) tools() {
 		for _, f := range strings.Fields(string(out)) {
 			info, err := os.Lstat(f)
 			if err == nil && !info.IsDir() && !strings.HasPrefix(f, "/usr/share/") && !slices.Contains(files, f) {
-				files = append(files, f)
+				files = append(files, strings.TrimPrefix(f, "/"))
 			}
 		}
 	}
-	list := exec.Command("tar", append([]string{"--create", "--absolute-names"}, files...)...)
-	pack, err := list.Output()
-	if err != nil {
-		g.t.Fatalf("pack this host's tools: %v", err)
-	}
-	unpack := exec.Command("ssh", g.ssh("tar --extract --absolute-names --keep-directory-symlink --skip-old-files; ldconfig; udevadm control --reload; lvm version")...)
-	unpack.Stdin = bytes.NewReader(pack)
-	if out, err := unpack.CombinedOutput(); err != nil {
-		g.t.Fatalf("unpack tools on the guest: %v\n%s", err, out)
-	}
+	command(g.t, "tar", append([]string{"--create", "--file", to, "--directory", "/"}, files...)...)
 }
 
 func (g *guest) open(t *testing.T) *Source {

@@ -15,7 +15,7 @@ func resident(s *dr.SSHSource)       { s.Resident = true }
 
 // One guest for all of it: a boot costs more than everything else.
 func TestRealVolumesOfAGuest(t *testing.T) {
-	g := newGuest(t)
+	g := newGuest(t, "bookworm")
 	kernel := g.run("uname -r")
 	const nests = false // linux.nestingProven: true there and here, on a guest with Linux 6.8 or newer, is the proof
 	t.Logf("kernel %s", kernel)
