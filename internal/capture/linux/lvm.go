@@ -236,10 +236,6 @@ func removeSnapshots(ctx context.Context, which func(name string) bool) error {
 // quietly has lvm write nothing to /etc, which may stand still, and start nothing that stays.
 const quietly = "backup{backup=0 archive=0} activation{monitoring=0}"
 
-// nestingProven says that captures which rely on nests have been run on such a kernel. Until they have, several volumes and thin
-// pools are compared and frozen instead: the code is there, the proof is not.
-const nestingProven = false
-
 // nests says whether the kernel lets lvm freeze a file system that is frozen already. Before that a snapshot can only be made
 // of a volume whose file system is left to lvm to freeze, so only one can be had at the same instant as anything else.
 //

@@ -24,17 +24,13 @@ type guest struct {
 	t      *testing.T
 	dir    string
 	source dr.SSHSource
+	disks  []int64 // sizes of those that it does not boot from, bytes: vda, vdb, …
 }
 
-// guestDisks is how many empty disks a guest has besides the one it boots from: vda, vdb, …
-const (
-	guestDisks    = 3
-	guestDiskSize = 240 << 20
-)
-
 // newGuest boots a copy of the demo's server with one of the kernels that scripts/guest-kernels fetches ("bookworm", or
-// "bookworm-backports" for one that is newer than 6.8). Only what the tests need is started, because all of it is emulated.
-func newGuest(t *testing.T, kernel string) *guest {
+// "bookworm-backports" for one that is newer than 6.8), and with empty disks of some sizes in MiB. Only what the tests need
+// is started, because all of it is emulated.
+func newGuest(t *testing.T, kernel string, disks ...int64) *guest {
 	t.Helper()
 	if os.Getenv("MUSTER_REAL") == "" {
 		t.Skip("needs QEMU, the demo's server and kernels for it: set MUSTER_REAL=1 (scripts/test real)")
@@ -51,15 +47,18 @@ func newGuest(t *testing.T, kernel string) *guest {
 	}
 	port := free.Addr().(*net.TCPAddr).Port
 	free.Close()
+	for _, mib := range disks {
+		g.disks = append(g.disks, mib<<20)
+	}
 	image := g.initramfs(filepath.Join(os.Getenv("MUSTER_KERNELS"), kernel))
-	args := []string{"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "768", "-nodefaults", "-display", "none",
+	args := []string{"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", guestProcessor, "-smp", "2", "-m", "768", "-nodefaults", "-display", "none",
 		"-kernel", image, "-initrd", g.path("initramfs"), "-append", "console=ttyS0 quiet panic=-1 net.ifnames=0 mitigations=off", "-no-reboot",
-		"-drive", "if=none,id=system,format=qcow2,cache=unsafe,file=" + g.path("system.qcow2"), "-device", "virtio-blk-pci,drive=system,addr=1f.7",
+		"-drive", "if=none,id=system,format=qcow2,cache=unsafe,file=" + g.path("system.qcow2"), "-device", "virtio-blk-pci,drive=system,addr=1e",
 		"-netdev", fmt.Sprintf("user,id=net,net=10.77.0.0/24,host=10.77.0.1,hostfwd=tcp:127.0.0.1:%d-10.77.0.10:22", port),
 		"-device", "virtio-net-pci,id=nic,netdev=net,mac=ac:1f:6b:77:00:10,romfile=", "-serial", "file:" + g.path("serial.log")}
-	for i := range guestDisks {
+	for i, size := range g.disks {
 		file := g.disk(i)
-		if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, guestDiskSize)); err != nil {
+		if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, size)); err != nil {
 			t.Fatal(err)
 		}
 		args = append(args, "-drive", fmt.Sprintf("if=none,id=data%d,format=raw,cache=writeback,file=%s", i, file), "-device", fmt.Sprintf("virtio-blk-pci,drive=data%d,addr=%x", i, 0x10+i))
@@ -74,12 +73,21 @@ func newGuest(t *testing.T, kernel string) *guest {
 		_ = machine.Wait()
 	})
 	g.source = dr.SSHSource{User: "root", Host: "127.0.0.1", Port: port, KeyFile: os.Getenv("MUSTER_SHOP_KEY"), FreezeLimit: 60 * time.Second}
-	for limit := time.Now().Add(2 * time.Minute); exec.Command("ssh", g.ssh("true")...).Run() != nil; <-time.After(200 * time.Millisecond) {
+	for limit := time.Now().Add(45 * time.Second); exec.Command("ssh", g.ssh("true")...).Run() != nil; <-time.After(200 * time.Millisecond) {
 		if time.Now().After(limit) {
 			log, _ := os.ReadFile(g.path("serial.log"))
 			t.Fatalf("the guest does not answer: %s", log)
 		}
 	}
+	// One connection for all that the tests run: a handshake is slow where it is emulated.
+	master := exec.Command("ssh", append([]string{"-M", "-N"}, g.ssh("")[:len(g.ssh(""))-1]...)...)
+	if err := master.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = master.Process.Kill()
+		_ = master.Wait()
+	})
 	contact := g.open(t)
 	about, err := contact.Contact(t.Context())
 	if err = errors.Join(err, contact.Close()); err != nil {
@@ -88,6 +96,10 @@ func newGuest(t *testing.T, kernel string) *guest {
 	g.source.HostKey = about.HostKey
 	return g
 }
+
+// guestProcessor has all that QEMU can emulate but what it emulates wrongly: its cmpxchg16b without a lock loses the flags (QEMU
+// 7.2), and kernels since 6.5 rely on them. Five levels of page tables are only slow.
+const guestProcessor = "max,-cx16,-la57"
 
 // What the kernel of a guest must have loaded, and what its programs come from where the demo's server lacks them.
 var (
@@ -152,7 +164,7 @@ func (g *guest) initramfs(kernels string) (image string) {
 			}
 		}
 	}
-	system := "vd" + string(rune('a'+guestDisks)) // the last by its address
+	system := "vd" + string(rune('a'+len(g.disks))) // the last by its address
 	err = errors.Join(os.WriteFile(filepath.Join(root, "init"), fmt.Appendf(nil, guestInitramfs, system), 0o755), os.WriteFile(filepath.Join(root, "start"), []byte(guestStart), 0o755))
 	if err != nil {
 		g.t.Fatal(err)
@@ -174,7 +186,7 @@ func (g *guest) disk(n int) string       { return g.path(fmt.Sprintf("data%d.img
 
 func (g *guest) ssh(line string) []string {
 	return []string{"-i", g.source.KeyFile, "-p", strconv.Itoa(g.source.Port), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null",
-		"-o", "ConnectTimeout=5", "-o", "LogLevel=ERROR", "root@127.0.0.1", line}
+		"-o", "ConnectTimeout=5", "-o", "LogLevel=ERROR", "-o", "ControlPath=" + g.path("ssh"), "root@127.0.0.1", line}
 }
 
 // run runs a shell script on the guest and gives what it prints.
@@ -222,22 +234,22 @@ func (g *guest) open(t *testing.T) *Source {
 	return s
 }
 
-// capture captures one of the guest's disks.
-func (g *guest) capture(t *testing.T, parent, disk string, change func(*dr.SSHSource)) dr.Snapshot {
+// capture captures some of the guest's disks ("vda vdb").
+func (g *guest) capture(t *testing.T, parent, disks string, change func(*dr.SSHSource)) dr.Snapshot {
 	t.Helper()
-	snap, err := g.attempt(t, parent, disk, change)
+	snap, err := g.attempt(t, parent, disks, change)
 	if err != nil {
 		t.Fatalf("%v\nthe kernel of the guest says:\n%s", err, g.run("dmesg | tail -5"))
 	}
-	t.Logf("%s by %s, %s, pass %s (%s), passed over %+v: read %d MB, changed %d kB, frozen %s, took %s; %s", disk, snap.Pass.Provider, snap.Consistency, snap.Pass.Kind, snap.Pass.Reason,
+	t.Logf("%s by %s, %s, pass %s (%s), passed over %+v: read %d MB, changed %d kB, frozen %s, took %s; %s", disks, snap.Pass.Provider, snap.Consistency, snap.Pass.Kind, snap.Pass.Reason,
 		snap.Pass.PassedOver, snap.Stats.Read>>20, snap.Stats.Changed>>10, snap.Stats.Frozen.Round(time.Millisecond), snap.Stats.Duration.Round(time.Millisecond), snap.Notes)
 	return snap
 }
 
 // attempt is capture for one that may fail.
-func (g *guest) attempt(t *testing.T, parent, disk string, change func(*dr.SSHSource)) (dr.Snapshot, error) {
+func (g *guest) attempt(t *testing.T, parent, disks string, change func(*dr.SSHSource)) (dr.Snapshot, error) {
 	source := g.source
-	source.Disks = []string{disk}
+	source.Disks = strings.Fields(disks)
 	change(&source)
 	s, err := Open(t.Context(), source, program)
 	if err != nil {
@@ -247,15 +259,43 @@ func (g *guest) attempt(t *testing.T, parent, disk string, change func(*dr.SSHSo
 	return capture.Take(t.Context(), s, shared, api.SnapshotTask{ID: dr.NewID("snap"), Server: dr.Server{ID: "srv-1", Name: "guest"}, Parent: parent}, nil)
 }
 
-// restore writes a snapshot's disk over one of the guest's that nobody has looked at yet.
-func (g *guest) restore(t *testing.T, snap dr.Snapshot, disk int) {
+// kill kills the agent of a capture with a signal that it cannot catch as soon as a condition holds on the guest.
+func (g *guest) kill(t *testing.T, parent, disks, when string) {
 	t.Helper()
-	img, err := shared.Image(t.Context(), snap.ID, 0)
+	ended := make(chan error, 1)
+	go func() {
+		_, err := g.attempt(t, parent, disks, allowSnapshots)
+		ended <- err
+	}()
+	g.run(`for i in $(seq 2000); do if ` + when + `; then pkill -9 -f 'agent-[0-9a-f]* serve'; exit 0; fi; sleep 0.01; done; echo "it never came to that"; exit 1`)
+	if err := <-ended; err == nil {
+		t.Errorf("a capture whose agent was killed when %s was kept", when)
+	}
+	g.run("while pgrep -f 'lvm lvcreate|agent-[0-9a-f]* watchdog' >/dev/null; do sleep 0.05; done")
+}
+
+// ours gives the snapshots of logical volumes that are there and look like ours.
+func (g *guest) ours() string {
+	return g.run("lvs --noheadings -o lv_name @muster_snapshot | xargs")
+}
+
+// tidy has the agent remove what earlier ones have left.
+func (g *guest) tidy() { g.run("/var/cache/muster/agent-* forget") }
+
+// volumes gives the names of a volume group's volumes.
+func (g *guest) volumes(group string) string {
+	return g.run("lvs --noheadings -o lv_name " + group + " | xargs")
+}
+
+// restore writes one disk of a snapshot over one of the guest's that nobody has looked at yet.
+func (g *guest) restore(t *testing.T, snap dr.Snapshot, from, to int) {
+	t.Helper()
+	img, err := shared.Image(t.Context(), snap.ID, from)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer img.Close()
-	out, err := os.OpenFile(g.disk(disk), os.O_WRONLY, 0)
+	out, err := os.OpenFile(g.disk(to), os.O_WRONLY, 0)
 	if err == nil {
 		_, err = io.Copy(out, io.NewSectionReader(img, 0, img.Size()))
 		err = errors.Join(err, out.Sync(), out.Close())
@@ -263,7 +303,7 @@ func (g *guest) restore(t *testing.T, snap dr.Snapshot, disk int) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g.run("blockdev --flushbufs /dev/vd" + string(rune('a'+disk)))
+	g.run("blockdev --flushbufs /dev/vd" + string(rune('a'+to)))
 }
 
 // writer is a program on the guest that writes numbers to two files of each folder in turn, each synced before the next, and
@@ -312,10 +352,11 @@ func number(t *testing.T, s string) int64 {
 func (g *guest) examine(t *testing.T, before, after int64, folders ...string) {
 	t.Helper()
 	var numbers []int64
-	for _, f := range folders {
-		for _, name := range []string{"first", "second"} {
-			numbers = append(numbers, number(t, g.run("cat "+f+"/"+name)))
-		}
+	for _, s := range strings.Fields(g.run("for f in " + strings.Join(folders, " ") + "; do cat $f/first; echo; cat $f/second; echo; done")) {
+		numbers = append(numbers, number(t, s))
+	}
+	if len(numbers) != 2*len(folders) {
+		t.Fatalf("%d numbers in %v", len(numbers), folders)
 	}
 	t.Logf("told %d before and %d after the capture, in the image %v", before, after, numbers)
 	for i, n := range numbers {
