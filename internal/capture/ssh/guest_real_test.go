@@ -73,10 +73,13 @@ func newGuest(t *testing.T, kernel string, disks ...int64) *guest {
 		_ = machine.Wait()
 	})
 	g.source = dr.SSHSource{User: "root", Host: "127.0.0.1", Port: port, KeyFile: os.Getenv("MUSTER_SHOP_KEY"), FreezeLimit: 60 * time.Second}
-	for limit := time.Now().Add(45 * time.Second); exec.Command("ssh", g.ssh("true")...).Run() != nil; <-time.After(200 * time.Millisecond) {
-		if time.Now().After(limit) {
-			log, _ := os.ReadFile(g.path("serial.log"))
-			t.Fatalf("the guest does not answer: %s", log)
+	for limit := time.Now().Add(time.Minute); ; <-time.After(50 * time.Millisecond) {
+		log, _ := os.ReadFile(g.path("serial.log"))
+		if strings.Contains(string(log), "guest is up") {
+			break
+		}
+		if time.Now().After(limit) || strings.Contains(string(log), "Kernel panic") {
+			t.Fatalf("the guest does not start: %s", log)
 		}
 	}
 	// One connection for all that the tests run: a handshake is slow where it is emulated.
@@ -125,10 +128,9 @@ export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs run /run
 mkdir -p /run/sshd /run/lock /dev/pts /dev/shm
 mount -t devpts pts /dev/pts; mount -t tmpfs shm /dev/shm; mount -t cgroup2 cgroup /sys/fs/cgroup
-ldconfig
 ip link set lo up; ip link set eth0 up; ip address add 10.77.0.10/24 dev eth0
 /lib/systemd/systemd-udevd --daemon; udevadm trigger --action=add --subsystem-match=block; udevadm settle
-/usr/sbin/sshd -D &
+/usr/sbin/sshd && echo guest is up >/dev/console
 while :; do wait; sleep 1; done
 `
 )
@@ -217,8 +219,8 @@ func (g *guest) tools(to string) {
 		}
 		for _, f := range strings.Fields(string(out)) {
 			info, err := os.Lstat(f)
-			if err == nil && !info.IsDir() && !strings.HasPrefix(f, "/usr/share/") && !slices.Contains(files, f) {
-				files = append(files, strings.TrimPrefix(f, "/"))
+			if f = strings.TrimPrefix(f, "/"); err == nil && !info.IsDir() && !strings.HasPrefix(f, "usr/share/") && !slices.Contains(files, f) {
+				files = append(files, f)
 			}
 		}
 	}
@@ -330,6 +332,12 @@ func (g *guest) write(folders ...string) {
 	g.t.Helper()
 	g.run("cat >/run/writer.py <<'END'" + writer + "END\nrm -f /run/stop /run/told; nohup python3 /run/writer.py " + strings.Join(folders, " ") +
 		" >/run/writer.log 2>&1 </dev/null &\nfor i in $(seq 100); do if test -s /run/told; then exit 0; fi; sleep 0.1; done; cat /run/writer.log; exit 1")
+}
+
+// awaitWriter waits until the writer has gone on: nothing stands still.
+func (g *guest) awaitWriter() {
+	g.t.Helper()
+	g.run("told=$(cat /run/told); for i in $(seq 100); do test $(cat /run/told) = $told || exit 0; sleep 0.1; done; echo nobody can write; exit 1")
 }
 
 func (g *guest) told() int64 { return number(g.t, g.run("cat /run/told")) }
