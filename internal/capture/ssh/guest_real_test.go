@@ -28,7 +28,7 @@ type guest struct {
 }
 
 // newGuest boots a copy of the demo's server with one of the kernels that scripts/guest-kernels fetches ("bookworm", or
-// "bookworm-backports" for one that is newer than 6.8), and with empty disks of some sizes in MiB. Only what the tests need
+// "bookworm-backports" for one that freezes a file system twice), and with empty disks of some sizes in MiB. Only what the tests need
 // is started, because all of it is emulated.
 func newGuest(t *testing.T, kernel string, disks ...int64) *guest {
 	t.Helper()
@@ -143,9 +143,6 @@ func (g *guest) initramfs(kernels string) (image string) {
 		g.t.Fatalf("there is no kernel in %s/boot (scripts/guest-kernels): %v", kernels, err)
 	}
 	release := strings.TrimPrefix(filepath.Base(found[0]), "vmlinuz-")
-	if _, err := os.Stat(filepath.Join(kernels, "lib/modules", release, "modules.dep")); err != nil {
-		command(g.t, "depmod", "--basedir", kernels, release)
-	}
 	root := g.path("initramfs.d")
 	for _, dir := range []string{"modules", "system", "dev"} {
 		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
