@@ -136,10 +136,8 @@ func (d *disk) due() pieces {
 		return only(d.todo, d.swap, int64(d.block), d.Size)
 	case d.track != nil:
 		return d.used()
-	case len(d.swap) > 0:
-		return only([]view.Range{{Offset: 0, Length: d.Size}}, d.swap, int64(d.block), d.Size)
 	}
-	return everything(d.Size)
+	return all(d.swap, int64(d.block), d.Size)
 }
 
 // swapping gives where the kernel swaps to on a disk.
@@ -184,5 +182,5 @@ func settle(disks []*disk, snapshot string) error {
 // written from now on: it may be in use before the capture ends.
 func (d *disk) used() pieces {
 	free, _ := linux.Free(d.Kernel) // one that cannot be asked has nothing free
-	return only([]view.Range{{Offset: 0, Length: d.Size}}, append(free, d.swap...), int64(d.block), d.Size)
+	return all(append(free, d.swap...), int64(d.block), d.Size)
 }

@@ -10,7 +10,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -22,10 +21,10 @@ import (
 	"github.com/musterdr/muster/internal/dr"
 )
 
-// trackDir is where the agents of these tests have their tracker.
-func trackDir() string {
-	return filepath.Join(os.TempDir(), "muster-track-"+strconv.Itoa(os.Getpid()))
-}
+// trackDir is where the agents of these tests have their tracker; other tests may run beside them.
+var trackDir = sync.OnceValue(func() string {
+	return filepath.Join(os.TempDir(), fmt.Sprintf("muster-track-%d-%d", os.Getpid(), time.Now().UnixNano()))
+})
 
 // chainOf is a volume captured again and again by agents that track it, each in a process of its own.
 type chainOf struct {

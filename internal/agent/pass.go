@@ -72,6 +72,19 @@ var zip = sync.OnceValue(func() *zstd.Encoder {
 	return e
 })
 
+// report adds what the passes came to, disk by disk.
+func report(done *wire.Done, disks []*disk) {
+	for _, d := range disks {
+		var digest []byte
+		if d.sums != nil {
+			digest = d.sums.Digest()
+		}
+		done.Digests = append(done.Digests, digest)
+		done.Sent = append(done.Sent, d.sent.Load())
+		done.Reasons = append(done.Reasons, d.reason)
+	}
+}
+
 // prepare takes the memory that the readers need.
 func (d *disk) prepare() {
 	for _, r := range d.readers {
@@ -161,14 +174,9 @@ func (r *run) pass(ctx context.Context, into *hold) (found, error) {
 
 // again has the next pass read what this one was to read.
 func (d *disk) again() {
-	switch {
-	case d.stage != nil:
-		return
-	case d.now.size > 0:
-		d.whole = true
-		return
+	if d.stage == nil {
+		d.todo = append(d.todo, d.now.ranges...)
 	}
-	d.todo = append(d.todo, d.now.ranges...)
 }
 
 // run reads piece after piece until there is no more.

@@ -60,7 +60,7 @@ func (d *disk) due() pieces {
 	if d.stage != nil {
 		return *d.stage
 	}
-	return everything(d.Size)
+	return all(d.swap, int64(d.block), d.Size)
 }
 
 // left gives how many bytes the next pass reads.

@@ -244,15 +244,7 @@ func (r *run) done(ctx context.Context, held linux.Held) error {
 		d.Provider = dr.ProviderCrash
 		d.PassedOver = append(d.PassedOver, dr.PassedOver{Provider: dr.ProviderFreeze, Reason: "no file system on these disks is mounted for writing"})
 	}
-	for _, disk := range r.disks {
-		var digest []byte
-		if disk.sums != nil {
-			digest = disk.sums.Digest()
-		}
-		d.Digests = append(d.Digests, digest)
-		d.Sent = append(d.Sent, disk.sent.Load())
-		d.Reasons = append(d.Reasons, disk.reason)
-	}
+	report(&d, r.disks)
 	if err := r.tellNames(); err != nil {
 		return err
 	}

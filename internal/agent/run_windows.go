@@ -101,15 +101,7 @@ func (r *run) once(ctx context.Context, frozen bool) (found, error) {
 func (r *run) done(since time.Time) error {
 	d := wire.Done{Age: time.Since(since), Consistency: dr.FilesystemConsistent, Read: r.read, Passes: r.passes, Provider: dr.ProviderVSS,
 		PassedOver: []dr.PassedOver{{Provider: dr.ProviderTracking, Reason: "this release does not track Windows"}}}
-	for _, disk := range r.disks {
-		var digest []byte
-		if disk.sums != nil {
-			digest = disk.sums.Digest()
-		}
-		d.Digests = append(d.Digests, digest)
-		d.Sent = append(d.Sent, disk.sent.Load())
-		d.Reasons = append(d.Reasons, disk.reason)
-	}
+	report(&d, r.disks)
 	return r.w.Message(wire.KindDone, d)
 }
 

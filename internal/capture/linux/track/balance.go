@@ -3,6 +3,8 @@ package track
 import (
 	"fmt"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // How long the counters are looked at.
@@ -35,7 +37,10 @@ func begin(read func() (reading, error), bios bool, limit time.Duration) (base, 
 			return base{}, err
 		}
 		b := base{Kernel: first.kernel.sectors, Counted: first.counted, Exact: true}
-		if first.kernel.sectors == second.kernel.sectors && first.counted == second.counted && (!bios || second.kernel.inFlight == 0) {
+		if b.Since, err = monotonic(); err != nil {
+			return base{}, err
+		}
+		if first.kernel.sectors == second.kernel.sectors && first.counted == second.counted && (!bios || second.kernel.writing == 0) {
 			return b, nil
 		}
 		if time.Since(began) > limit {
@@ -43,6 +48,14 @@ func begin(read func() (reading, error), bios bool, limit time.Duration) (base, 
 			return b, nil
 		}
 	}
+}
+
+func monotonic() (uint64, error) {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return 0, fmt.Errorf("read the clock: %w", err)
+	}
+	return uint64(now.Nano()), nil
 }
 
 // missing gives how many sectors the kernel counted since the base that the programs did not; less than 0 if they counted more.
@@ -54,13 +67,16 @@ func (b base) missing(r reading) int64 {
 type verdict int
 
 const (
-	balanced verdict = iota
+	balanced  verdict = iota
+	recovered         // balanced with the operations whose end was not told
 	unbalanced
 	restless
 )
 
-// prove compares both counters until they agree, twice; until they stand still and do not; or until the time is up.
-func (b base) prove(read func() (reading, error), bios bool, limit, still time.Duration) (verdict, int64, error) {
+// prove compares both counters until they agree, twice; until they stand still and do not; or until the time is up. While
+// they stand still and nothing is being written, operations that have begun and are left have ended, and nobody was told. If they make the
+// difference, to the sector, it is where they wrote.
+func (b base) prove(read func() (reading, error), left func() (uint64, error), bios bool, limit, still time.Duration) (verdict, int64, error) {
 	if !b.Exact {
 		return restless, 0, nil
 	}
@@ -76,7 +92,7 @@ func (b base) prove(read func() (reading, error), bios bool, limit, still time.D
 		now := time.Now()
 		missing := b.missing(r)
 		// A bio-based driver may count when an operation begins: one in flight is no difference yet.
-		settled := !bios || r.kernel.inFlight == 0
+		settled := !bios || r.kernel.writing == 0
 		switch {
 		case missing == 0 && settled:
 			if agreed {
@@ -86,7 +102,22 @@ func (b base) prove(read func() (reading, error), bios bool, limit, still time.D
 			continue
 		case r != last || since.IsZero():
 			last, since = r, now
-		case settled && now.Sub(since) >= still:
+		case settled && now.Sub(since) >= still && missing < 0:
+			return unbalanced, missing, nil
+		case settled && now.Sub(since) >= still && r.kernel.writing == 0:
+			n, err := left()
+			if err != nil {
+				return restless, missing, err
+			}
+			// If anything moved meanwhile, what is left may go on.
+			if after, err := read(); err != nil {
+				return restless, missing, err
+			} else if after != r {
+				break
+			}
+			if int64(n) == missing {
+				return recovered, missing, nil
+			}
 			return unbalanced, missing, nil
 		}
 		agreed = false
@@ -103,8 +134,6 @@ func (b base) exceeded(t tally, name string) *Unknown {
 		return &Unknown{name, Passthrough, fmt.Sprintf("%d commands went to it whose meaning is not known (SG_IO, nvme passthrough)", t.Passthrough-b.Counted.Passthrough)}
 	case t.Overflow != b.Counted.Overflow:
 		return &Unknown{name, Overflowed, fmt.Sprintf("there was no place for the marks of %d operations", t.Overflow-b.Counted.Overflow)}
-	case t.Confused != b.Counted.Confused:
-		return &Unknown{name, Missed, fmt.Sprintf("a CPU was in the middle of too many operations, %d times", t.Confused-b.Counted.Confused)}
 	}
 	return nil
 }

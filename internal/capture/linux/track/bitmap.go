@@ -109,6 +109,17 @@ func (l layout) move(current, taken []uint64) []Extent {
 	return out.all
 }
 
+// mark marks what lies on the disk of a byte range.
+func (l layout) mark(current []uint64, off, n int64) {
+	for g := off / l.granule; g < min(l.granules(), (off+n+l.granule-1)/l.granule); g++ {
+		bit := uint(g % l.per())
+		if l.bytes {
+			bit *= 8
+		}
+		atomic.OrUint64(&current[l.coarse()+g/l.per()], 1<<bit)
+	}
+}
+
 // wordsOf goes through the fine words of a region, as they are numbered in the map.
 func (l layout) wordsOf(r int64) func(yield func(w int64) bool) {
 	return func(yield func(w int64) bool) {

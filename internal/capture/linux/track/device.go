@@ -69,29 +69,37 @@ func (i identity) differs(now identity, name string) *Unknown {
 
 // counters are the kernel's own of a whole disk.
 type counters struct {
-	sectors  uint64 // written and discarded
-	inFlight uint64
+	sectors uint64 // written and discarded
+	writing uint64 // writes and discards in flight
 }
 
 // Columns of /sys/block/X/stat.
 const (
 	columnWritten   = 6
-	columnInFlight  = 8
 	columnDiscarded = 13 // from Linux 4.18
 )
 
-func readCounters(stat *os.File) (counters, error) {
-	var buf [512]byte
-	n, err := unix.Pread(int(stat.Fd()), buf[:], 0)
-	if err != nil {
-		return counters{}, fmt.Errorf("read %s: %w", stat.Name(), err)
+func readCounters(stat, inflight *os.File) (counters, error) {
+	var both [2]string
+	for i, f := range []*os.File{stat, inflight} {
+		var buf [512]byte
+		n, err := unix.Pread(int(f.Fd()), buf[:], 0)
+		if err != nil {
+			return counters{}, fmt.Errorf("read %s: %w", f.Name(), err)
+		}
+		both[i] = string(buf[:n])
 	}
-	return parseCounters(string(buf[:n]))
+	return parseCounters(both[0], both[1])
 }
 
-func parseCounters(s string) (c counters, err error) {
-	fields := strings.Fields(s)
-	if len(fields) <= columnInFlight {
+// parseCounters reads /sys/block/X/stat and /sys/block/X/inflight, which has the reads and the writes.
+func parseCounters(stat, inflight string) (c counters, err error) {
+	var reads uint64
+	if _, err := fmt.Sscanf(inflight, "%d %d", &reads, &c.writing); err != nil {
+		return counters{}, fmt.Errorf("read how many operations are in flight: %w", err)
+	}
+	fields := strings.Fields(stat)
+	if len(fields) <= columnWritten {
 		return counters{}, fmt.Errorf("read the kernel's counters: %d columns are too few", len(fields))
 	}
 	for i, f := range fields {
@@ -99,11 +107,8 @@ func parseCounters(s string) (c counters, err error) {
 		if err != nil {
 			return counters{}, fmt.Errorf("read the kernel's counters: %w", err)
 		}
-		switch i {
-		case columnWritten, columnDiscarded:
+		if i == columnWritten || i == columnDiscarded {
 			c.sectors += n
-		case columnInFlight:
-			c.inFlight = n
 		}
 	}
 	return c, nil

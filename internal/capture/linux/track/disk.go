@@ -23,9 +23,10 @@ type Disk struct {
 	rec     *recordOfDisk
 
 	current, taken *ebpf.Map
-	stat           *os.File
-	told           bool // that it is not known what changed since the last kept snapshot
-	unproved       bool // extents were given since the last Prove
+	stat, inflight *os.File
+	told           bool               // that it is not known what changed since the last kept snapshot
+	unproved       bool               // extents were given since the last Prove
+	given          map[operation]bool // those whose range is among them
 }
 
 // diskEntry is struct disk of the programs.
@@ -76,9 +77,19 @@ func (d *Disk) Take() ([]Extent, error) {
 		return nil, d.afresh(u)
 	}
 	var out []Extent
-	err = d.words(func(current, taken []uint64) { out = d.layout().move(current, taken) })
+	begun, err := d.underway()
 	if err != nil {
 		return nil, err
+	}
+	err = d.words(func(current, taken []uint64) {
+		d.markUnderway(begun, current)
+		out = d.layout().move(current, taken)
+	})
+	if err != nil {
+		return nil, err
+	}
+	for _, o := range begun {
+		d.given[o] = true
 	}
 	d.unproved = true
 	return out, nil
@@ -98,9 +109,23 @@ func (d *Disk) Prove() error {
 	if u != nil {
 		return d.afresh(u)
 	}
-	v, missing, err := d.rec.Base.prove(d.kernelLast, d.rec.Device.Bios, proveLimit, stillLimit)
+	var lost []operation
+	left := func() (n uint64, err error) {
+		lost, err = d.underway()
+		return sectors(lost), err
+	}
+	v, missing, err := d.rec.Base.prove(d.kernelLast, left, d.rec.Device.Bios, proveLimit, stillLimit)
 	if err != nil {
 		return err
+	}
+	if v == recovered && slices.ContainsFunc(lost, func(o operation) bool { return o.Kind == nowhereKind }) {
+		return d.afresh(&Unknown{d.name, Missed, "the end of a discard of many ranges was not told"})
+	}
+	if v == recovered {
+		if err := d.settle(lost); err != nil {
+			return err
+		}
+		v = balanced
 	}
 	if v == balanced {
 		// What happened during the proof counts as well.
@@ -109,6 +134,7 @@ func (d *Disk) Prove() error {
 		}
 		if u == nil {
 			d.unproved = false
+			clear(d.given)
 			return nil
 		}
 		return d.afresh(u)
@@ -156,6 +182,7 @@ func (d *Disk) Restore() error {
 
 func (d *Disk) putBack() error {
 	d.told, d.unproved = false, false
+	clear(d.given)
 	return d.words(d.layout().putBack)
 }
 
@@ -213,6 +240,7 @@ func (d *Disk) afresh(u *Unknown) error {
 		return err
 	}
 	d.told, d.unproved = true, false
+	clear(d.given)
 	return u
 }
 
@@ -332,7 +360,7 @@ func (d *Disk) makeMaps() (err error) {
 	if err := d.t.vacate(slot); err != nil {
 		return err
 	}
-	if d.stat, err = os.Open(filepath.Join("/sys/block", d.name, "stat")); err != nil {
+	if err := d.openCounters(); err != nil {
 		return err
 	}
 	for name, m := range map[string]**ebpf.Map{currentPin(slot): &d.current, takenPin(slot): &d.taken} {
@@ -361,7 +389,7 @@ func (d *Disk) makeMaps() (err error) {
 // load finds the maps of a disk that was tracked by an earlier process.
 func (d *Disk) load() (err error) {
 	slot := d.rec.Slot
-	if d.stat, err = os.Open(filepath.Join("/sys/block", d.name, "stat")); err != nil {
+	if err := d.openCounters(); err != nil {
 		return err
 	}
 	if d.current, err = pinnedMap(d.t.pins(), currentPin(slot), d.rec.Current); err != nil {
@@ -383,16 +411,25 @@ func (d *Disk) load() (err error) {
 	return nil
 }
 
+func (d *Disk) openCounters() (err error) {
+	if d.stat, err = os.Open(filepath.Join("/sys/block", d.name, "stat")); err != nil {
+		return err
+	}
+	d.inflight, err = os.Open(filepath.Join("/sys/block", d.name, "inflight"))
+	return err
+}
+
 func (d *Disk) close() {
 	d.current.Close()
 	d.taken.Close()
 	d.stat.Close()
-	d.current, d.taken, d.stat = nil, nil, nil
+	d.inflight.Close()
+	d.current, d.taken, d.stat, d.inflight = nil, nil, nil, nil
 }
 
 // kernelFirst and kernelLast read both counts of the disk, in that order; see begin.
 func (d *Disk) kernelFirst() (reading, error) {
-	k, err := readCounters(d.stat)
+	k, err := readCounters(d.stat, d.inflight)
 	if err != nil {
 		return reading{}, err
 	}
@@ -405,7 +442,7 @@ func (d *Disk) kernelLast() (reading, error) {
 	if err != nil {
 		return reading{}, err
 	}
-	k, err := readCounters(d.stat)
+	k, err := readCounters(d.stat, d.inflight)
 	return reading{k, c}, err
 }
 
@@ -419,7 +456,6 @@ func (d *Disk) tally() (sum tally, err error) {
 		sum.Sectors += c.Sectors
 		sum.Passthrough += c.Passthrough
 		sum.Overflow += c.Overflow
-		sum.Confused += c.Confused
 	}
 	return sum, nil
 }

@@ -23,10 +23,11 @@
 //
 // # Not knowing
 //
-// Nothing that runs in the kernel is trusted to be whole. The sectors that the programs saw written and discarded must be
-// those that the kernel counts in /sys/block/X/stat, to the sector. Beyond that: another boot, another device of the same
-// name, another size, programs or maps that are gone or not those that were installed, commands of unknown meaning
-// (SG_IO, nvme passthrough), a write for which there was no place, a machine that slept. Each is a Reason.
+// A write is remembered when it begins, because in some kernels no program is told of some ends: what is left over is taken
+// as written. Beyond that nothing that runs in the kernel is trusted to be whole. The sectors that the programs saw written
+// and discarded must be those that the kernel counts in /sys/block/X/stat, to the sector. Further: another boot, another
+// device of the same name, another size, programs or maps that are gone or not those that were installed, commands of
+// unknown meaning (SG_IO, nvme passthrough), a write for which there was no place, a machine that slept. Each is a Reason.
 //
 // # Sizes and limits
 //

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/cilium/ebpf"
@@ -35,28 +36,28 @@ func objectName() string {
 
 // Programs in the order of attaching them, which is the order in which the kernel calls them: primaries before twins.
 var (
-	programsAlways  = []string{"request_primary", "request_twin"}
+	programsAlways  = []string{"issue_primary", "issue_twin", "request_primary", "request_twin"}
 	programsForBios = []string{"queue_primary", "queue_twin", "bio_primary", "bio_twin"}
 )
 
 func programs(bios bool) []string {
 	if bios {
-		return append(programsAlways[:2:2], programsForBios...)
+		return slices.Concat(programsAlways, programsForBios)
 	}
 	return programsAlways
 }
 
 // mapNames are those that every disk shares and that are pinned.
-var mapNames = []string{"disks", "counts", "current"}
+var mapNames = []string{"disks", "counts", "current", "underway"}
 
 // kernel is what runs there.
 type kernel struct {
-	disks, counts, current *ebpf.Map
-	links                  map[string]link.Link
+	disks, counts, current, underway *ebpf.Map
+	links                            map[string]link.Link
 }
 
 func (k *kernel) maps() map[string]**ebpf.Map {
-	return map[string]**ebpf.Map{"disks": &k.disks, "counts": &k.counts, "current": &k.current}
+	return map[string]**ebpf.Map{"disks": &k.disks, "counts": &k.counts, "current": &k.current, "underway": &k.underway}
 }
 
 func (k *kernel) close() {
@@ -79,11 +80,11 @@ func spec(byteMode, bios bool) (*ebpf.CollectionSpec, error) {
 			delete(s.Programs, name)
 		}
 	}
-	argument, err := queueArgument(bios)
+	argument, err := beginArgument()
 	if err != nil {
 		return nil, err
 	}
-	for name, value := range map[string]uint32{"bytes": number(byteMode), "bios_used": number(bios), "queue_arg": argument} {
+	for name, value := range map[string]uint32{"bytes": number(byteMode), "bios_used": number(bios), "begin_arg": argument} {
 		if err := s.Variables[name].Set(value); err != nil {
 			return nil, fmt.Errorf("prepare the tracking programs: %w", err)
 		}
@@ -98,25 +99,23 @@ func number(b bool) uint32 {
 	return 0
 }
 
-// queueArgument says which argument of block_bio_queue is the bio: until Linux 5.10 the queue came first.
-func queueArgument(bios bool) (uint32, error) {
-	if !bios {
-		return 0, nil
-	}
+// beginArgument says which argument of block_rq_issue and block_bio_queue is the request or bio: until Linux 5.10 the queue
+// came first in both.
+func beginArgument() (uint32, error) {
 	types, err := btf.LoadKernelSpec()
 	if err != nil {
 		return 0, fmt.Errorf("read the kernel's types: %w", err)
 	}
 	var hook *btf.Typedef
-	if err := types.TypeByName("btf_trace_block_bio_queue", &hook); err != nil {
-		return 0, fmt.Errorf("find the tracepoint block_bio_queue: %w", err)
+	if err := types.TypeByName("btf_trace_block_rq_issue", &hook); err != nil {
+		return 0, fmt.Errorf("find the tracepoint block_rq_issue: %w", err)
 	}
 	if p, ok := hook.Type.(*btf.Pointer); ok {
 		if f, ok := p.Target.(*btf.FuncProto); ok && len(f.Params) >= 2 {
 			return uint32(len(f.Params)) - 2, nil // the first is the tracepoint's own
 		}
 	}
-	return 0, errors.New("find the tracepoint block_bio_queue: it has an unknown form")
+	return 0, errors.New("find the tracepoint block_rq_issue: it has an unknown form")
 }
 
 // install loads the programs, pins maps and links in a folder that does not exist yet, and writes down what they are.

@@ -17,7 +17,7 @@ const (
 	maxText   = 1024    // bytes of a name, a detail, a mark
 )
 
-const recordVersion = 1
+const recordVersion = 2
 
 // record is what must still be true for tracking to have gone on without a gap. docs/formats/tracking.md describes it.
 type record struct {
@@ -65,6 +65,7 @@ type identity struct {
 type base struct {
 	Kernel  uint64 `json:"kernel"` // sectors written and discarded, as the kernel counts them
 	Exact   bool   `json:"exact"`  // both were read while nothing was written
+	Since   uint64 `json:"since"`  // CLOCK_MONOTONIC, nanoseconds: what begins later is certainly not in either
 	Counted tally  `json:"counted"`
 }
 
@@ -73,7 +74,6 @@ type tally struct {
 	Sectors     uint64 `json:"sectors"`
 	Passthrough uint64 `json:"passthrough"`
 	Overflow    uint64 `json:"overflow"`
-	Confused    uint64 `json:"confused"`
 }
 
 func decodeRecord(r io.Reader) (*record, error) {

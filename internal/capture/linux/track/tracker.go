@@ -237,7 +237,7 @@ func (t *Tracker) open(names []string, found map[string]identity) error {
 		if t.disks[name] != nil {
 			continue
 		}
-		d := &Disk{t: t, name: name}
+		d := &Disk{t: t, name: name, given: map[operation]bool{}}
 		t.disks[name] = d
 		if i, err := identify(name); err != nil {
 			if !errors.As(err, &d.refused) {
@@ -253,7 +253,7 @@ func (t *Tracker) open(names []string, found map[string]identity) error {
 
 // reopen goes on with a recorded disk, or begins it afresh.
 func (t *Tracker) reopen(r *recordOfDisk, now identity) error {
-	d := &Disk{t: t, name: r.Name, rec: r}
+	d := &Disk{t: t, name: r.Name, rec: r, given: map[operation]bool{}}
 	t.disks[r.Name] = d
 	if r.Current == 0 { // of an installation that is gone
 		return d.enter(now, Unknown{r.Name, r.Unknown, r.Detail})

@@ -14,7 +14,7 @@ const (
 	Replaced     Reason = "replaced"      // another device has the name
 	Resized      Reason = "resized"
 	Unbalanced   Reason = "unbalanced"  // the kernel counted other writes than were seen
-	Missed       Reason = "missed"      // unbalanced, and the kernel skipped program runs; or a CPU was in too many at once
+	Missed       Reason = "missed"      // unbalanced, and the kernel skipped program runs; or it is not known where a discard was
 	Overflowed   Reason = "overflowed"  // no place to mark or remember an operation
 	Passthrough  Reason = "passthrough" // commands of unknown meaning went to the device
 	Slept        Reason = "slept"       // suspended or hibernated: others may have written meanwhile

@@ -25,6 +25,7 @@ enum {
 	BPF_MAP_TYPE_PERCPU_ARRAY = 6,
 	BPF_MAP_TYPE_ARRAY_OF_MAPS = 12,
 	BPF_ANY = 0,
+	BPF_NOEXIST = 1,
 	BPF_F_MMAPABLE = 1 << 10,
 	BPF_F_INNER_MAP = 1 << 12,
 };
@@ -63,6 +64,7 @@ struct bio___before512 {
 struct request {
 	struct request_queue *q;
 	u32 cmd_flags;
+	u32 __data_len;
 	u64 __sector;
 	struct bio *bio;
 };

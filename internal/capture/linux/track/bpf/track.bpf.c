@@ -10,11 +10,9 @@ char _license[] SEC("license") = "Dual MIT/GPL";
 
 // Limits, mirrored in maps.go.
 #define MAX_DISKS 256
-#define MAX_BIOS 65536 // in flight at once on all bio-based disks
-#define MAX_CHAIN 256  // bios in one request
-#define REGION 1024    // granules in a region of the coarse map
-#define PLACES 8       // requests a CPU may be in the middle of
-#define STALE 4096     // requests of this CPU after which one of them is known to have been dropped
+#define MAX_UNDERWAY 65536 // operations that have begun, on all disks
+#define MAX_CHAIN 256      // bios in one request
+#define REGION 1024        // granules in a region of the coarse map
 
 #define SECTOR_SHIFT 9
 #define REQ_OP_MASK 0xff
@@ -24,7 +22,7 @@ char _license[] SEC("license") = "Dual MIT/GPL";
 // Filled in before loading. What is not needed is cut away by the verifier.
 const volatile u32 bytes = 0;     // no atomic OR in this kernel (before 5.12): a byte a granule
 const volatile u32 bios_used = 0; // some disk is bio-based
-const volatile u32 queue_arg = 0; // which argument of block_bio_queue is the bio
+const volatile u32 begin_arg = 0; // which argument of block_rq_issue and block_bio_queue is the request or bio
 
 struct disk {
 	u32 slot;
@@ -44,7 +42,6 @@ struct counts {
 	u64 sectors;     // written and discarded, to be compared with the kernel's
 	u64 passthrough; // commands of unknown meaning
 	u64 overflow;    // operations that found no room: beyond the map, too many bios
-	u64 confused;    // operations after which it is not known whether they were marked
 };
 
 struct {
@@ -69,41 +66,30 @@ struct {
 	__array(values, struct words);
 } current SEC(".maps");
 
-// Requests that the primary program has done and its twin has not seen yet.
-struct place {
-	u64 request;
-	u64 sector;
-	u64 bytes;
-	u64 turn;
-};
-
-struct turns {
-	u64 turn;
-	struct place places[PLACES];
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, u32);
-	__type(value, struct turns);
-} underway SEC(".maps");
-
-// A bio comes back with its iterator consumed, so what it was is remembered.
+// What an operation that has begun is about to write. A bio comes back with its iterator consumed, and the end of a request is
+// not always told: in some kernels no program runs in some interrupts.
 struct range {
 	u32 dev;
 	u32 bytes;
 	u64 sector;
+	u64 began;     // nanoseconds; 0 of a bio
+	u64 kind;
 };
+
+// Kinds. A discard of several ranges, which need not touch each other, is remembered as a request and with every range as a part.
+#define WHOLE 0
+#define SCATTERED 1
+#define PART 2
+#define NOWHERE 3 // scattered, and not all of its parts could be remembered
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, MAX_BIOS);
-	__type(key, u64);
+	__uint(max_entries, MAX_UNDERWAY);
+	__type(key, u64); // address of the request or bio
 	__type(value, struct range);
-} bios SEC(".maps");
+} underway SEC(".maps");
 
-enum tally { SECTORS, PASSTHROUGH, OVERFLOW, CONFUSED };
+enum tally { SECTORS, PASSTHROUGH, OVERFLOW };
 
 static __always_inline void count(u32 slot, enum tally what, u64 n)
 {
@@ -116,10 +102,8 @@ static __always_inline void count(u32 slot, enum tally what, u64 n)
 		__sync_fetch_and_add(&c->sectors, n);
 	else if (what == PASSTHROUGH)
 		__sync_fetch_and_add(&c->passthrough, n);
-	else if (what == OVERFLOW)
-		__sync_fetch_and_add(&c->overflow, n);
 	else
-		__sync_fetch_and_add(&c->confused, n);
+		__sync_fetch_and_add(&c->overflow, n);
 }
 
 // set marks some of the granules that a word stands for, from first to last, both inside the word. Like mark it is a function of
@@ -215,71 +199,29 @@ static __always_inline struct gendisk *disk_of_bio(struct bio *bio)
 	return bio->bi_bdev->bd_disk;
 }
 
-// A kernel from 6.1 on does not start a program on a CPU that is in the middle of it, and so every hook has a twin. The primary
-// leaves what it did in one of this CPU's places, and the twin, which comes after it, takes it away or does the work. Never do
-// both: what is counted twice could hide what is not counted at all.
-static __always_inline int leave(u64 rq, u64 sector, u64 size)
-{
-	struct turns *t;
-	u32 zero = 0;
-	u64 turn;
-
-	t = bpf_map_lookup_elem(&underway, &zero);
-	if (!t)
-		return -1;
-	turn = ++t->turn;
-#pragma unroll
-	for (int i = 0; i < PLACES; i++) {
-		struct place *p = &t->places[i];
-
-		// One that the twin never took, because it was itself interrupted, is of no use after some time.
-		if (!p->request || turn - p->turn > STALE || (p->request == rq && p->sector == sector && p->bytes == size)) {
-			p->sector = sector;
-			p->bytes = size;
-			p->turn = turn;
-			p->request = rq;
-			return 0;
-		}
-	}
-	return -1;
-}
-
-static __always_inline int taken(u64 rq, u64 sector, u64 size)
-{
-	struct turns *t;
-	u32 zero = 0;
-
-	t = bpf_map_lookup_elem(&underway, &zero);
-	if (!t)
-		return 0;
-#pragma unroll
-	for (int i = 0; i < PLACES; i++) {
-		struct place *p = &t->places[i];
-
-		if (p->request == rq && p->sector == sector && p->bytes == size) {
-			p->request = 0;
-			return 1;
-		}
-	}
-	return 0;
-}
-
 // ended marks what a remembered bio wrote, once: whoever can forget it does the work.
 static __always_inline void ended(u64 bio)
 {
-	struct range *found = bpf_map_lookup_elem(&bios, &bio), r;
+	struct range *found = bpf_map_lookup_elem(&underway, &bio), r;
 	struct disk *d;
 
-	if (!found)
+	if (!found || found->began) // a request had this memory
 		return;
 	r = *found;
-	if (bpf_map_delete_elem(&bios, &bio))
+	if (bpf_map_delete_elem(&underway, &bio))
 		return;
 	d = bpf_map_lookup_elem(&disks, &r.dev);
 	if (!d)
 		return;
 	mark(d->slot, d->shift, d->coarse, r.sector, ((u64)r.bytes + 511) >> SECTOR_SHIFT);
 	count(d->slot, SECTORS, r.bytes >> SECTOR_SHIFT);
+}
+
+// ended_in_request is the same for the verifier to look at once, and not once a turn of a loop.
+__attribute__((noinline)) int ended_in_request(u64 bio)
+{
+	ended(bio);
+	return 0;
 }
 
 // unordered marks a discard of several ranges, which need not touch each other.
@@ -290,23 +232,103 @@ static __always_inline void unordered(struct disk *d, struct request *rq, u32 si
 	u64 sum = 0;
 
 	for (int i = 0; i < MAX_CHAIN && bio; i++) {
-		u32 part = bio->bi_iter.bi_size;
+		u32 length = bio->bi_iter.bi_size;
+		u64 key = (u64)bio;
 
-		mark(slot, shift, coarse, bio->bi_iter.bi_sector, ((u64)part + 511) >> SECTOR_SHIFT);
-		sum += part;
+		mark(slot, shift, coarse, bio->bi_iter.bi_sector, ((u64)length + 511) >> SECTOR_SHIFT);
+		bpf_map_delete_elem(&underway, &key);
+		sum += length;
 		bio = bio->bi_next;
 	}
 	if (sum < size)
 		count(slot, OVERFLOW, 1);
 }
 
-static __always_inline int request_done(struct request *rq, u32 size, int twin)
+// aside keeps the range of a request whose end was not told, once its memory is used for another one: under when it began, which
+// is no address.
+static __always_inline void aside(u64 rq, struct range *found)
 {
+	struct range r = *found;
+	u64 key = r.began << 6 | (bpf_get_smp_processor_id() & 63);
+
+	// If there is no room it will be missing.
+	if (!bpf_map_delete_elem(&underway, &rq) && r.began)
+		bpf_map_update_elem(&underway, &key, &r, BPF_NOEXIST);
+}
+
+// part remembers one range of a scattered discard.
+__attribute__((noinline)) int part(u64 bio, u32 dev, u32 size, u64 sector, u64 began)
+{
+	struct range r = {.dev = dev, .bytes = size, .sector = sector, .began = began, .kind = PART};
+	struct range *found = bpf_map_lookup_elem(&underway, &bio);
+
+	if (found)
+		aside(bio, found);
+	return bpf_map_update_elem(&underway, &bio, &r, BPF_NOEXIST);
+}
+
+// scatter remembers the ranges of a scattered discard.
+static __always_inline u64 scatter(struct request *rq, u32 dev, u64 began)
+{
+	struct bio *bio = rq->bio;
+	u64 key; // the same as bio to anybody but the verifier
+
+	bpf_probe_read_kernel(&key, sizeof(key), &rq->bio);
+	for (int i = 0; i < MAX_CHAIN; i++) {
+		if (!bio)
+			return SCATTERED;
+		if (part(key, dev, bio->bi_iter.bi_size, bio->bi_iter.bi_sector, began))
+			return NOWHERE;
+		bpf_probe_read_kernel(&key, sizeof(key), &bio->bi_next);
+		bio = bio->bi_next;
+	}
+	return NOWHERE;
+}
+
+// request_begun remembers what a request is about to write. One that could not be remembered is marked at its end all the same.
+static __always_inline int request_begun(struct request *rq)
+{
+	struct range r = {}, *found;
 	u32 op = rq->cmd_flags & REQ_OP_MASK;
-	u64 sector = rq->__sector;
+	u64 key = (u64)rq;
 	struct gendisk *gd;
 	struct disk *d;
-	u32 dev;
+
+	r.bytes = rq->__data_len;
+	if (!(op & 1) || op >= REQ_OP_DRIVER || !r.bytes)
+		return 0; // reads, flushes, and what is of unknown meaning
+	gd = disk_of_request(rq);
+	if (!gd)
+		return 0;
+	r.dev = number(gd);
+	d = bpf_map_lookup_elem(&disks, &r.dev);
+	if (!d || d->bios)
+		return 0;
+	r.sector = rq->__sector;
+	found = bpf_map_lookup_elem(&underway, &key);
+	if (found) {
+		// The primary was here, or the driver begins anew. If the end of the same as this was not told it is missing.
+		if (found->dev == r.dev && found->sector == r.sector && found->bytes == r.bytes)
+			return 0;
+		aside(key, found);
+	}
+	r.began = bpf_ktime_get_ns();
+	if (op == REQ_OP_DISCARD && rq->bio && rq->bio->bi_next)
+		r.kind = scatter(rq, r.dev, r.began);
+	bpf_map_update_elem(&underway, &key, &r, BPF_NOEXIST);
+	return 0;
+}
+
+// A kernel from 6.1 on does not start a program on a CPU that is in the middle of it, and so every hook has a twin. Whoever can
+// forget a request does the work, and of one that is not remembered the primary. Never do both: what is counted twice could hide
+// what is not counted at all.
+static __always_inline int request_done(struct request *rq, u32 size, int twin)
+{
+	u32 op = rq->cmd_flags & REQ_OP_MASK, dev;
+	u64 sector = rq->__sector, key = (u64)rq;
+	struct range *found;
+	struct gendisk *gd;
+	struct disk *d;
 
 	if (op >= REQ_OP_DRIVER) {
 		// One that brought data in read it. One that sent data out, or none, may have done anything.
@@ -314,18 +336,34 @@ static __always_inline int request_done(struct request *rq, u32 size, int twin)
 			return 0;
 	} else if (!(op & 1) || !size) {
 		return 0; // reads and flushes
-	}
-	if (bios_used && op < REQ_OP_DRIVER) {
-		struct bio *bio = rq->bio;
+	} else {
+		if (bios_used) {
+			struct bio *bio = rq->bio;
+			u64 number; // the same as bio to anybody but the verifier
 
-		// Some drivers send the very bio on to a lower disk, and then its end is never told.
-		for (int i = 0; i < MAX_CHAIN && bio; i++) {
-			ended((u64)bio);
-			bio = bio->bi_next;
+			// Some drivers send the very bio on to a lower disk, and then its end is never told.
+			bpf_probe_read_kernel(&number, sizeof(number), &rq->bio);
+			for (int i = 0; i < MAX_CHAIN && bio; i++) {
+				ended_in_request(number);
+				bpf_probe_read_kernel(&number, sizeof(number), &bio->bi_next);
+				bio = bio->bi_next;
+			}
+		}
+		found = bpf_map_lookup_elem(&underway, &key);
+		if (found && found->sector == sector && found->bytes > size) {
+			found->sector += size >> SECTOR_SHIFT; // a part of it; the twin sees that it is done
+			found->bytes -= size;
+			if (found->kind == SCATTERED)
+				found->kind = NOWHERE; // which parts are done is not known
+		} else if (found && found->sector == sector) {
+			if (bpf_map_delete_elem(&underway, &key))
+				return 0; // it will be found to be left
+		} else if (twin) {
+			return 0;
+		} else if (found) {
+			aside(key, found); // of another request, in the same memory
 		}
 	}
-	if (twin && taken((u64)rq, sector, size))
-		return 0;
 	gd = disk_of_request(rq);
 	if (!gd)
 		return 0;
@@ -333,8 +371,6 @@ static __always_inline int request_done(struct request *rq, u32 size, int twin)
 	d = bpf_map_lookup_elem(&disks, &dev);
 	if (!d || d->bios)
 		return 0;
-	if (!twin && leave((u64)rq, sector, size))
-		count(d->slot, CONFUSED, 1);
 	if (op >= REQ_OP_DRIVER) {
 		count(d->slot, PASSTHROUGH, 1);
 		return 0;
@@ -367,14 +403,26 @@ static __always_inline int bio_queued(struct bio *bio, int twin)
 		return 0;
 	r.sector = bio->bi_iter.bi_sector;
 	// The twin writes the same again: what lies there may be a bio of the same address that was never told to have ended.
-	if (bpf_map_update_elem(&bios, &key, &r, BPF_ANY) && twin)
+	if (bpf_map_update_elem(&underway, &key, &r, BPF_ANY) && twin)
 		count(d->slot, OVERFLOW, 1);
 	return 0;
 }
 
-static __always_inline struct bio *queued(u64 *ctx)
+static __always_inline u64 begins(u64 *ctx)
 {
-	return (struct bio *)(queue_arg ? ctx[1] : ctx[0]);
+	return begin_arg ? ctx[1] : ctx[0];
+}
+
+SEC("tp_btf/block_rq_issue")
+int issue_primary(u64 *ctx)
+{
+	return request_begun((struct request *)begins(ctx));
+}
+
+SEC("tp_btf/block_rq_issue")
+int issue_twin(u64 *ctx)
+{
+	return request_begun((struct request *)begins(ctx));
 }
 
 SEC("tp_btf/block_rq_complete")
@@ -392,13 +440,13 @@ int request_twin(u64 *ctx)
 SEC("tp_btf/block_bio_queue")
 int queue_primary(u64 *ctx)
 {
-	return bio_queued(queued(ctx), 0);
+	return bio_queued((struct bio *)begins(ctx), 0);
 }
 
 SEC("tp_btf/block_bio_queue")
 int queue_twin(u64 *ctx)
 {
-	return bio_queued(queued(ctx), 1);
+	return bio_queued((struct bio *)begins(ctx), 1);
 }
 
 SEC("tp_btf/block_bio_complete")
