@@ -56,7 +56,6 @@ func TestRealVolumesOfAGuestShowOneInstant(t *testing.T) {
 	if thick, thin := g.volumes("thick"), g.volumes("thin"); thick != "a" || thin != "c d pool" {
 		t.Errorf("left are the volumes %s and %s", thick, thin)
 	}
-	extraKills(t, g, snap)
 	g.endWriter()
 	g.restore(t, snap, 0, 2)
 	g.restore(t, snap, 1, 3)
@@ -71,21 +70,6 @@ func TestRealVolumesOfAGuestShowOneInstant(t *testing.T) {
 	}
 	g.run("for v in thick/a thin/c thin/d; do e2fsck -fn /dev/r$v; mkdir -p /run/r$v; mount -o ro /dev/r$v /run/r$v; done")
 	g.examine(t, before, after, "/run/rthin/c", "/run/rthick/a", "/run/rthin/d")
-}
-
-func extraKills(t *testing.T, g *guest, snap dr.Snapshot) {
-	for _, step := range []string{
-		"ls /run/lock/lvm >/dev/null; dmsetup table | grep -q 'muster_.*_1: .* snapshot ' && ! pgrep -f 'lvm lvcreate' >/dev/null && pgrep -f 'agent-[0-9a-f]* watchdog' >/dev/null",
-		"if pgrep -f 'agent-[0-9a-f]* watchdog' >/dev/null; then touch /run/dog; false; else rm /run/dog 2>/dev/null; fi",
-	} {
-		g.kill(t, snap.ID, "vda vdb", step)
-		t.Logf("killed when %s: left are %q", step, g.ours())
-		g.awaitWriter()
-		g.tidy()
-		if thick, thin := g.volumes("thick"), g.volumes("thin"); thick != "a" || thin != "c d pool" {
-			t.Errorf("left are the volumes %s and %s", thick, thin)
-		}
-	}
 }
 
 // making says on a guest that lvm is at work on a capture's snapshot of some number.
