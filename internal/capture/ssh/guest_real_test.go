@@ -130,7 +130,9 @@ mkdir -p /run/sshd /run/lock /dev/pts /dev/shm
 mount -t devpts pts /dev/pts; mount -t tmpfs shm /dev/shm; mount -t cgroup2 cgroup /sys/fs/cgroup
 ip link set lo up; ip link set eth0 up; ip address add 10.77.0.10/24 dev eth0
 /lib/systemd/systemd-udevd --daemon; udevadm trigger --action=add --subsystem-match=block; udevadm settle
-/usr/sbin/sshd && echo guest is up >/dev/console
+/usr/sbin/sshd -D &
+until (exec 3<>/dev/tcp/127.0.0.1/22) 2>/dev/null; do sleep 0.05; done
+echo guest is up >/dev/console
 while :; do wait; sleep 1; done
 `
 )
