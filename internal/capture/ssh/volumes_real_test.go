@@ -92,7 +92,7 @@ func thick(t *testing.T, g *guest) {
 	}
 	g.run("umount /mnt/second; lvremove -q -f da-ta/second")
 	// What an agent that was killed left behind goes; what looks like it and is somebody else's stays.
-	g.kill(t, two.ID, "vda", making(1))
+	g.kill(t, two.ID, "vda", "lvs --noheadings -o lv_name @muster_snapshot 2>/dev/null | grep -q muster_") // lvs waits for lvcreate
 	if g.ours() == "" {
 		t.Error("nothing is left by an agent that was killed")
 	}
