@@ -67,7 +67,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	for _, name := range []string{"data", "exclude"} { // paths of the server, not of this host
 		_ = cmd.RegisterFlagCompletionFunc(name, cobra.NoFileCompletions)
 	}
-	fl.Int64Var(&f.readLimit, "read-limit", 0, "with --ssh: MiB a second that are read of the server's disks at most; 0: no limit. It always comes after the server's own work")
+	fl.Int64Var(&f.readLimit, "read-limit", 0, "with --ssh: MiB a second that are read of the server's disks or files at most; 0: no limit. It always comes after the server's own work")
 	fl.BoolVar(&f.snapshots, "allow-snapshots", false, "with --ssh: let a capture make LVM snapshots on the server, if its kernel cannot note what is written, and remove them again")
 	fl.DurationVar(&f.freeze, "freeze-limit", 0, fmt.Sprintf("longest time a file system may stand still; 0: %s", dr.DefaultFreezeLimit))
 	f.hooks.register(cmd)

@@ -8,7 +8,7 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/klauspost/compress/zstd"
+	"golang.org/x/time/rate"
 
 	"github.com/musterdr/muster/internal/capture/linux"
 	"github.com/musterdr/muster/internal/capture/linux/files"
@@ -19,9 +19,6 @@ import (
 // knownAhead is how many known names wait to be compared.
 const knownAhead = 1024
 
-// worthZip is how many bytes a piece must have to be compressed.
-const worthZip = 512
-
 // files reads folders file by file, comparing with what the appliance tells meanwhile, and stops when its input ends.
 func (a Agent) files(ctx context.Context, r *wire.Reader, w *wire.Writer, plan wire.FilesPlan) error {
 	linux.Yield()
@@ -29,10 +26,10 @@ func (a Agent) files(ctx context.Context, r *wire.Reader, w *wire.Writer, plan w
 	defer cancel(nil)
 	known := make(chan files.Known, knownAhead)
 	go func() { cancel(listen(ctx, r, known)) }()
-	out := &filesOut{Writer: w}
-	// The options are constants that the library accepts.
-	out.zip, _ = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
-		zstd.WithEncoderCRC(false), zstd.WithLowerEncoderMem(true), zstd.WithWindowSize(files.MaxPiece))
+	out := &filesOut{ctx: ctx, Writer: w}
+	if plan.Rate > 0 {
+		out.rate = rate.NewLimiter(rate.Limit(plan.Rate), files.MaxPiece)
+	}
 	walk := &files.Walk{Top: a.Top, Set: fileset.Set{Roots: plan.Roots, Exclude: plan.Exclude}, Out: out, Known: func() (files.Known, bool, error) {
 		select {
 		case k, more := <-known:
@@ -88,24 +85,29 @@ func listen(ctx context.Context, r *wire.Reader, known chan<- files.Known) error
 
 // filesOut sends what a walk finds.
 type filesOut struct {
+	ctx context.Context
 	*wire.Writer
+	rate   *rate.Limiter // nil: no limit
 	walk   *files.Walk
-	zip    *zstd.Encoder
 	packed []byte
 	ticked time.Time
 }
 
-// Piece sends a piece, compressed where that makes it at least a sixteenth smaller.
+// Piece sends a piece, compressed where that is worth it, and comes back when the next one may be read.
 func (o *filesOut) Piece(data []byte) error {
 	if err := o.tick(); err != nil {
 		return err
 	}
-	if len(data) >= worthZip {
-		if o.packed = o.zip.EncodeAll(data, o.packed[:0]); len(o.packed) < len(data)-len(data)/16 {
-			return o.Writer.Piece(true, o.packed)
+	if o.rate != nil {
+		if err := o.rate.WaitN(o.ctx, len(data)); err != nil {
+			return err
 		}
 	}
-	return o.Writer.Piece(false, data)
+	var smaller bool
+	if o.packed, smaller = pack(o.packed, data); smaller {
+		data = o.packed
+	}
+	return o.Writer.Piece(smaller, data)
 }
 
 // tick says now and then how far the walk is, and sends what is buffered.

@@ -113,7 +113,7 @@ func TestRealIncrementsReadOnlyWhatWasWrittenAndHoldAllOfIt(t *testing.T) {
 			if disk, done := c.capture(t, true); disk.Tracked || done.Reasons[0] == "" {
 				t.Errorf("the first capture: tracked %v, %q", disk.Tracked, done.Reasons)
 			}
-			const increments = 12
+			const increments = 7
 			var worst time.Duration
 			unseen := 0
 			for n := range increments {

@@ -85,13 +85,25 @@ func report(done *wire.Done, disks []*disk) {
 	}
 }
 
+// worthPacking is how many bytes a piece must have to be compressed.
+const worthPacking = 512
+
+// pack compresses into a buffer, and says whether the result is to travel: where it is at least a sixteenth smaller.
+func pack(into, data []byte) (packed []byte, smaller bool) {
+	if len(data) < worthPacking {
+		return into[:0], false
+	}
+	packed = zip().EncodeAll(data, into[:0])
+	return packed, len(packed) < len(data)-len(data)/16
+}
+
 // prepare takes the memory that the readers need.
 func (d *disk) prepare() {
 	for _, r := range d.readers {
 		if r.buf == nil {
 			r.buf = view.Buffer(chunk)
 			r.packed = make([]byte, 0, d.block+64<<10)
-			r.packed = zip().EncodeAll(r.buf[:d.block], r.packed)[:0]
+			r.packed, _ = pack(r.packed, r.buf[:d.block])
 		}
 	}
 }
@@ -263,12 +275,11 @@ func (r *reader) compare(p *pass, off int64, data []byte) (waited time.Duration,
 	return waited, flush()
 }
 
-// send sends a block, compressed where that makes it at least a sixteenth smaller. The store keeps it as it is compressed here.
+// send sends a block, compressed where that is worth it. The store keeps it as it is compressed here.
 func (r *reader) send(w *wire.Writer, number int64, sum wire.Sum, block []byte) error {
 	b := wire.Block{Disk: r.disk.number, Number: number, Sum: sum, Data: block}
-	r.packed = zip().EncodeAll(block, r.packed[:0])
-	if len(r.packed) < len(block)-len(block)/16 {
-		b.Zstd, b.Data = true, r.packed
+	if r.packed, b.Zstd = pack(r.packed, block); b.Zstd {
+		b.Data = r.packed
 	}
 	return w.Block(b)
 }

@@ -16,7 +16,6 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -26,6 +25,7 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture"
 	imagefile "github.com/musterdr/muster/internal/capture/disk"
+	"github.com/musterdr/muster/internal/capture/here"
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/store"
@@ -39,37 +39,6 @@ type watched struct {
 	store     *store.Store
 	records   []dr.Record
 	fromImage bool
-}
-
-func (w *watched) Contact(context.Context) (api.Contact, error) { return api.Contact{}, nil }
-func (w *watched) Forget(context.Context) error                 { return nil }
-func (w *watched) Close() error                                 { return nil }
-
-// Capture implements capture.Source.
-func (w *watched) Capture(ctx context.Context, sink *capture.Sink, report dr.Progress) error {
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	c := exec.Command(self, "serve")
-	c.Env = append(os.Environ(), "MUSTER_TEST_TRACK="+trackDir())
-	c.Stderr = os.Stderr
-	in, err := c.StdinPipe()
-	if err != nil {
-		return err
-	}
-	out, err := c.StdoutPipe()
-	if err != nil {
-		return err
-	}
-	if err := c.Start(); err != nil {
-		return err
-	}
-	talk, err := capture.NewSession(out, in)
-	if err == nil {
-		err = talk.Capture(ctx, wire.Plan{Disks: []string{w.device}, FreezeLimit: 20 * time.Second}, sink, report)
-	}
-	return errors.Join(err, in.Close(), c.Wait())
 }
 
 func newWatched(t *testing.T) *watched {
@@ -98,9 +67,13 @@ func (w *watched) night(t *testing.T) dr.Snapshot {
 		task.Parent = w.records[n-1].Snapshot.ID
 	}
 	task.Trusted = task.Parent
-	var source capture.Source = w
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var source capture.Source = &here.Source{Agent: self, Env: []string{"MUSTER_TEST_TRACK=" + trackDir()},
+		Plan: wire.Plan{Disks: []string{w.device}, FreezeLimit: 20 * time.Second}}
 	if w.fromImage {
-		var err error
 		command(t, "umount", w.mount) // nobody may write to it
 		command(t, "sync", w.file)
 		defer command(t, "mount", w.device, w.mount)

@@ -27,7 +27,7 @@ type SnapshotTask struct {
 	Server dr.Server `json:"server"`
 	Parent string    `json:"parent,omitempty"` // newest kept snapshot of the server of the same kind, "" for a full one
 	Image  string    `json:"image,omitempty"`  // not "": take the server's data, which goes onto this image
-	// Trusted is the newest snapshot that is not held; signs are measured against it too, if it is not the parent.
+	// Trusted is the newest snapshot of the same kind that is not held; signs are measured against it too, if it is not the parent.
 	Trusted string   `json:"trusted,omitempty"`
 	Usual   dr.Usual `json:"usual"` // what this server's snapshots usually change
 }

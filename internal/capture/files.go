@@ -53,49 +53,66 @@ type FilesSink struct {
 	reason string // why there is nothing to build on
 	writer *store.Writer
 	files  *store.FilesWriter
-	before *store.Files // what the parent has; nil for nothing
+	known  *earlier // what the parent has; nil for nothing
+	watch  *setWatch
 	kept   *dr.Snapshot
 
-	cursor  *store.Cursor // of before: what was not dealt with yet
-	head    *store.FileEntry
 	content *store.ContentWriter // of the file whose entry is to come
 	entries int64
 }
-
-// Set is what to read.
-func (k *FilesSink) Set() fileset.Set { return k.set }
 
 // Begin is called once, first.
 func (k *FilesSink) Begin(ctx context.Context) error {
 	if k.writer != nil {
 		return errors.New("begin a snapshot: it has begun")
 	}
-	k.reason = "there is no earlier snapshot of the data"
-	if k.parent != "" {
-		var err error
-		if k.before, err = k.store.Files(ctx, k.parent); err != nil {
-			k.parent, k.reason = "", fmt.Sprintf("the earlier snapshot %s cannot be read: %v", k.parent, err)
-		}
-	}
 	var err error
+	if k.watch, err = newSetWatch(); err != nil {
+		return err
+	}
+	if err := k.compare(ctx); err != nil {
+		return err
+	}
 	if k.writer, err = k.store.Begin(ctx, k.task.ID, k.parent); err != nil {
 		return err
 	}
-	if k.files, err = k.writer.Files(ctx, k.task.Image, k.set); err != nil {
-		return err
+	k.files, err = k.writer.Files(ctx, k.task.Image, k.set)
+	return err
+}
+
+// compare opens the earlier sets that this one is compared with, and says whether it can be built on the last.
+func (k *FilesSink) compare(ctx context.Context) error {
+	k.reason = "there is no earlier snapshot of the data"
+	if k.parent != "" {
+		last, err := openEarlier(ctx, k.store, k.parent, k.set)
+		switch {
+		case err != nil:
+			k.parent, k.reason = "", fmt.Sprintf("the earlier snapshot %s cannot be read: %v", k.parent, err)
+		case last.kept == nil:
+			k.parent, k.reason = "", fmt.Sprintf("what the files of the earlier snapshot %s held was not kept", k.parent)
+		default:
+			k.known = last
+		}
+		if err == nil {
+			if err := k.watch.against(last, true); err != nil {
+				return err
+			}
+		}
 	}
-	if k.before != nil {
-		k.cursor = k.before.All()
+	if k.task.Trusted != "" && k.task.Trusted != k.task.Parent {
+		if trusted, err := openEarlier(ctx, k.store, k.task.Trusted, k.set); err == nil {
+			return k.watch.against(trusted, false)
+		}
 	}
-	return k.advance(ctx)
+	return nil
 }
 
 // Known calls each for everything that is known, in fileset.Compare's order. It may run beside all else.
 func (k *FilesSink) Known(ctx context.Context, each func(path string, id fileset.Identity) error) error {
-	if k.before == nil {
+	if k.known == nil {
 		return nil
 	}
-	for all := k.before.All(); ; {
+	for all := k.known.files.All(); ; {
 		e, err := all.Next(ctx)
 		if errors.Is(err, io.EOF) {
 			return nil
@@ -109,29 +126,28 @@ func (k *FilesSink) Known(ctx context.Context, each func(path string, id fileset
 	}
 }
 
-// advance takes the next of what the parent has.
-func (k *FilesSink) advance(ctx context.Context) (err error) {
-	k.head = nil
-	if k.cursor == nil {
+// head is what was not dealt with yet of what is known; nil for nothing.
+func (k *FilesSink) head() *store.FileEntry {
+	if k.known == nil {
 		return nil
 	}
-	if k.head, err = k.cursor.Next(ctx); errors.Is(err, io.EOF) {
-		k.head, k.cursor, err = nil, nil, nil
-	}
-	return err
+	return k.known.head
 }
 
 // Same takes the next entries of the parent as they are.
 func (k *FilesSink) Same(ctx context.Context, count int64) error {
 	for ; count > 0; count-- {
-		if k.head == nil {
+		head := k.head()
+		if head == nil {
 			return fmt.Errorf("take what is known: there is no more: %w", wire.ErrGarbage)
 		}
-		if err := k.files.Add(ctx, &k.head.Entry, k.head.Content, true); err != nil {
+		if err := k.files.Add(ctx, &head.Entry, head.Content, true); err != nil {
 			return err
 		}
 		k.entries++
-		if err := k.advance(ctx); err != nil {
+		k.watch.same(k.known)
+		k.watch.entry(ctx, k.files, &head.Entry, head.Content)
+		if err := k.known.advance(ctx); err != nil {
 			return err
 		}
 	}
@@ -141,11 +157,11 @@ func (k *FilesSink) Same(ctx context.Context, count int64) error {
 // Gone drops the next entries of the parent.
 func (k *FilesSink) Gone(ctx context.Context, count int64) error {
 	for ; count > 0; count-- {
-		if k.head == nil {
+		if k.head() == nil {
 			return fmt.Errorf("drop what is known: there is no more: %w", wire.ErrGarbage)
 		}
 		k.files.Gone()
-		if err := k.advance(ctx); err != nil {
+		if err := k.known.advance(ctx); err != nil {
 			return err
 		}
 	}
@@ -157,6 +173,7 @@ func (k *FilesSink) Piece(data []byte) error {
 	if k.content == nil {
 		k.content = k.files.Content()
 	}
+	k.watch.piece(data)
 	_, err := k.content.Write(data)
 	return err
 }
@@ -166,6 +183,7 @@ func (k *FilesSink) Again() {
 	if k.content != nil {
 		k.content.Close()
 		k.content = nil
+		k.watch.again()
 	}
 }
 
@@ -179,18 +197,20 @@ func (k *FilesSink) Entry(ctx context.Context, e *fileset.Entry) error {
 			return err
 		}
 	}
-	if k.head != nil {
-		switch order := fileset.Compare(k.head.Path, e.Path); {
-		case order < 0:
-			return fmt.Errorf("take %.200q: nothing was said of %.200q: %w", e.Path, k.head.Path, wire.ErrGarbage)
-		case order == 0:
-			if err := k.advance(ctx); err != nil {
-				return err
-			}
-		}
+	head := k.head()
+	if head != nil && fileset.Compare(head.Path, e.Path) < 0 {
+		return fmt.Errorf("take %.200q: nothing was said of %.200q: %w", e.Path, head.Path, wire.ErrGarbage)
+	}
+	if err := k.files.Add(ctx, e, content, false); err != nil {
+		return err
 	}
 	k.entries++
-	return k.files.Add(ctx, e, content, false)
+	k.watch.rest()
+	k.watch.entry(ctx, k.files, e, content)
+	if head != nil && head.Path == e.Path {
+		return k.known.advance(ctx)
+	}
+	return nil
 }
 
 // Keep is called once, last: it makes a snapshot of what was taken. After nil the snapshot is safe.
@@ -198,15 +218,22 @@ func (k *FilesSink) Keep(ctx context.Context, out Outcome) error {
 	switch {
 	case k.writer == nil:
 		return errors.New("keep a snapshot: none has begun")
-	case k.head != nil || k.content != nil:
-		return fmt.Errorf("keep a snapshot: nothing was said of what is known from %.200q on, or a file has no entry: %w", k.headPath(), wire.ErrGarbage)
+	case k.head() != nil:
+		return fmt.Errorf("keep a snapshot: nothing was said of what is known from %.200q on: %w", k.head().Path, wire.ErrGarbage)
+	case k.content != nil:
+		return fmt.Errorf("keep a snapshot: a file has no entry: %w", wire.ErrGarbage)
 	}
 	pass := dr.CapturePass{Kind: dr.PassTracked, Provider: dr.ProviderFiles}
 	if k.parent == "" {
 		pass.Kind, pass.Reason = dr.PassFull, k.reason
 	}
+	found, err := k.watch.keep(k.writer, k.task)
+	if err != nil {
+		return err
+	}
 	kept, err := k.writer.Commit(ctx, dr.Snapshot{
-		ServerID: k.task.Server.ID, Server: k.task.Server.Name, Taken: out.Taken.UTC(), Consistency: dr.FileConsistent, Pass: pass, Notes: out.Notes,
+		ServerID: k.task.Server.ID, Server: k.task.Server.Name, Taken: out.Taken.UTC(), Consistency: dr.FileConsistent, Pass: pass,
+		Notes: append(out.Notes, k.watch.notes...), Signs: found,
 		Stats: dr.CaptureStats{Read: out.Read, Sent: out.Sent, Duration: time.Since(k.began)},
 	})
 	if err != nil {
@@ -216,18 +243,11 @@ func (k *FilesSink) Keep(ctx context.Context, out Outcome) error {
 	return nil
 }
 
-func (k *FilesSink) headPath() string {
-	if k.head == nil {
-		return ""
-	}
-	return k.head.Path
-}
-
 // abort gives up what was not committed, and lets the parent go.
 func (k *FilesSink) abort(ctx context.Context) {
 	k.Again()
-	if k.before != nil {
-		k.before.Close()
+	if k.watch != nil {
+		k.watch.close()
 	}
 	if k.writer == nil || k.kept != nil {
 		return
@@ -237,14 +257,14 @@ func (k *FilesSink) abort(ctx context.Context) {
 	}
 }
 
-// Files reads a file set into the sink and has it kept.
-func (s *Session) Files(ctx context.Context, sink *FilesSink, report dr.Progress) error {
-	set := sink.Set()
+// Files reads the sink's file set into it and has it kept.
+func (s *Session) Files(ctx context.Context, plan wire.FilesPlan, sink *FilesSink, report dr.Progress) error {
+	plan.Roots, plan.Exclude = sink.set.Roots, sink.set.Exclude
 	if err := sink.Begin(ctx); err != nil {
 		return err
 	}
 	taken := time.Now() // nothing is older than this in what follows
-	if err := s.w.Message(wire.KindAskFiles, wire.FilesPlan{Roots: set.Roots, Exclude: set.Exclude}); err != nil {
+	if err := s.w.Message(wire.KindAskFiles, plan); err != nil {
 		return fmt.Errorf("ask the agent: %w", err)
 	}
 	ctx, cancel := context.WithCancelCause(ctx)

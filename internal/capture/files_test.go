@@ -34,6 +34,7 @@ type shelf struct {
 	st    *store.Store
 	top   string
 	image string
+	rate  int64                                          // bytes a second
 	serve func(ctx context.Context, conn net.Conn) error // nil: the agent
 }
 
@@ -90,7 +91,7 @@ func (s *shelf) CaptureFiles(ctx context.Context, sink *capture.FilesSink, repor
 	}()
 	talk, err := capture.NewSession(ours, ours)
 	if err == nil {
-		err = talk.Files(ctx, sink, report)
+		err = talk.Files(ctx, wire.FilesPlan{Rate: s.rate}, sink, report)
 	}
 	ours.Close()
 	<-ended
@@ -200,6 +201,21 @@ func TestFilesTravelAndOnlyWhatChangedDoes(t *testing.T) {
 	if r, err := s.st.Verify(t.Context(), "snap-3", nil); err != nil {
 		t.Errorf("%+v, %v", r, err)
 	}
+}
+
+func TestFilesAreReadNoFasterThanTheLimit(t *testing.T) {
+	s := newShelf(t)
+	large := make([]byte, 3<<20)
+	storetest.Noise(large, 5)
+	s.put("/srv/large", large)
+	for i := range 64 {
+		s.put(fmt.Sprintf("/srv/small-%d", i), large[i<<14:(i+1)<<14])
+	}
+	s.rate = 8 << 20
+	if snap := s.take("snap-1", ""); snap.Stats.Duration < 370*time.Millisecond { // 4 MiB, of which the first may come at once
+		t.Errorf("%d bytes in %s", snap.Stats.Read, snap.Stats.Duration)
+	}
+	s.same("snap-1")
 }
 
 func TestAParentThatIsGoneMakesAFullOne(t *testing.T) {

@@ -5,8 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
-	"time"
 
+	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/image"
@@ -32,6 +32,9 @@ type base struct {
 	id    string
 	maps  []*signs.Map // of today's disks; nil: it did not have that one
 	names *signs.Listing
+	// What is known besides, of more than the maps show: the store knows every block that differs, the maps those that show it.
+	changed  int64 // blocks
+	readable int64 // bytes
 }
 
 // newBase reads what an earlier snapshot has of today's disks, by their names or else their places: a server of which the
@@ -44,31 +47,46 @@ func newBase(ctx context.Context, st *store.Store, id string, disks []Disk) *bas
 	if err != nil {
 		return nil
 	}
-	b := &base{id: id, maps: make([]*signs.Map, len(disks))}
-	any := false
+	b := &base{id: id, maps: make([]*signs.Map, len(disks)), names: attachedNames(ctx, st, id)}
+	any := b.names != nil
 	for i, now := range disks {
 		j := slices.IndexFunc(snap.Disks, func(before dr.SnapshotDisk) bool { return before.Name == now.Name })
 		if j < 0 {
 			j = i
 		}
-		raw, err := st.Attachment(ctx, id, signsName(j))
-		if err != nil {
-			continue
-		}
-		if b.maps[i], err = signs.UnmarshalMap(raw); err == nil {
-			any = true
-		}
-	}
-	if raw, err := st.Attachment(ctx, id, namesName); err == nil {
-		var l signs.Listing
-		if json.Unmarshal(raw, &l) == nil && l.Check() == nil {
-			b.names, any = &l, true
-		}
+		b.maps[i] = attachedMap(ctx, st, id, j)
+		any = any || b.maps[i] != nil
 	}
 	if !any {
 		return nil
 	}
 	return b
+}
+
+// attachedMap reads what the cells of a disk held, or of all files; nil if that was not kept.
+func attachedMap(ctx context.Context, st *store.Store, id string, disk int) *signs.Map {
+	raw, err := st.Attachment(ctx, id, signsName(disk))
+	if err != nil {
+		return nil
+	}
+	m, err := signs.UnmarshalMap(raw)
+	if err != nil {
+		return nil
+	}
+	return m
+}
+
+// attachedNames reads the listing of a snapshot; nil if none was kept.
+func attachedNames(ctx context.Context, st *store.Store, id string) *signs.Listing {
+	raw, err := st.Attachment(ctx, id, namesName)
+	if err != nil {
+		return nil
+	}
+	var l signs.Listing
+	if json.Unmarshal(raw, &l) != nil || l.Check() != nil {
+		return nil
+	}
+	return &l
 }
 
 // at gives the map of a disk, if there is one of its shape.
@@ -137,34 +155,41 @@ func (k *Sink) keepSigns(out Outcome) (*dr.Signs, error) {
 	if w.maps == nil {
 		return nil, nil //nolint:nilnil // none were looked for
 	}
-	found := &dr.Signs{NoNames: out.NoNames}
 	if out.Names == nil && out.NoNames == "" {
-		found.NoNames = "this source shows no names of files, only blocks"
+		out.NoNames = "this source shows no names of files, only blocks"
 	}
-	var took time.Duration
+	if w.last != nil && w.last.id == k.parent {
+		var err error
+		if w.last.changed, err = k.writer.Changed(); err != nil {
+			return nil, err
+		}
+	}
+	return w.found(k.writer, k.task, out.Names, out.NoNames)
+}
+
+// found attaches what the next snapshot is compared with, and says what this one shows.
+func (w *watch) found(writer *store.Writer, task api.SnapshotTask, names *signs.Listing, noNames string) (*dr.Signs, error) {
+	found := &dr.Signs{NoNames: noNames}
 	for i, m := range w.maps {
 		b, err := m.MarshalBinary()
 		if err != nil {
 			return nil, err
 		}
-		k.writer.Attach(signsName(i), b)
+		writer.Attach(signsName(i), b)
 		m.Content(&found.Content)
-		took += m.Took()
+		found.Took += m.Took()
 	}
-	found.Took = took
-	if out.Names != nil {
-		b, err := json.Marshal(out.Names)
+	if names != nil {
+		b, err := json.Marshal(names)
 		if err != nil {
 			return nil, err
 		}
-		k.writer.Attach(namesName, b)
-		found.Files = out.Names.Files
+		writer.Attach(namesName, b)
+		found.Files = names.Files
 	}
 	for _, b := range w.bases {
-		c, err := k.change(b, out.Names)
-		if err != nil {
-			return nil, err
-		}
+		c := w.change(b, names)
+		c.Found = c.Judge(task.Server.Signs, task.Usual)
 		if b == w.last {
 			found.Last = c
 		} else {
@@ -175,9 +200,9 @@ func (k *Sink) keepSigns(out Outcome) (*dr.Signs, error) {
 }
 
 // change compares with an earlier snapshot.
-func (k *Sink) change(b *base, names *signs.Listing) (*dr.Change, error) {
+func (w *watch) change(b *base, names *signs.Listing) *dr.Change {
 	c := &dr.Change{Against: b.id}
-	for i, m := range k.watch.maps {
+	for i, m := range w.maps {
 		if b.maps[i] == nil {
 			continue
 		}
@@ -186,19 +211,13 @@ func (k *Sink) change(b *base, names *signs.Listing) (*dr.Change, error) {
 		}
 		m.Compare(b.maps[i], c.Blocks)
 	}
-	if c.Blocks != nil && b.id == k.parent {
-		// The store knows every block that differs, the maps only those that show it.
-		n, err := k.writer.Changed()
-		if err != nil {
-			return nil, err
-		}
-		c.Blocks.Changed = n
+	if c.Blocks != nil {
+		c.Blocks.Changed, c.Blocks.Readable = max(c.Blocks.Changed, b.changed), max(c.Blocks.Readable, b.readable)
 	}
 	if names != nil && b.names != nil {
 		c.Names = names.Compare(*b.names)
 	}
-	c.Found = c.Judge(k.task.Server.Signs, k.task.Usual)
-	return c, nil
+	return c
 }
 
 // listing takes what an agent says of its names.

@@ -39,44 +39,75 @@ func (s Snapshot) Evidence() []Sign {
 }
 
 // Holds says which of a server's snapshots may not become last-known-good by themselves, and for the sake of which
-// snapshot each: a suspicious one for its own, and every later one for its, because what it shows builds on what happened
-// then. That ends with a snapshot that
+// snapshot each: a suspicious one for its own, and every later one, of disks or of data, for its, because what it shows builds
+// on what happened then. That ends with a snapshot of the same kind that
 //
 //   - a person accepted: the state it shows is right, and those after it are held only for what happens after it; or
 //   - shows the damage undone: compared with one from before the suspicion it shows none of the kinds of sign that are
 //     suspected, measured by the same means.
 //
+// Accepted data ends a suspicion of disks as well: it is tested and run with them.
+//
 // The records are in the order in which they were kept, oldest first: a clock that was stepped back puts nothing before a
 // suspicion. A refused snapshot is held for ever. Whether an earlier one still exists changes nothing: expired ones count.
 func Holds(records []Record) map[string]string {
 	held := map[string]string{}
-	open := ""                  // the first suspicious one that nobody accepted
-	var suspected []Sign        // of all that are open
-	before := map[string]bool{} // the snapshots that were not held when open became so
+	var open suspicions
+	before := map[string]bool{} // the snapshots that were not held
 	for _, r := range records {
 		s := r.Snapshot
+		accepted, refused := r.Ruling != nil && r.Ruling.Accept, r.Ruling != nil && !r.Ruling.Accept
+		mine := open.of(s.IsData())
 		switch {
-		case r.Ruling != nil && r.Ruling.Accept:
-			open, suspected = "", nil
-		case open != "" && r.Ruling == nil && undone(s, before, suspected):
-			open, suspected = "", nil // even if undoing it changed much since yesterday
-		case s.Suspicious():
-			if open == "" {
-				open = s.ID
+		case accepted:
+			open.end(s.IsData())
+			if s.IsData() {
+				open.end(false)
 			}
-			suspected = append(suspected, s.Signs.Last.Found...)
+		case mine != nil && !refused && undone(s, before, mine.signs):
+			open.end(s.IsData()) // even if undoing it changed much since yesterday
+		case s.Suspicious():
+			if mine == nil {
+				open = append(open, suspicion{first: s.ID, data: s.IsData()})
+				mine = &open[len(open)-1]
+			}
+			mine.signs = append(mine.signs, s.Signs.Last.Found...)
 			held[s.ID] = s.ID
 			continue
-		case r.Ruling != nil: // refused
+		case refused:
 			held[s.ID] = s.ID
 			continue
-		case open != "":
-			held[s.ID] = open
+		}
+		if len(open) > 0 && !accepted {
+			held[s.ID] = open[0].first
 			continue
 		}
 		before[s.ID] = true
 	}
 	return held
+}
+
+// suspicion is what nobody decided about yet: of disks, or of data.
+type suspicion struct {
+	first string // snapshot
+	data  bool
+	signs []Sign // of all since
+}
+
+// suspicions are at most one of each, in the order in which they began.
+type suspicions []suspicion
+
+func (o suspicions) of(data bool) *suspicion {
+	for i := range o {
+		if o[i].data == data {
+			return &o[i]
+		}
+	}
+	return nil
+}
+
+func (o *suspicions) end(data bool) {
+	*o = slices.DeleteFunc(*o, func(s suspicion) bool { return s.data == data })
 }
 
 // undone says whether a snapshot, compared with one from before the suspicion, shows no more of it.
@@ -92,11 +123,21 @@ func undone(s Snapshot, before map[string]bool, suspected []Sign) bool {
 	return true
 }
 
-// Trusted gives the newest snapshot of disks that is not held, "" for none: what the next one is compared with besides the one
-// before it. records carry HeldBy.
+// OfKind gives the records of snapshots of data, or of disks: only those of one kind are compared with one another.
+func OfKind(records []Record, data bool) (out []Record) {
+	for _, r := range records {
+		if r.Snapshot.IsData() == data {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// Trusted gives the newest snapshot that is not held, "" for none: what the next one is compared with besides the one before it.
+// records are of one kind and carry HeldBy.
 func Trusted(records []Record) string {
 	for _, r := range slices.Backward(oldestFirst(records)) {
-		if r.HeldBy == "" && r.State != Expired && !r.Snapshot.IsData() {
+		if r.HeldBy == "" && r.State != Expired {
 			return r.Snapshot.ID
 		}
 	}
@@ -116,23 +157,22 @@ func oldestFirst(records []Record) []Record {
 	return sorted
 }
 
-// spared lists what retention leaves while the newest snapshot is held: the last one from before the suspicion, and every
-// suspicious one since. records are live and oldest first.
+// spared lists what retention leaves while the newest snapshot is held: of disks and of data the last one that is not, with which
+// later ones are compared, and every suspicious one since. records are live and oldest first.
 func spared(records []Record) map[string]bool {
 	out := map[string]bool{}
 	if len(records) == 0 || records[len(records)-1].HeldBy == "" {
 		return out
 	}
+	found := map[bool]bool{}
 	for _, r := range slices.Backward(records) {
-		if r.HeldBy == "" {
-			out[r.Snapshot.ID] = true
-			if !r.Snapshot.IsData() {
-				break // what later ones are compared with
-			}
+		if found[r.Snapshot.IsData()] {
+			continue
 		}
-		if r.HeldBy == r.Snapshot.ID {
+		if r.HeldBy == "" || r.HeldBy == r.Snapshot.ID {
 			out[r.Snapshot.ID] = true
 		}
+		found[r.Snapshot.IsData()] = r.HeldBy == ""
 	}
 	return out
 }

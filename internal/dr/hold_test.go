@@ -24,6 +24,7 @@ type night struct {
 	trusted []Sign
 	blind   string // what could not be compared with against: "names" or "blocks"
 	ruling  string // accept or refuse
+	data    bool   // of files, not of disks
 }
 
 func (n night) record(i int) Record {
@@ -37,6 +38,9 @@ func (n night) record(i int) Record {
 			c.Blocks = nil
 		}
 		s.Signs.Trusted = c
+	}
+	if n.data {
+		s.Kind = SnapshotData
 	}
 	r := Record{Snapshot: s, State: Verified}
 	if n.ruling != "" {
@@ -79,6 +83,14 @@ func TestASuspicionIsInheritedUntilItIsDecidedOrUndone(t *testing.T) {
 		{"refused, then undone", []night{a, {id: "b", last: struck, ruling: "refuse"}, {id: "c", against: "a"}, {id: "d"}}, map[string]string{"b": "b"}},
 		{"refused, then a later one accepted", []night{a, {id: "b", last: struck, ruling: "refuse"}, {id: "c", ruling: "accept"}, {id: "d"}}, map[string]string{"b": "b"}},
 		{"one that inherits is refused", []night{a, {id: "b", last: struck}, {id: "c", ruling: "refuse"}, {id: "d", against: "a"}}, map[string]string{"b": "b", "c": "c"}},
+		{"data is suspicious, and what follows of disks is held too", []night{a, {id: "b", data: true, last: struck}, {id: "c"}, {id: "d", data: true}}, map[string]string{"b": "b", "c": "b", "d": "b"}},
+		{"disks that show nothing do not clear data", []night{a, {id: "b", data: true, last: struck}, {id: "c", against: "a"}, {id: "d", data: true}}, map[string]string{"b": "b", "c": "b", "d": "b"}},
+		{"data that shows nothing does not clear disks", []night{a, {id: "x", data: true}, {id: "b", last: struck}, {id: "c", data: true, against: "x"}}, map[string]string{"b": "b", "c": "b"}},
+		{"both, disks undone", []night{a, {id: "x", data: true}, {id: "b", last: struck}, {id: "c", data: true, last: struck}, {id: "d", against: "a"}, {id: "e", data: true}}, map[string]string{"b": "b", "c": "c", "d": "c", "e": "c"}},
+		{"both undone", []night{a, {id: "x", data: true}, {id: "b", last: struck}, {id: "c", data: true, last: struck}, {id: "d", against: "a"}, {id: "e", data: true, against: "x"}}, map[string]string{"b": "b", "c": "c", "d": "c"}},
+		{"both, the disks accepted", []night{a, {id: "b", last: struck, ruling: "accept"}, {id: "c", data: true, last: struck}, {id: "d"}}, map[string]string{"c": "c", "d": "c"}},
+		{"both, the data accepted with its disks", []night{a, {id: "b", last: struck}, {id: "c", data: true, last: struck, ruling: "accept"}, {id: "d"}}, map[string]string{"b": "b"}},
+		{"data held for its disks, which are accepted", []night{a, {id: "b", last: struck, ruling: "accept"}, {id: "c", data: true}}, nil},
 	} {
 		if held := Holds(history(c.nights...)); !maps.Equal(held, c.held) {
 			t.Errorf("%s: held %v, want %v", c.name, held, c.held)
@@ -113,7 +125,7 @@ func TestNoHistoryLetsASuspicionThrough(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		var nights []night
 		for i := range rapid.IntRange(1, 12).Draw(t, "nights") {
-			n := night{id: fmt.Sprintf("s%02d", i)}
+			n := night{id: fmt.Sprintf("s%02d", i), data: rapid.Bool().Draw(t, "data")}
 			n.last = rapid.SampledFrom([][]Sign{nil, nil, struck, renamed}).Draw(t, "last")
 			n.ruling = rapid.SampledFrom([]string{"", "", "", "accept", "refuse"}).Draw(t, "ruling")
 			if i > 0 && rapid.Bool().Draw(t, "compared") {
@@ -130,15 +142,17 @@ func TestNoHistoryLetsASuspicionThrough(t *testing.T) {
 			if n.ruling == "refuse" {
 				t.Fatalf("%s was refused and is not held", n.id)
 			}
-			// The nearest thing before it that decides must not be a suspicion.
-			for j := i; j >= 0; j-- {
-				m := nights[j]
-				clean := m.against != "" && m.trusted == nil && held[m.against] == ""
-				if m.ruling == "accept" || m.ruling == "" && held[m.id] == "" && clean {
-					break
-				}
-				if m.last != nil {
-					t.Fatalf("%s is not held, and %s is suspicious: %+v", n.id, m.id, nights)
+			// Of disks and of data the nearest thing before it that decides must not be a suspicion.
+			for _, data := range []bool{false, true} {
+				for j := i; j >= 0; j-- {
+					m := nights[j]
+					clean := m.against != "" && m.trusted == nil && held[m.against] == "" && m.ruling == "" && held[m.id] != m.id
+					if m.ruling == "accept" && (m.data == data || m.data) || m.data == data && clean || n.ruling == "accept" {
+						break
+					}
+					if m.data == data && m.last != nil {
+						t.Fatalf("%s is not held, and %s is suspicious: %+v", n.id, m.id, nights)
+					}
 				}
 			}
 		}
@@ -173,8 +187,8 @@ func TestRetentionSparesTheLastImageBeforeASuspicion(t *testing.T) {
 	for i := range records {
 		records[i].HeldBy = held[records[i].Snapshot.ID]
 	}
-	if got := Expirable(records, Retention{KeepLast: 1}, "", nil); slices.Contains(got, "b") || Trusted(records) != "b" {
-		t.Errorf("expired %v, trusted %s: later images are compared with b", got, Trusted(records))
+	if got := Expirable(records, Retention{KeepLast: 1}, "", nil); slices.Contains(got, "b") || slices.Contains(got, "data") || Trusted(OfKind(records, false)) != "b" || Trusted(OfKind(records, true)) != "data" {
+		t.Errorf("expired %v: later images are compared with b, later data with data", got)
 	}
 }
 

@@ -56,7 +56,7 @@ type SSHSource struct {
 	HostKey     string        `json:"host_key"`               // authorized_keys form: "ssh-ed25519 AAAA…"; checked on every connection
 	Disks       []string      `json:"disks,omitempty"`        // kernel names or absolute paths; none: every disk in use
 	FreezeLimit time.Duration `json:"freeze_limit,omitempty"` // the longest a file system may stay frozen; 0: DefaultFreezeLimit
-	ReadLimit   int64         `json:"read_limit,omitempty"`   // bytes a second that are read at most while the server goes on; 0: no limit
+	ReadLimit   int64         `json:"read_limit,omitempty"`   // bytes a second that are read at most while the server goes on, of disks and of files; 0: no limit
 	// Resident leaves the agent on the server, and programs in its kernel that note what is written, so that a snapshot
 	// reads only that.
 	Resident bool `json:"resident,omitempty"`

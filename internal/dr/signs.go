@@ -122,7 +122,7 @@ type Usual struct {
 }
 
 // UsualOf looks at the newest UsualNights snapshots that are not held: the median of each share, or the largest that a
-// person accepted if that is more.
+// person accepted if that is more. records are of one kind.
 func UsualOf(records []Record) Usual {
 	sorted := slices.Clone(records)
 	sort.SliceStable(sorted, func(i, j int) bool { return sorted[i].Snapshot.Taken.After(sorted[j].Snapshot.Taken) })

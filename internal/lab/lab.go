@@ -13,8 +13,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"net"
 	"net/http"
 	"os"
@@ -38,7 +36,11 @@ import (
 	"github.com/musterdr/muster/internal/vm/sim"
 )
 
-const password = "the lab's"
+const (
+	password    = "the lab's"
+	catalogFile = "catalog.db"
+	engineFile  = "engine.db"
+)
 
 // Lab is one installation on one make-believe host.
 type Lab struct {
@@ -80,7 +82,11 @@ func New(t testing.TB, guest func(spec vm.Spec) sim.Guest) *Lab {
 	if err := os.WriteFile(l.path("muster-guest"), []byte("\x7fELF test agent"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if err := store.Create(context.Background(), l.driver(), password); err != nil {
+	made, err := fresh()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(dir, made); err != nil {
 		t.Fatal(err)
 	}
 	l.Open()
@@ -90,7 +96,7 @@ func New(t testing.TB, guest func(spec vm.Spec) sim.Guest) *Lab {
 func (l *Lab) path(name string) string    { return filepath.Join(l.Dir, name) }
 func (l *Lab) driver() folder.Driver      { return folder.Driver{Path: l.path("store")} }
 func (l *Lab) StoreFolder() string        { return l.path("store") }
-func (l *Lab) CatalogFiles() (f []string) { f, _ = filepath.Glob(l.path("catalog.db*")); return f }
+func (l *Lab) CatalogFiles() (f []string) { f, _ = filepath.Glob(l.path(catalogFile + "*")); return f }
 
 // Open starts a process on the installation.
 func (l *Lab) Open() {
@@ -114,7 +120,7 @@ func (l *Lab) open() error {
 		return err
 	}
 	closes = append(closes, func() { st.Close(context.Background()) })
-	cat, err := catalog.Open(ctx, l.path("catalog.db"))
+	cat, err := catalog.Open(ctx, l.path(catalogFile))
 	if err != nil {
 		return err
 	}
@@ -129,8 +135,7 @@ func (l *Lab) open() error {
 		return err
 	}
 	closes = append(closes, func() { s.Close() })
-	quiet := slog.New(slog.NewTextHandler(io.Discard, nil))
-	eng, err := engine.Open(ctx, engine.Config{DSN: l.path("engine.db"), Version: master.Shape,
+	eng, err := engine.Open(ctx, engine.Config{DSN: l.path(engineFile), Version: master.Shape,
 		Resources: map[string]int{master.ResourceTest: 1}, Logger: quiet})
 	if err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"github.com/musterdr/muster/internal/agent"
 	"github.com/musterdr/muster/internal/capture"
 	"github.com/musterdr/muster/internal/capture/disk"
+	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/dr"
 )
 
@@ -36,7 +37,7 @@ func (s live) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report 
 	}()
 	talk, err := capture.NewSession(ours, ours)
 	if err == nil {
-		err = talk.Files(ctx, sink, report)
+		err = talk.Files(ctx, wire.FilesPlan{}, sink, report)
 	}
 	ours.Close()
 	<-ended

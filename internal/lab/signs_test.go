@@ -2,9 +2,11 @@ package lab
 
 import (
 	"context"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -15,10 +17,8 @@ import (
 	"github.com/musterdr/muster/internal/vm/sim"
 )
 
-// filled is a lab in which a server with a disk full of text is protected, with the content of its disk.
-func filled(t *testing.T, guest func(vm.Spec) sim.Guest) (*Lab, []byte) {
-	t.Helper()
-	l := New(t, guest)
+// text is a disk full of text. Nobody writes to it.
+var text = sync.OnceValue(func() []byte {
 	data := make([]byte, 20<<20)
 	r := rand.New(rand.NewPCG(3, 3))
 	for i := range data[:19<<20] {
@@ -26,6 +26,13 @@ func filled(t *testing.T, guest func(vm.Spec) sim.Guest) (*Lab, []byte) {
 			data[i] = data[i-64]
 		}
 	}
+	return data
+})
+
+// filled is a lab in which a server with a disk full of text is protected, with the content of its disk.
+func filled(t *testing.T, guest func(vm.Spec) sim.Guest) (*Lab, []byte) {
+	t.Helper()
+	l, data := New(t, guest), text()
 	l.write(t, data)
 	_, err := l.AddServer(ctx, dr.Server{Name: "shop", Source: dr.Source{Disks: []string{l.path("shop.raw")}}, Schedule: dr.Schedule{Every: 24 * time.Hour}, Signs: dr.SignsHigh, // the disk is small
 		Checks: []dr.Check{{Name: "page", Kind: dr.CheckHTTP, URL: "http://127.0.0.1/"}}})
@@ -33,6 +40,15 @@ func filled(t *testing.T, guest func(vm.Spec) sim.Guest) (*Lab, []byte) {
 		t.Fatal(err)
 	}
 	return l, data
+}
+
+// long leaves a test out of the run with the race detector, which makes it slow and which it would show nothing that the
+// others here do not: they go the same ways through the parts.
+func long(t *testing.T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("the race detector sees the same in the other tests of signs")
+	}
 }
 
 func (l *Lab) write(t *testing.T, disk []byte) {
@@ -168,6 +184,7 @@ func TestALostCatalogForgetsNoHold(t *testing.T) {
 }
 
 func TestRetentionKeepsTheEvidence(t *testing.T) {
+	long(t)
 	t.Parallel()
 	l, disk := filled(t, Healthy)
 	keep := 1
@@ -193,6 +210,7 @@ func TestRetentionKeepsTheEvidence(t *testing.T) {
 }
 
 func TestAServerOfWhichSignsAreOffIsPromoted(t *testing.T) {
+	long(t)
 	t.Parallel()
 	l, disk := filled(t, Healthy)
 	off := dr.SignsOff
@@ -212,6 +230,7 @@ func TestAServerOfWhichSignsAreOffIsPromoted(t *testing.T) {
 
 // A criminal with root may change the server's disks, so that the next snapshot is a full one.
 func TestAFullSnapshotIsComparedAllTheSame(t *testing.T) {
+	long(t)
 	t.Parallel()
 	l, disk := filled(t, Healthy)
 	good := l.snapshot(t)
@@ -250,6 +269,88 @@ func TestARulingOutlivesTheProcess(t *testing.T) {
 	kept, err := l.Store.LKG(ctx)
 	if err != nil || op.State != api.OperationSucceeded || l.lkg(t) != held.Snapshot.ID || kept[held.Snapshot.ServerID] != held.Snapshot.ID {
 		t.Errorf("%s: last-known-good %s, in the store %v, %v", op.Error, l.lkg(t), kept, err)
+	}
+	l.mustLeaveNothing(t)
+}
+
+// office is a lab in which a live server is protected whose data is documents.
+func office(t *testing.T) *Lab {
+	t.Helper()
+	l := liveShop(t)
+	level := dr.SignsHigh // there are few files
+	if _, err := l.UpdateServer(ctx, "shop", api.ServerChange{Signs: &level}); err != nil {
+		t.Fatal(err)
+	}
+	l.documents(t, func(_ int, text []byte) []byte { return text })
+	return l
+}
+
+func (l *Lab) documents(t *testing.T, make func(i int, text []byte) []byte) {
+	t.Helper()
+	for i := range 160 {
+		text := []byte(strings.Repeat(fmt.Sprintf("the order of customer %d came in and was sent\n", i), 100))
+		l.put(t, "web", fmt.Sprintf("srv/docs/%d.txt", i), string(make(i, text)))
+	}
+}
+
+func chance(i int, text []byte) []byte {
+	_, _ = rand.NewChaCha8([32]byte{byte(i), 9}).Read(text) // never fails
+	return text
+}
+
+func TestDataThatWasEncryptedWaitsForAPerson(t *testing.T) {
+	t.Parallel()
+	l := office(t)
+	l.snapshot(t)
+	l.put(t, "web", "srv/docs/new.txt", "an order came in")
+	good := l.data(t, "shop")
+	if good.HeldBy != "" || !good.LKG || good.Snapshot.Signs.Last.Blocks.Changed != 1 || good.Snapshot.Signs.Files != 162 {
+		t.Fatalf("an ordinary day: held by %q, %+v", good.HeldBy, good.Snapshot.Signs)
+	}
+	l.documents(t, chance)
+	held := l.data(t, "shop")
+	if held.State != dr.Verified || held.HeldBy != held.Snapshot.ID || l.lkg(t) != good.Snapshot.ID {
+		t.Fatalf("encrypted: %s, held by %q, last-known-good %s, %+v", held.State, held.HeldBy, l.lkg(t), held.Snapshot.Signs)
+	}
+	if tickets := l.openTickets(t); len(tickets) != 1 || tickets[0].Problem != dr.ProblemTampering || tickets[0].Snapshot != held.Snapshot.ID || !strings.Contains(tickets[0].Detail, "became random") {
+		t.Fatalf("tickets %+v, want one", tickets)
+	}
+	// Disks that show nothing and the data that goes onto them wait as well.
+	quiet := l.snapshot(t)
+	image, err := l.Record(ctx, quiet.Snapshot.Image)
+	if err != nil || quiet.HeldBy != held.Snapshot.ID || image.HeldBy != held.Snapshot.ID || quiet.Snapshot.Suspicious() || l.lkg(t) != good.Snapshot.ID {
+		t.Errorf("a quiet night after it: held by %q, its image by %q, %v", quiet.HeldBy, image.HeldBy, err)
+	}
+	if op := l.rule(t, held.Snapshot.ID, true); op.State != api.OperationSucceeded || l.lkg(t) != quiet.Snapshot.ID || len(l.openTickets(t)) != 0 {
+		t.Errorf("accepted: %s, last-known-good %s, tickets %+v", op.Error, l.lkg(t), l.openTickets(t))
+	}
+	l.put(t, "web", "srv/docs/new.txt", "another order came in")
+	if next := l.data(t, "shop"); next.HeldBy != "" || !next.LKG {
+		t.Errorf("a day after it: held by %q, %+v", next.HeldBy, next.Snapshot.Signs)
+	}
+	l.mustLeaveNothing(t)
+}
+
+func TestDataThatIsBroughtBackIsPromoted(t *testing.T) {
+	t.Parallel()
+	l := office(t)
+	good := l.snapshot(t)
+	l.documents(t, chance)
+	held := l.data(t, "shop")
+	if held.HeldBy != held.Snapshot.ID || l.lkg(t) != good.Snapshot.ID {
+		t.Fatalf("encrypted: held by %q, %+v", held.HeldBy, held.Snapshot.Signs)
+	}
+	if op := l.rule(t, held.Snapshot.ID, false); op.State != api.OperationSucceeded {
+		t.Errorf("refused: %s", op.Error)
+	}
+	image := l.snapshot(t) // its disks show no damage, and never did
+	if image.HeldBy != held.Snapshot.ID {
+		t.Errorf("the next night is held by %q", image.HeldBy)
+	}
+	l.documents(t, func(_ int, text []byte) []byte { return text })
+	back := l.data(t, "shop")
+	if back.HeldBy != "" || !back.LKG || len(l.openTickets(t)) != 0 || back.Snapshot.Signs.Trusted == nil || back.Snapshot.Signs.Trusted.Against != good.Snapshot.ID {
+		t.Errorf("brought back: held by %q, %+v, tickets %+v", back.HeldBy, back.Snapshot.Signs.Trusted, l.openTickets(t))
 	}
 	l.mustLeaveNothing(t)
 }

@@ -197,6 +197,7 @@ func (m *Master) capture(ctx context.Context, r *engine.Run, in work, task api.S
 		if err != nil {
 			return err
 		}
+		records = dr.OfKind(records, kind == dr.SnapshotData)
 		task.Parent, task.Trusted, task.Usual = last.Snapshot.ID, dr.Trusted(records), dr.UsualOf(records)
 	}
 	snap, err := m.Appliance.Snapshot(ctx, task, r.Report)

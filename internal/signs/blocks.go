@@ -48,7 +48,7 @@ type Map struct {
 
 // NewMap gives the map of an empty disk.
 func NewMap(block int, size int64) (*Map, error) {
-	if block < minCell || block&(block-1) != 0 || size <= 0 || (size-1)/int64(block) >= maxMap {
+	if block < minCell || block&(block-1) != 0 || size < 0 || (size-1)/int64(block) >= maxMap {
 		return nil, fmt.Errorf("look for signs on a disk of %d bytes in blocks of %d: it has too many blocks", size, block)
 	}
 	return &Map{block: block, size: size, words: make([]uint64, (size+int64(block)-1)/int64(block))}, nil
@@ -59,6 +59,31 @@ func (m *Map) BlockSize() int { return m.block }
 
 // Fits says whether the map is one of a disk of that shape.
 func (m *Map) Fits(block int, size int64) bool { return m.block == block && m.size == size }
+
+// Blocks is how many blocks the disk has.
+func (m *Map) Blocks() int64 { return int64(len(m.words)) }
+
+// Resize makes the map one of a disk of so many blocks: the map of files grows while they are read. What is new is empty.
+func (m *Map) Resize(blocks int64) error {
+	if blocks < 0 || blocks > maxMap {
+		return fmt.Errorf("look for signs in %d blocks: the most is %d", blocks, int64(maxMap))
+	}
+	if had := m.Blocks(); blocks <= had {
+		m.words = m.words[:blocks]
+	} else {
+		m.words = slices.Grow(m.words, int(blocks-had))[:blocks]
+		clear(m.words[had:])
+	}
+	m.size = blocks * int64(m.block)
+	return nil
+}
+
+// Copy takes what another map of blocks of that size says of count blocks from a first one. Those that it does not have are empty.
+func (m *Map) Copy(at int64, from *Map, first, count int64) {
+	for i := range count {
+		m.words[at+i], _ = from.at(first + i)
+	}
+}
 
 // Clone gives a copy to go on with.
 func (m *Map) Clone() *Map { return &Map{block: m.block, size: m.size, words: slices.Clone(m.words)} }
@@ -74,6 +99,23 @@ func (m *Map) Zero(first, count int64) { clear(m.words[first : first+count]) }
 // Look notes what a block holds. befores are earlier maps of the disk, or nil: where they had something readable that now
 // looks random, it is looked at more closely.
 func (m *Map) Look(number int64, data []byte, befores ...*Map) {
+	m.look(number, data, func() (had uint64) {
+		for _, b := range befores {
+			if w, ok := b.at(number); ok {
+				had |= (w ^ w>>1) & low
+			}
+		}
+		return had
+	})
+}
+
+// LookClosely is Look where there may have been something readable wherever the block is dense, and it is not known yet.
+func (m *Map) LookClosely(number int64, data []byte) {
+	m.look(number, data, func() uint64 { return low })
+}
+
+// look has had give the cells that were readable or packed, if it matters.
+func (m *Map) look(number int64, data []byte, had func() uint64) {
 	began := time.Now()
 	var word, dense uint64
 	size := m.cell()
@@ -86,24 +128,18 @@ func (m *Map) Look(number int64, data []byte, befores ...*Map) {
 		}
 	}
 	if dense != 0 {
-		word |= m.weigh(number, data, dense, befores)
+		word |= m.weigh(data, dense, had)
 	}
 	m.words[number] = word
 	m.took.Add(int64(time.Since(began)))
 }
 
 // weigh tells packed cells from random ones: all dense cells of a block together, because the difference is small.
-func (m *Map) weigh(number int64, data []byte, dense uint64, befores []*Map) uint64 {
+func (m *Map) weigh(data []byte, dense uint64, before func() uint64) uint64 {
 	if m.chi(data, dense, spread) > maxChi {
 		return dense * packed
 	}
-	var had uint64 // cells that were readable or packed
-	for _, b := range befores {
-		if w, ok := b.at(number); ok {
-			had |= (w ^ w>>1) & low
-		}
-	}
-	if had &= dense; had != 0 && m.chi(data, had, 1) > maxChi {
+	if had := before() & dense; had != 0 && m.chi(data, had, 1) > maxChi {
 		return (dense&^had)*random | had*packed
 	}
 	return dense * random

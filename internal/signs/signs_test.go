@@ -8,12 +8,12 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
-	"go/build"
 	"image"
 	"image/color"
 	"image/jpeg"
 	mathrand "math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -28,9 +28,13 @@ const block = 128 << 10
 // text is real text, program is real machine code, each of n bytes.
 func text(t testing.TB, n int) []byte {
 	t.Helper()
+	root, err := exec.Command("go", "env", "GOROOT").Output() // which a program built with -trimpath does not know
+	if err != nil {
+		t.Fatal(err)
+	}
 	var out []byte
 	for _, dir := range []string{"net/http", "go/types", "cmd/compile/internal/ssa", "reflect"} {
-		files, err := filepath.Glob(filepath.Join(build.Default.GOROOT, "src", dir, "*.go"))
+		files, err := filepath.Glob(filepath.Join(strings.TrimSpace(string(root)), "src", dir, "*.go"))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io"
+	"slices"
 	"sort"
 
 	"github.com/kopia/kopia/repo/content"
@@ -196,28 +197,60 @@ func (f *FilesWriter) Gone() { f.gone++ }
 // count notes what of a content is new in the store.
 func (f *FilesWriter) count(c Content) error {
 	f.differs += c.Length
-	if c.Length == 0 {
-		return nil
-	}
-	ids := []content.ID{}
-	if id, _, ok := c.object.ContentID(); ok {
-		ids = append(ids, id)
-	} else {
-		var err error
-		if ids, err = f.w.session.VerifyObject(f.w.ctx, c.object); err != nil {
-			return f.w.fail(f.w.s.explain(err))
-		}
+	ids, err := f.pieces(c)
+	if err != nil {
+		return f.w.fail(err)
 	}
 	for _, id := range ids {
 		info, err := f.w.session.ContentInfo(f.w.ctx, id)
 		if err != nil {
 			return f.w.fail(f.w.s.explain(err))
 		}
-		if !id.HasPrefix() && f.w.isMine(info.PackBlobID) && f.seen.add(id.Hash()) { // with a prefix: what lists the others
+		if f.w.isMine(info.PackBlobID) && f.seen.add(id.Hash()) {
 			f.fresh += int64(info.OriginalLength)
 		}
 	}
 	return nil
+}
+
+// pieces gives what a content consists of, without order.
+func (f *FilesWriter) pieces(c Content) ([]content.ID, error) {
+	if c.Length == 0 {
+		return nil, nil
+	}
+	if id, _, ok := c.object.ContentID(); ok {
+		return []content.ID{id}, nil
+	}
+	ids, err := f.w.session.VerifyObject(f.w.ctx, c.object)
+	if err != nil {
+		return nil, f.w.s.explain(err)
+	}
+	return slices.DeleteFunc(ids, content.ID.HasPrefix), nil // with a prefix: what lists the others
+}
+
+// Changed counts the blocks of DefaultBlockSize of a content that another one, of this snapshot or an earlier one, does not have.
+func (f *FilesWriter) Changed(before, now Content) (blocks int64, err error) {
+	if before == now {
+		return 0, nil
+	}
+	was, err := f.pieces(before)
+	if err != nil {
+		return 0, fmt.Errorf("compare contents: %w", err)
+	}
+	is, err := f.pieces(now)
+	if err != nil {
+		return 0, fmt.Errorf("compare contents: %w", err)
+	}
+	there := make(map[content.ID]bool, len(was))
+	for _, id := range was {
+		there[id] = true
+	}
+	for _, id := range is {
+		if !there[id] {
+			blocks++
+		}
+	}
+	return blocks, nil
 }
 
 // cuts says whether a leaf ends before a path. It depends on names and not on what was there before, so that equal runs of

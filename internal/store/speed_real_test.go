@@ -12,8 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/image"
 	"github.com/musterdr/muster/internal/store"
@@ -58,9 +56,9 @@ func (f *file) Extents(_ context.Context, off, length int64, yield func(image.Ex
 func realDisk(t *testing.T) string {
 	t.Helper()
 	if os.Getenv("MUSTER_REAL") == "" {
-		t.Skip("set MUSTER_REAL=1 to measure against restic and borg")
+		t.Skip("set MUSTER_REAL=1 to measure against zstd")
 	}
-	for _, tool := range []string{"mke2fs", "restic", "borg", "zstd"} {
+	for _, tool := range []string{"mke2fs", "zstd"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("needs %s", tool)
 		}
@@ -104,12 +102,6 @@ func run(t *testing.T, env []string, name string, args ...string) string {
 	return string(out)
 }
 
-func warm(t *testing.T, path string) {
-	t.Helper()
-	run(t, nil, "cp", path, "/dev/null")
-	unix.Sync()
-}
-
 func newStore(t *testing.T, path string) *store.Store {
 	t.Helper()
 	drv := folder.Driver{Path: path}
@@ -150,36 +142,6 @@ func ingest(t *testing.T, s *store.Store, id, parent string, src image.Image, ex
 }
 
 const mega = 1e6
-
-func TestFullIngestOutrunsOtherTools(t *testing.T) {
-	disk := realDisk(t)
-	src := openFile(t, disk)
-	dir := t.TempDir()
-	env := []string{"RESTIC_PASSWORD=secret", "RESTIC_CACHE_DIR=" + filepath.Join(dir, "restic-cache"),
-		"BORG_PASSPHRASE=secret", "BORG_BASE_DIR=" + filepath.Join(dir, "borg-base"), "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK=yes"}
-	clock := func(fn func()) float64 {
-		warm(t, disk)
-		start := time.Now()
-		fn()
-		return float64(src.size) / mega / time.Since(start).Seconds()
-	}
-	best := map[string]float64{}
-	for round := range 3 {
-		r := filepath.Join(dir, "restic"+string(rune('0'+round)))
-		run(t, env, "restic", "init", "-q", "-r", r)
-		best["restic"] = max(best["restic"], clock(func() { run(t, env, "restic", "backup", "-q", "-r", r, disk) }))
-		b := filepath.Join(dir, "borg"+string(rune('0'+round)))
-		run(t, env, "borg", "init", "-e", "repokey-blake2", b)
-		best["borg"] = max(best["borg"], clock(func() { run(t, env, "borg", "create", "--compression", "zstd,1", b+"::a", disk) }))
-		s := newStore(t, filepath.Join(dir, "muster"+string(rune('0'+round))))
-		var snap dr.Snapshot
-		best["muster"] = max(best["muster"], clock(func() { snap = ingest(t, s, "snap-1", "", src, nil) }))
-		t.Logf("round %d: stored %.0f MB of %.0f MB data", round, float64(snap.Stats.Stored)/mega, float64(snap.Disks[0].Data)/mega)
-	}
-	ratio := best["muster"] / max(best["restic"], best["borg"])
-	t.Logf("full ingest, MB/s: %v; %.2f times the better", best, ratio)
-	// How fast is a number of make bench, which measures on a quiet machine; a test that fails by the clock proves nothing.
-}
 
 func TestIncrementReadsAndStoresOnlyWhatChanged(t *testing.T) {
 	disk := realDisk(t)

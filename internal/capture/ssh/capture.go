@@ -74,7 +74,9 @@ func (s *Source) read(ctx context.Context, talk func(*capture.Session) error) er
 
 // CaptureFiles implements capture.FileSource.
 func (s *Source) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report dr.Progress) error {
-	return s.read(ctx, func(talk *capture.Session) error { return talk.Files(ctx, sink, report) })
+	return s.read(ctx, func(talk *capture.Session) error {
+		return talk.Files(ctx, wire.FilesPlan{Rate: s.source.ReadLimit}, sink, report)
+	})
 }
 
 // Forget implements capture.Source.

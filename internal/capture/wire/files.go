@@ -17,6 +17,7 @@ const (
 type FilesPlan struct {
 	Roots   []string `json:"roots"`
 	Exclude []string `json:"exclude,omitempty"`
+	Rate    int64    `json:"rate,omitempty"` // bytes of content a second that are read at most; 0: no limit
 }
 
 // FilesDone says that every file was read.

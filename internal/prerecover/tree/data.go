@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
-	"path"
 	"slices"
 	"strings"
 
@@ -62,13 +61,7 @@ func (g *Guest) RemoveAll(_ context.Context, name string) error {
 	} else if err != nil {
 		return err
 	}
-	dir, err := g.walk(path.Dir(name), true)
-	if err != nil {
-		return err
-	}
-	delete(dir.children, path.Base(name))
-	g.changed = append(g.changed, name)
-	return nil
+	return g.drop(name)
 }
 
 // Unpack implements prerecover.Guest.

@@ -469,6 +469,11 @@ func (g *Guest) Remove(_ context.Context, name string) error {
 	case n.mode.IsDir():
 		return fmt.Errorf("remove: it is a folder: %w", prerecover.ErrNotRegular)
 	}
+	return g.drop(name)
+}
+
+// drop takes what is there out of its folder.
+func (g *Guest) drop(name string) error {
 	dir, err := g.walk(path.Dir(name), true)
 	if err != nil {
 		return err
