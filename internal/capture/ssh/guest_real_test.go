@@ -268,7 +268,7 @@ func (g *guest) kill(t *testing.T, parent, disks, when string) {
 		_, err := g.attempt(t, parent, disks, allowSnapshots)
 		ended <- err
 	}()
-	g.run(`for i in $(seq 2000); do if ` + when + `; then pkill -9 -f 'agent-[0-9a-f]* serve'; exit 0; fi; sleep 0.01; done; echo "it never came to that"; exit 1`)
+	g.run(`for i in $(seq 1000); do if ` + when + `; then pkill -9 -f 'agent-[0-9a-f]* serve'; exit 0; fi; sleep 0.05; done; echo "it never came to that"; exit 1`)
 	if err := <-ended; err == nil {
 		t.Errorf("a capture whose agent was killed when %s was kept", when)
 	}
@@ -324,7 +324,7 @@ while not os.path.exists("/run/stop"):
         with open("%s/file-%d" % (d, n % 40), "wb") as f:
             f.write(os.urandom(n % 7 * 8000))
     os.pwrite(told, b"%020d" % n, 0)
-    time.sleep(0.01)
+    time.sleep(0.03)
 `
 
 func (g *guest) write(folders ...string) {
