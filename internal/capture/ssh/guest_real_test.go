@@ -272,7 +272,7 @@ func (g *guest) kill(t *testing.T, parent, disks, when string) {
 	if err := <-ended; err == nil {
 		t.Errorf("a capture whose agent was killed when %s was kept", when)
 	}
-	g.run("while pgrep -f 'lvm lvcreate|agent-[0-9a-f]* watchdog' >/dev/null; do sleep 0.05; done")
+	g.run("while pgrep -f 'lvm lvcreate|exe watchdog [0-9]' >/dev/null; do sleep 0.05; done")
 }
 
 // ours gives the snapshots of logical volumes that are there and look like ours.

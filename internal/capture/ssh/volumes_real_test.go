@@ -92,7 +92,7 @@ func thick(t *testing.T, g *guest) {
 	}
 	g.run("umount /mnt/second; lvremove -q -f da-ta/second")
 	// What an agent that was killed left behind goes; what looks like it and is somebody else's stays.
-	g.kill(t, two.ID, "vda", made(1))
+	g.kill(t, two.ID, "vda", thawed)
 	if g.ours() == "" {
 		t.Error("nothing is left by an agent that was killed")
 	}
@@ -124,10 +124,8 @@ func thick(t *testing.T, g *guest) {
 	g.run("umount /mnt/r1 /mnt/r2 /mnt/main /mnt/boot; swapoff -a; vgchange -q -an da-ta restored")
 }
 
-// made says on a guest, where it is asked again and again, that a capture's snapshot of some number has just been made.
-func made(n int) string {
-	return "if " + making(n) + "; then touch /run/made; false; else rm /run/made 2>/dev/null; fi"
-}
+// thawed says on a guest, where it is asked again and again, that a capture has just thawed what stood still, and goes on.
+const thawed = "if pgrep -f 'exe watchdog [0-9]' >/dev/null; then touch /run/held; false; else rm /run/held 2>/dev/null; fi"
 
 // layers puts a file system on dm-crypt on LVM on md on a partition. Writes are noted where they reach the whole disk.
 func layers(t *testing.T, g *guest) {
