@@ -130,6 +130,9 @@ func printRecord(w io.Writer, r dr.Record) {
 	}
 	st := s.Stats
 	fmt.Fprintf(w, "bytes        read %s, changed %s, sent %s, new %s, stored %s\n", size(st.Read), size(st.Changed), size(st.Sent), size(st.New), size(st.Stored))
+	if st.Resumed > 0 {
+		fmt.Fprintf(w, "went on      after a cut: %s were kept of an earlier attempt, and not sent again\n", size(st.Resumed))
+	}
 	if st.Frozen > 0 {
 		fmt.Fprintf(w, "frozen       %s of %s\n", span(st.Frozen), span(st.Duration))
 	}

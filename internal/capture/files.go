@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"time"
 
 	"github.com/klauspost/compress/zstd"
@@ -249,12 +248,7 @@ func (k *FilesSink) abort(ctx context.Context) {
 	if k.watch != nil {
 		k.watch.close()
 	}
-	if k.writer == nil || k.kept != nil {
-		return
-	}
-	if err := k.writer.Abort(context.WithoutCancel(ctx)); err != nil {
-		slog.Warn("snapshot not given up cleanly", "snapshot", k.task.ID, "error", err)
-	}
+	abort(ctx, k.writer, k.task.ID)
 }
 
 // Files reads the sink's file set into it and has it kept.

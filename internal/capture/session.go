@@ -28,6 +28,8 @@ const (
 	maxNotes   = 64
 	maxNote    = 500 // characters of one note or failure of an agent
 	writersMax = 8
+	// freezeBegins is how long after it was announced a freeze begins at the latest.
+	freezeBegins = time.Minute
 )
 
 // Session is the appliance's side of one conversation with an agent. The agent is hostile input: what it sends is limited,
@@ -158,12 +160,15 @@ func (s *Session) read(ctx context.Context, plan wire.Plan, sink *Sink, report d
 	if err := check(layout); err != nil {
 		return Outcome{}, err
 	}
-	sums, err := sink.Begin(ctx, Layout{Inventory: layout.Inventory, Disks: layout.Disks, Compares: true})
+	begun := Layout{Inventory: layout.Inventory, Disks: layout.Disks, Compares: true}
+	sums, err := sink.Begin(ctx, begun)
 	if err != nil {
 		return Outcome{}, err
 	}
+	sink.reportHad(begun, report)
 	rec := newReceiver(ctx, sink, sums, report)
 	defer rec.stop()
+	rec.freeze = max(plan.FreezeLimit, dr.DefaultFreezeLimit)
 	for i, known := range sums {
 		rec.blind[i] = plan.Track && layout.Disks[i].Tracked && sink.Inherits(i)
 		if err := s.tell(i, known, rec.blind[i], report); err != nil {
@@ -275,9 +280,11 @@ type receiver struct {
 	unzip   *zstd.Decoder
 	part    string
 	passes  int
-	seen    [][]uint64 // by disk, one bit a block: it came in this pass
-	blind   []bool     // by disk: the agent has no fingerprints of it
-	came    []int64    // by disk: blocks, in all passes
+	freeze  time.Duration // the longest that anything may stand still
+	still   time.Time     // nothing stands still after that
+	seen    [][]uint64    // by disk, one bit a block: it came in this pass
+	blind   []bool        // by disk: the agent has no fingerprints of it
+	came    []int64       // by disk: blocks, in all passes
 	names   *signs.Listing
 }
 
@@ -311,6 +318,12 @@ func (r *receiver) stop() {
 func (r *receiver) receive(from *wire.Reader) (wire.Done, error) {
 	var done wire.Done
 	for {
+		if r.sink.due() && time.Now().After(r.still) { // nobody waits for the store while something stands still
+			if err := r.settle(); err != nil {
+				return done, err
+			}
+			r.sink.keepPartial(r.ctx)
+		}
 		var buf []byte
 		select {
 		case buf = <-r.free:
@@ -322,6 +335,7 @@ func (r *receiver) receive(from *wire.Reader) (wire.Done, error) {
 			return done, cause
 		}
 		if err != nil {
+			_ = r.settle() // what came is kept
 			return done, fmt.Errorf("hear from the agent: the connection ended in the middle of the capture: %w", cut(err))
 		}
 		if kind == wire.KindBlock {
@@ -367,7 +381,11 @@ func (r *receiver) control(kind wire.Kind, payload []byte) error {
 			return fmt.Errorf("hear from the agent: more than %d passes: %w", maxPasses, wire.ErrGarbage)
 		}
 		r.part = fmt.Sprintf("read, pass %d", r.passes)
+		if r.sink.had > 0 {
+			r.part += ", going on after a cut"
+		}
 		if p.Frozen {
+			r.still = time.Now().Add(r.freeze + freezeBegins)
 			r.part = "read at one instant"
 		}
 		r.report.Report(r.part, 0, max(0, p.Total), "bytes")
@@ -418,6 +436,9 @@ func (r *receiver) settle() error {
 	return context.Cause(r.ctx)
 }
 
+// errDiffers is a capture at whose end both sides do not have the same.
+var errDiffers = errors.New("what arrived is not what the agent read")
+
 // agree compares what both sides have now.
 func (r *receiver) agree(done wire.Done) error {
 	if n := len(r.sums); len(done.Digests) != n || slices.Contains(r.blind, true) && len(done.Sent) != n {
@@ -425,7 +446,7 @@ func (r *receiver) agree(done wire.Done) error {
 	}
 	for i, s := range r.sums {
 		if r.blind[i] && done.Sent[i] != r.came[i] || !r.blind[i] && !bytes.Equal(done.Digests[i], s.Digest()) {
-			return fmt.Errorf("end the capture: what arrived of disk %d is not what the agent read", i)
+			return fmt.Errorf("end the capture: disk %d: %w", i, errDiffers)
 		}
 	}
 	return nil
@@ -439,7 +460,7 @@ func (r *receiver) zeros(payload []byte) error {
 	if err := r.take(z.Disk, z.First, z.Count); err != nil {
 		return err
 	}
-	if err := r.sink.Zero(r.ctx, z.Disk, z.First, z.Count); err != nil {
+	if err := r.sink.Zero(context.WithoutCancel(r.ctx), z.Disk, z.First, z.Count); err != nil {
 		return err
 	}
 	for b := z.First; b < z.First+z.Count; b++ {
@@ -481,7 +502,8 @@ func (r *receiver) block(payload, buf []byte) error {
 	if r.blind[b.Disk] && s.At(b.Number) == b.Sum {
 		return nil // written with what was there already
 	}
-	if err := r.sink.Write(r.ctx, b.Disk, b.Number, data, frame); err != nil {
+	// What has begun is finished: half of it would leave nothing to go on with.
+	if err := r.sink.Write(context.WithoutCancel(r.ctx), b.Disk, b.Number, data, frame); err != nil {
 		return err
 	}
 	s.Set(b.Number, b.Sum)

@@ -59,9 +59,9 @@ func openEarlier(ctx context.Context, st *store.Store, id string, set fileset.Se
 	e := &earlier{base: base{id: id, maps: []*signs.Map{nil}}, files: files, cursor: files.All()}
 	was := files.Set()
 	if slices.Equal(was.Roots, set.Roots) && slices.Equal(was.Exclude, set.Exclude) {
-		e.names = attachedNames(ctx, st, id) // those of other folders came and went because somebody said so
+		e.names = attachedTo(ctx, st, id).names() // those of other folders came and went because somebody said so
 	}
-	if m := attachedMap(ctx, st, id, 0); m != nil && m.BlockSize() == contentBlock {
+	if m := attachedTo(ctx, st, id).signs(0); m != nil && m.BlockSize() == contentBlock {
 		var is dr.Content
 		m.Content(&is)
 		e.kept, e.readable = m, is.Readable

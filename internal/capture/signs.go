@@ -47,14 +47,19 @@ func newBase(ctx context.Context, st *store.Store, id string, disks []Disk) *bas
 	if err != nil {
 		return nil
 	}
-	b := &base{id: id, maps: make([]*signs.Map, len(disks)), names: attachedNames(ctx, st, id)}
+	return readBase(id, snap.Disks, disks, attachedTo(ctx, st, id))
+}
+
+// readBase reads it from what was attached to disks that were written before.
+func readBase(id string, before []dr.SnapshotDisk, disks []Disk, with attached) *base {
+	b := &base{id: id, maps: make([]*signs.Map, len(disks)), names: with.names()}
 	any := b.names != nil
 	for i, now := range disks {
-		j := slices.IndexFunc(snap.Disks, func(before dr.SnapshotDisk) bool { return before.Name == now.Name })
+		j := slices.IndexFunc(before, func(d dr.SnapshotDisk) bool { return d.Name == now.Name })
 		if j < 0 {
 			j = i
 		}
-		b.maps[i] = attachedMap(ctx, st, id, j)
+		b.maps[i] = with.signs(j)
 		any = any || b.maps[i] != nil
 	}
 	if !any {
@@ -63,9 +68,16 @@ func newBase(ctx context.Context, st *store.Store, id string, disks []Disk) *bas
 	return b
 }
 
-// attachedMap reads what the cells of a disk held, or of all files; nil if that was not kept.
-func attachedMap(ctx context.Context, st *store.Store, id string, disk int) *signs.Map {
-	raw, err := st.Attachment(ctx, id, signsName(disk))
+// attached gives what was attached to a snapshot, or to a partial.
+type attached func(name string) ([]byte, error)
+
+func attachedTo(ctx context.Context, st *store.Store, id string) attached {
+	return func(name string) ([]byte, error) { return st.Attachment(ctx, id, name) }
+}
+
+// signs reads what the cells of a disk held, or of all files; nil if that was not kept.
+func (a attached) signs(disk int) *signs.Map {
+	raw, err := a(signsName(disk))
 	if err != nil {
 		return nil
 	}
@@ -76,9 +88,9 @@ func attachedMap(ctx context.Context, st *store.Store, id string, disk int) *sig
 	return m
 }
 
-// attachedNames reads the listing of a snapshot; nil if none was kept.
-func attachedNames(ctx context.Context, st *store.Store, id string) *signs.Listing {
-	raw, err := st.Attachment(ctx, id, namesName)
+// names reads the listing of a snapshot; nil if none was kept.
+func (a attached) names() *signs.Listing {
+	raw, err := a(namesName)
 	if err != nil {
 		return nil
 	}
@@ -97,14 +109,14 @@ func (b *base) at(disk, block int, size int64) *signs.Map {
 	return b.maps[disk]
 }
 
-// begin starts the map of the next disk: as the last snapshot left it where blocks that are not written stay, else empty.
-func (w *watch) begin(disk, block int, size int64, stays bool) error {
+// begin starts the map of the next disk: as it is known where blocks that are not written stay, else empty.
+func (w *watch) begin(disk, block int, size int64, known *base) error {
 	for _, b := range w.bases {
 		if b.maps[disk] != nil && b.maps[disk].BlockSize() != block {
 			b.maps[disk] = nil // its cells are others
 		}
 	}
-	if before := w.last.at(disk, block, size); stays && before != nil {
+	if before := known.at(disk, block, size); before != nil {
 		w.maps = append(w.maps, before.Clone())
 		return nil
 	}
@@ -167,15 +179,25 @@ func (k *Sink) keepSigns(out Outcome) (*dr.Signs, error) {
 	return w.found(k.writer, k.task, out.Names, out.NoNames)
 }
 
-// found attaches what the next snapshot is compared with, and says what this one shows.
-func (w *watch) found(writer *store.Writer, task api.SnapshotTask, names *signs.Listing, noNames string) (*dr.Signs, error) {
-	found := &dr.Signs{NoNames: noNames}
+// attach attaches what the next snapshot is compared with of what blocks hold.
+func (w *watch) attach(to func(name string, data []byte)) error {
 	for i, m := range w.maps {
 		b, err := m.MarshalBinary()
 		if err != nil {
-			return nil, err
+			return err
 		}
-		writer.Attach(signsName(i), b)
+		to(signsName(i), b)
+	}
+	return nil
+}
+
+// found attaches what the next snapshot is compared with, and says what this one shows.
+func (w *watch) found(writer *store.Writer, task api.SnapshotTask, names *signs.Listing, noNames string) (*dr.Signs, error) {
+	found := &dr.Signs{NoNames: noNames}
+	if err := w.attach(writer.Attach); err != nil {
+		return nil, err
+	}
+	for _, m := range w.maps {
 		m.Content(&found.Content)
 		found.Took += m.Took()
 	}

@@ -19,14 +19,21 @@ import (
 func sumsName(disk int) string { return fmt.Sprintf("sums-%d", disk) }
 
 // Take captures a server into the store as the snapshot that the task asks for. The snapshot is complete, or there is none.
+//
+// What a source that compares had read when it was cut off is not a snapshot; it is what the next capture of that server
+// has to begin with (see resume.go).
 func Take(ctx context.Context, src Source, st *store.Store, task api.SnapshotTask, report dr.Progress) (dr.Snapshot, error) {
-	k := &Sink{store: st, task: task, parent: task.Parent, began: time.Now()}
-	defer k.abort(ctx)
+	return take(ctx, src, &Sink{store: st, task: task, parent: task.Parent, began: time.Now(), resume: resume{pace: usualPace}}, report)
+}
+
+func take(ctx context.Context, src Source, k *Sink, report dr.Progress) (dr.Snapshot, error) {
+	defer func() { abort(ctx, k.writer, k.task.ID) }()
 	if err := src.Capture(ctx, k, report); err != nil {
-		return dr.Snapshot{}, fmt.Errorf("capture %s: %w", task.Server.Name, err)
+		k.leave(ctx, err)
+		return dr.Snapshot{}, fmt.Errorf("capture %s: %w", k.task.Server.Name, err)
 	}
 	if k.kept == nil {
-		return dr.Snapshot{}, fmt.Errorf("capture %s: the source gave nothing", task.Server.Name)
+		return dr.Snapshot{}, fmt.Errorf("capture %s: the source gave nothing", k.task.Server.Name)
 	}
 	return *k.kept, nil
 }
@@ -36,17 +43,14 @@ func (k *Sink) Keep(ctx context.Context, out Outcome) error {
 	if k.writer == nil {
 		return errors.New("keep a snapshot: none has begun")
 	}
-	for i, s := range k.sums {
-		b, err := s.MarshalBinary()
-		if err != nil {
-			return err
-		}
-		k.writer.Attach(sumsName(i), b)
+	if err := k.attachSums(k.writer.Attach); err != nil {
+		return err
 	}
 	found, err := k.keepSigns(out)
 	if err != nil {
 		return err
 	}
+	k.resumes = false // from here on there is a snapshot, or a store that takes none
 	kept, err := k.writer.Commit(ctx, dr.Snapshot{
 		ID: k.task.ID, ServerID: k.task.Server.ID, Server: k.task.Server.Name, Parent: k.parent, Taken: out.Taken.UTC(),
 		Consistency: out.Consistency, Pass: k.passOf(out), Inventory: out.Inventory,
@@ -113,6 +117,7 @@ type Sink struct {
 	writer *store.Writer
 	kept   *dr.Snapshot
 	watch  watch
+	resume
 
 	// One a disk.
 	names    []string
@@ -135,7 +140,7 @@ func (k *Sink) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error) {
 			k.watch.bases = append(k.watch.bases, b)
 		}
 	}
-	known, why := k.known(ctx, layout)
+	known, why := k.fromParent(ctx, layout)
 	k.pass = dr.CapturePass{Kind: dr.PassCompare, Reason: "changes to this source are not tracked"}
 	if why != "" {
 		k.parent, k.pass = "", dr.CapturePass{Kind: dr.PassFull, Reason: why}
@@ -144,17 +149,23 @@ func (k *Sink) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error) {
 	if k.writer, err = k.store.Begin(ctx, k.task.ID, k.parent); err != nil {
 		return nil, err
 	}
+	from := k.watch.last
+	if k.parent == "" {
+		if known, from, err = k.goOn(ctx, layout); err != nil {
+			return nil, err
+		}
+	}
 	seed := wire.NewSeed()
 	for i, disk := range layout.Disks {
-		size := 0 // the parent's
-		if k.parent == "" {
+		size := 0 // what it was
+		if k.parent == "" && known == nil {
 			size = wire.BlockSizeFor(disk.Size, store.DefaultBlockSize)
 		}
 		w, err := k.writer.Disk(ctx, disk.Name, disk.Size, size)
 		if err != nil {
 			return nil, err
 		}
-		if err := k.watch.begin(i, w.BlockSize(), disk.Size, k.parent != ""); err != nil {
+		if err := k.watch.begin(i, w.BlockSize(), disk.Size, from); err != nil {
 			return nil, err
 		}
 		k.names, k.disks, k.inherits = append(k.names, disk.Name), append(k.disks, w), append(k.inherits, false)
@@ -162,7 +173,8 @@ func (k *Sink) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error) {
 			continue
 		}
 		if known != nil && known[i].BlockSize == w.BlockSize() {
-			k.sums, k.inherits[i] = append(k.sums, known[i]), true
+			// Of a partial no agent knows what was written since: everything is compared.
+			k.sums, k.inherits[i] = append(k.sums, known[i]), k.parent != ""
 			continue
 		}
 		s, err := wire.NewSums(seed, w.BlockSize(), disk.Size)
@@ -174,8 +186,8 @@ func (k *Sink) Begin(ctx context.Context, layout Layout) ([]*wire.Sums, error) {
 	return k.sums, nil
 }
 
-// known gives the parent's fingerprints, or why the parent cannot be built on.
-func (k *Sink) known(ctx context.Context, layout Layout) (sums []*wire.Sums, why string) {
+// fromParent gives the parent's fingerprints, or why the parent cannot be built on.
+func (k *Sink) fromParent(ctx context.Context, layout Layout) (sums []*wire.Sums, why string) {
 	if k.parent == "" {
 		return nil, "there is no earlier snapshot"
 	}
@@ -183,10 +195,15 @@ func (k *Sink) known(ctx context.Context, layout Layout) (sums []*wire.Sums, why
 	if err != nil {
 		return nil, fmt.Sprintf("the earlier snapshot %s cannot be read: %v", k.parent, err)
 	}
-	if len(parent.Disks) != len(layout.Disks) {
-		return nil, fmt.Sprintf("the server has %d disks now and had %d", len(layout.Disks), len(parent.Disks))
+	return fit(layout, parent.Disks, k.watch.last, attachedTo(ctx, k.store, k.parent))
+}
+
+// fit gives the fingerprints attached to disks that were written before, or why those of now cannot be built on them.
+func fit(layout Layout, disks []dr.SnapshotDisk, held *base, with attached) (sums []*wire.Sums, why string) {
+	if len(disks) != len(layout.Disks) {
+		return nil, fmt.Sprintf("the server has %d disks now and had %d", len(layout.Disks), len(disks))
 	}
-	for i, before := range parent.Disks {
+	for i, before := range disks {
 		now := layout.Disks[i]
 		if before.Name != now.Name {
 			return nil, fmt.Sprintf("disk %d is %s now and was %s", i, now.Name, before.Name)
@@ -194,13 +211,13 @@ func (k *Sink) known(ctx context.Context, layout Layout) (sums []*wire.Sums, why
 		if before.Size != now.Size {
 			return nil, fmt.Sprintf("disk %s has %d bytes now and had %d", now.Name, now.Size, before.Size)
 		}
-		if k.watch.last.at(i, before.BlockSize, before.Size) == nil {
+		if held.at(i, before.BlockSize, before.Size) == nil {
 			return nil, fmt.Sprintf("what the blocks of disk %s held was not kept", now.Name)
 		}
 		if !layout.Compares {
 			continue
 		}
-		b, err := k.store.Attachment(ctx, k.parent, sumsName(i))
+		b, err := with(sumsName(i))
 		if err != nil {
 			return nil, fmt.Sprintf("no fingerprints of disk %s were kept: %v", now.Name, err)
 		}
@@ -217,6 +234,7 @@ func (k *Sink) known(ctx context.Context, layout Layout) (sums []*wire.Sums, why
 // otherwise.
 func (k *Sink) Write(ctx context.Context, disk int, block int64, data, frame []byte) error {
 	k.watch.look(disk, block, data)
+	k.fresh.Add(int64(len(data)))
 	return k.disks[disk].WritePacked(ctx, block, data, frame)
 }
 
@@ -248,12 +266,12 @@ func (k *Sink) Part(ctx context.Context, disk int, img image.Image, extents []im
 	return d.Ingest(ctx, looked{img, &k.watch, disk, size}, append([]image.Extent{}, extents...), report)
 }
 
-// abort gives up what was not committed.
-func (k *Sink) abort(ctx context.Context) {
-	if k.writer == nil || k.kept != nil {
+// abort gives up what was not committed. A writer that never was, or that has committed, is left alone.
+func abort(ctx context.Context, w *store.Writer, snapshotID string) {
+	if w == nil {
 		return
 	}
-	if err := k.writer.Abort(context.WithoutCancel(ctx)); err != nil {
-		slog.Warn("snapshot not given up cleanly", "snapshot", k.task.ID, "error", err)
+	if err := w.Abort(context.WithoutCancel(ctx)); err != nil {
+		slog.Warn("snapshot not given up cleanly", "snapshot", snapshotID, "error", err)
 	}
 }

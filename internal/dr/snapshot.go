@@ -148,13 +148,14 @@ const (
 
 // CaptureStats are the measured costs of a capture, in bytes unless named otherwise.
 type CaptureStats struct {
-	Read     int64         `json:"read"`     // read from the source's disks, all passes
-	Changed  int64         `json:"changed"`  // in blocks that differ from the parent (full: the non-zero data)
-	Sent     int64         `json:"sent"`     // over the wire from the source, framing included; 0 for local disks
-	New      int64         `json:"new"`      // in blocks the store did not have, before compression
-	Stored   int64         `json:"stored"`   // by which the store grew, after compression and sealing
-	Frozen   time.Duration `json:"frozen"`   // how long the file systems stood still
-	Duration time.Duration `json:"duration"` // the whole capture
+	Read     int64         `json:"read"`              // read from the source's disks, all passes
+	Changed  int64         `json:"changed"`           // in blocks that differ from the parent (full: the non-zero data)
+	Resumed  int64         `json:"resumed,omitempty"` // in blocks that an earlier attempt, which was cut off, had kept: they were not sent again
+	Sent     int64         `json:"sent"`              // over the wire from the source, framing included; 0 for local disks
+	New      int64         `json:"new"`               // in blocks the store did not have, before compression
+	Stored   int64         `json:"stored"`            // by which the store grew, after compression and sealing
+	Frozen   time.Duration `json:"frozen"`            // how long the file systems stood still
+	Duration time.Duration `json:"duration"`          // the whole capture
 }
 
 // State is what has been proven of a snapshot.

@@ -246,6 +246,9 @@ func (m *Master) RemoveServer(ctx context.Context, name string) error {
 	if err := m.Store.DeleteRecord(ctx, recordServer, s.ID); err != nil {
 		return fmt.Errorf("forget definition of %s in the store: %w", s.Name, err)
 	}
+	if err := m.Store.DropPartial(ctx, s.ID); err != nil {
+		return err
+	}
 	// The source may be gone for good: what is left there is a cache folder, and not reaching it is no reason to fail.
 	if err := m.Appliance.Forget(ctx, s.Source); err != nil {
 		m.event(ctx, "server.source-not-cleaned", s.Name, s.ID, "the agent's cache folder may be left on the source: "+err.Error())

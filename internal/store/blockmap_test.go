@@ -80,10 +80,18 @@ func FuzzDecodeMap(f *testing.F) {
 func FuzzDecodeDocument(f *testing.F) {
 	f.Add([]byte(`{"format":"muster-snapshot-1","snapshot":{"id":"snap-1","disks":[{"name":"sda","size":5,"block_size":131072,"root":"Ixaa"}]},"zeros":[{}]}`))
 	f.Add([]byte(`{"format":"muster-snapshot-1","snapshot":{"id":"../x"}}`))
+	f.Add([]byte(`{"format":"muster-partial-1","snapshot":{"id":"snap-1","server_id":"srv-1","disks":[{"name":"sda","size":5,"block_size":131072,"root":"Ixaa"}]},"zeros":[{}]}`))
 	f.Add([]byte(`[]`))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		d, err := decodeDocument(data)
-		if err != nil {
+		d, err := decodeDocument(data, manifestFormat)
+		partial, perr := decodeDocument(data, partialFormat)
+		if err == nil && perr == nil {
+			t.Fatalf("%q is taken for a snapshot and for a partial", data)
+		}
+		if perr == nil {
+			d, err = partial, nil
+		}
+		if err != nil || d.Snapshot.IsData() {
 			return
 		}
 		if len(d.Snapshot.Disks) == 0 || len(d.Snapshot.Disks) != len(d.Zeros) {

@@ -135,6 +135,9 @@ func (s *Store) collect(ctx context.Context, opts CollectOptions, progress dr.Pr
 		return r, fmt.Errorf("%w: a snapshot is being written or another collection runs", err)
 	}
 	defer unlock()
+	if err := s.sortPartials(ctx); err != nil {
+		return r, err
+	}
 	safety := maintenance.SafetyFull
 	if opts.Immediate {
 		safety = maintenance.SafetyNone

@@ -48,6 +48,7 @@ type segment struct {
 	base    int64 // touched: bytes of non-zero blocks before
 	data    int64 // touched: bytes of non-zero blocks now
 	changed int64 // touched: bytes of blocks that differ from before
+	same    int64 // touched: bytes of non-zero blocks that do not
 }
 
 // Disk adds the next disk. blockSize 0 takes the parent's, or DefaultBlockSize. The parent's disk at the same position
@@ -346,7 +347,7 @@ func (d *DiskWriter) sealSegment(ctx context.Context, n int64) error {
 	if err != nil {
 		return err
 	}
-	s.base, s.data, s.changed = 0, 0, 0
+	s.base, s.data, s.changed, s.same = 0, 0, 0, 0
 	first := n * d.geo.perSegment()
 	for i, id := range s.blocks {
 		length := d.geo.blockLen(first + int64(i))
@@ -356,8 +357,11 @@ func (d *DiskWriter) sealSegment(ctx context.Context, n int64) error {
 		if id != content.EmptyID {
 			s.data += length
 		}
-		if id != before[i] {
+		switch {
+		case id != before[i]:
 			s.changed += length
+		case id != content.EmptyID:
+			s.same += length
 		}
 	}
 	if allZero(s.blocks) {
@@ -370,6 +374,16 @@ func (d *DiskWriter) sealSegment(ctx context.Context, n int64) error {
 		if o == n {
 			d.open = append(d.open[:i], d.open[i+1:]...)
 			break
+		}
+	}
+	return nil
+}
+
+// sealOpen writes every open segment.
+func (d *DiskWriter) sealOpen() error {
+	for len(d.open) > 0 {
+		if err := d.sealSegment(d.w.ctx, d.open[0]); err != nil {
+			return err
 		}
 	}
 	return nil
@@ -405,29 +419,48 @@ type diskMap struct {
 	segments            []object.ID
 	zeroBlock, zeroTail object.ID
 	zeros               zeros
-	data, changed       int64
+	totals
 }
 
-// seal finishes the disk.
+// totals are bytes of blocks of a disk.
+type totals struct {
+	data    int64 // that are not zeros
+	changed int64 // that differ from the parent's, or hold anything where there is none
+	resumed int64 // that are as the partial has them, and not zeros
+}
+
+// totals adds up what is known of the segments, none of which is open.
+func (d *DiskWriter) totals() totals {
+	t := totals{data: d.inherited, resumed: d.inherited}
+	for i := range d.segs {
+		s := &d.segs[i]
+		t.data += s.data - s.base
+		t.changed += s.changed
+		t.resumed += s.same - s.base
+	}
+	if d.w.resumed {
+		t.changed = t.data // it has no parent
+	} else {
+		t.resumed = 0
+	}
+	return t
+}
+
+// seal finishes the disk as it is now. More may be written afterwards.
 func (d *DiskWriter) seal() (*diskMap, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for len(d.open) > 0 {
-		if err := d.sealSegment(d.w.ctx, d.open[0]); err != nil {
-			return nil, err
-		}
+	if err := d.sealOpen(); err != nil {
+		return nil, err
 	}
 	block, tail, z, err := d.zerosNow()
 	if err != nil {
 		return nil, err
 	}
-	m := &diskMap{geo: d.geo, segments: make([]object.ID, len(d.segs)), zeros: z, zeroBlock: block, zeroTail: tail, data: d.inherited}
+	m := &diskMap{geo: d.geo, segments: make([]object.ID, len(d.segs)), zeros: z, zeroBlock: block, zeroTail: tail, totals: d.totals()}
 	for i := range d.segs {
-		s := &d.segs[i]
-		m.data += s.data - s.base
-		m.changed += s.changed
-		m.segments[i] = s.id
-		if s.id == object.EmptyID {
+		m.segments[i] = d.segs[i].id
+		if m.segments[i] == object.EmptyID {
 			if m.segments[i], err = d.zeroSegment(int64(i), &m.zeros); err != nil {
 				return nil, err
 			}
@@ -446,16 +479,10 @@ func (d *DiskWriter) seal() (*diskMap, error) {
 func (d *DiskWriter) changedBlocks() (int64, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for len(d.open) > 0 {
-		if err := d.sealSegment(d.w.ctx, d.open[0]); err != nil {
-			return 0, err
-		}
+	if err := d.sealOpen(); err != nil {
+		return 0, err
 	}
-	var bytes int64
-	for i := range d.segs {
-		bytes += d.segs[i].changed
-	}
-	return ceilDiv(bytes, d.geo.block), nil
+	return ceilDiv(d.totals().changed, d.geo.block), nil
 }
 
 // zeroSegment gives the object that stands for a segment of zeros, and notes it.

@@ -22,18 +22,18 @@ import (
 func (s *Store) Attachment(ctx context.Context, snapshotID, name string) ([]byte, error) {
 	ctx, done := s.bind(ctx)
 	defer done()
-	data, err := s.attachment(ctx, snapshotID, name)
+	f, err := s.find(ctx, snapshotID)
+	var data []byte
+	if err == nil {
+		data, err = s.attachment(ctx, f, name)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("read attachment %s of %s: %w", name, snapshotID, s.explain(err))
 	}
 	return data, nil
 }
 
-func (s *Store) attachment(ctx context.Context, snapshotID, name string) ([]byte, error) {
-	f, err := s.find(ctx, snapshotID)
-	if err != nil {
-		return nil, err
-	}
+func (s *Store) attachment(ctx context.Context, f *found, name string) ([]byte, error) {
 	if _, ok := f.doc.Attachments[name]; !ok {
 		return nil, ErrNotFound
 	}

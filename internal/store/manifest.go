@@ -21,12 +21,16 @@ import (
 	"github.com/musterdr/muster/internal/fileset"
 )
 
-// manifestFormat is the version of snapshot.json. A reader refuses any other.
-const manifestFormat = "muster-snapshot-1"
+// The versions of snapshot.json and of partial.json. A reader refuses any other, and either in place of the other.
+const (
+	manifestFormat = "muster-snapshot-1"
+	partialFormat  = "muster-partial-1"
+)
 
 // Names in the folder that a snapshot is for Kopia.
 const (
 	manifestFile    = "snapshot.json"
+	partialFile     = "partial.json"
 	mapFile         = "disk.map"
 	segmentsDir     = "disk.segs"
 	zeroBlockFile   = "zero.block"
@@ -34,10 +38,12 @@ const (
 	attachmentsDir  = "attachments"
 	kindSnapshot    = "snapshot"
 	kindKept        = "kept"
+	kindPartial     = "partial"
 	tagKind         = "tag:muster"
 	tagSnapshot     = "tag:snapshot"
 	tagName         = "tag:name"
-	tagImage        = "tag:image" // of data: the image that it goes onto
+	tagServer       = "tag:server" // of a partial
+	tagImage        = "tag:image"  // of data: the image that it goes onto
 	manifestTypeKey = manifest.TypeLabelKey
 )
 
@@ -47,7 +53,7 @@ func dataFile(i int) string             { return fmt.Sprintf("%08d.data", i) }
 func segmentFile(i int64) string        { return fmt.Sprintf("%08d.seg", i) }
 func describe(id, server string) string { return "muster " + id + " of " + server }
 
-// document is snapshot.json.
+// document is snapshot.json, or partial.json.
 type document struct {
 	Format      string           `json:"format"`
 	Snapshot    dr.Snapshot      `json:"snapshot"`
@@ -65,8 +71,8 @@ func validateFileName(name string) error {
 	return nil
 }
 
-// decodeDocument reads and validates snapshot.json. It comes from a store that somebody else may have written to.
-func decodeDocument(data []byte) (*document, error) {
+// decodeDocument reads and validates a document of a format. It comes from a store that somebody else may have written to.
+func decodeDocument(data []byte, format string) (*document, error) {
 	if len(data) > MaxManifest {
 		return nil, fmt.Errorf("the manifest has %d bytes; the most is %d", len(data), MaxManifest)
 	}
@@ -74,8 +80,8 @@ func decodeDocument(data []byte) (*document, error) {
 	if err := json.Unmarshal(data, &d); err != nil {
 		return nil, err
 	}
-	if d.Format != manifestFormat {
-		return nil, fmt.Errorf("the manifest has format %.40q; this release reads %q", d.Format, manifestFormat)
+	if d.Format != format {
+		return nil, fmt.Errorf("the manifest has format %.40q; this release reads %q", d.Format, format)
 	}
 	s := d.Snapshot
 	if err := dr.ValidateID(s.ID); err != nil {
@@ -186,7 +192,7 @@ func (s *Store) find(ctx context.Context, snapshotID string) (*found, error) {
 	if len(entries) == 0 {
 		return nil, fmt.Errorf("snapshot %s is %w", snapshotID, ErrNotFound)
 	}
-	f, err := s.load(ctx, entries[0].ID)
+	f, err := s.load(ctx, entries[0].ID, manifestFile, manifestFormat)
 	if err != nil {
 		return nil, err
 	}
@@ -196,7 +202,8 @@ func (s *Store) find(ctx context.Context, snapshotID string) (*found, error) {
 	return f, nil
 }
 
-func (s *Store) load(ctx context.Context, id manifest.ID) (*found, error) {
+// load reads one of Kopia's manifests, and the document of that name and format in its folder.
+func (s *Store) load(ctx context.Context, id manifest.ID, name, format string) (*found, error) {
 	rep := s.rep
 	m, err := snapshot.LoadSnapshot(ctx, rep, id)
 	if errors.Is(err, snapshot.ErrSnapshotNotFound) {
@@ -214,10 +221,10 @@ func (s *Store) load(ctx context.Context, id manifest.ID) (*found, error) {
 		return nil, fmt.Errorf("%w: manifest %s is of a file", ErrDamaged, id)
 	}
 	var buf bytes.Buffer
-	if err := s.copyFile(ctx, root, manifestFile, &buf, MaxManifest); err != nil {
+	if err := s.copyFile(ctx, root, name, &buf, MaxManifest); err != nil {
 		return nil, err
 	}
-	doc, err := decodeDocument(buf.Bytes())
+	doc, err := decodeDocument(buf.Bytes(), format)
 	if err != nil {
 		return nil, fmt.Errorf("%w: read manifest %s: %w", ErrDamaged, id, err)
 	}
@@ -307,7 +314,7 @@ func (s *Store) Snapshots(ctx context.Context) ([]dr.Snapshot, error) {
 	out := make([]dr.Snapshot, 0, len(entries))
 	var errs []error
 	for _, e := range entries {
-		f, err := s.load(ctx, e.ID)
+		f, err := s.load(ctx, e.ID, manifestFile, manifestFormat)
 		if errors.Is(err, ErrNotFound) { // forgotten just now
 			continue
 		}

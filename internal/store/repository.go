@@ -26,6 +26,7 @@ const (
 	hashAlgorithm       = "BLAKE3-256"
 	encryptionAlgorithm = "AES256-GCM-HMAC-SHA256"
 	objectSplitter      = "FIXED-8M"
+	attachedSplitter    = "FIXED-1M" // of attached files: of one that changed in one place only that is stored anew
 	packSize            = 20 << 20
 	compressorFast      = "zstd-fastest"
 	compressorSmall     = "zstd"

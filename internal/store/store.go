@@ -10,6 +10,7 @@
 //	DiskWriter  one disk of it
 //	Image       one disk of a kept snapshot, readable at any offset
 //	record      a small piece of JSON that must survive the catalog: server definitions, verdicts, promotions
+//	Partial     what was written of a snapshot that is not finished, for the next attempt to go on with
 //	pin, hold   why a snapshot cannot be forgotten now: somebody reads it; a machine runs on it
 //
 // # What is kept

@@ -230,7 +230,7 @@ func (v *verifier) block(ctx context.Context, id content.ID, length int64) error
 	if int64(len(data)) != length {
 		return fmt.Errorf("it has %d bytes, not %d", len(data), length)
 	}
-	again, err := putObject(withoutWriting(ctx), v.session, data, string(id.Prefix()), "")
+	again, err := putObject(withoutWriting(ctx), v.session, data, string(id.Prefix()), "", objectSplitter)
 	if err != nil || again != object.DirectObjectID(id) {
 		return errors.New("its bytes do not have the hash by which they are named")
 	}
@@ -331,7 +331,7 @@ func (v *verifier) files(ctx context.Context, f *found) {
 	}
 	for name := range f.doc.Attachments {
 		check(name, func() error {
-			_, err := v.s.attachment(ctx, f.doc.Snapshot.ID, name)
+			_, err := v.s.attachment(ctx, f, name)
 			return err
 		})
 	}

@@ -30,7 +30,8 @@ type Writer struct {
 	s        *Store
 	id       string
 	parentID string
-	parent   *found // nil for a full snapshot
+	parent   *found // what disks start with; nil for zeros
+	resumed  bool   // parent is a partial, and the snapshot a full one
 	began    time.Time
 	blockCmp string // compressor of blocks
 
@@ -187,7 +188,7 @@ func (w *Writer) fail(err error) error {
 
 // put writes one object in one piece and gives its identifier.
 func (w *Writer) put(data []byte, prefix, compressor string) (object.ID, error) {
-	return putObject(w.ctx, w.session, data, prefix, compressor)
+	return putObject(w.ctx, w.session, data, prefix, compressor, objectSplitter)
 }
 
 // putNode writes an indirect object over objects of any length.
@@ -209,10 +210,10 @@ func (w *Writer) putNode(entries []object.IndirectObjectEntry) (object.ID, error
 // isMine says whether a pack was written by this snapshot.
 func (w *Writer) isMine(pack blob.ID) bool { return w.mine.has(content.SessionIDFromBlobID(pack)) }
 
-func putObject(ctx context.Context, session repo.RepositoryWriter, data []byte, prefix, compressor string) (object.ID, error) {
+func putObject(ctx context.Context, session repo.RepositoryWriter, data []byte, prefix, compressor, splitter string) (object.ID, error) {
 	o := session.NewObjectWriter(ctx, object.WriterOptions{
 		Prefix: contentPrefix(prefix), Compressor: compressorName(compressor), MetadataCompressor: compressorName(compressor),
-		Splitter: objectSplitter,
+		Splitter: splitter,
 	})
 	defer o.Close() //nolint:errcheck // gives back memory
 	if _, err := o.Write(data); err != nil {
@@ -261,7 +262,7 @@ func (w *Writer) Changed() (blocks int64, err error) {
 
 // Commit completes the snapshot and publishes it: when it returns without an error the snapshot is on the medium,
 // was read back, and is visible; otherwise there is none, unless the medium failed right after publishing: then Begin
-// says ErrExists. It fills in ID, Parent, Disks and the Changed, New and
+// says ErrExists. It fills in ID, Parent, Disks and the Changed, Resumed, New and
 // Stored of Stats, where Stored counts all but the manifest itself, and returns the snapshot as kept.
 func (w *Writer) Commit(ctx context.Context, snap dr.Snapshot) (dr.Snapshot, error) {
 	if err := w.usable(ctx); err != nil {
@@ -282,44 +283,56 @@ func (w *Writer) commit(ctx context.Context, snap dr.Snapshot) (dr.Snapshot, err
 	if len(w.disks) == 0 && w.files == nil {
 		return snap, errors.New("it has no disk")
 	}
-	doc := document{Format: manifestFormat, Attachments: map[string]int64{}}
-	snap.Disks = nil
-	snap.Stats.Changed, snap.Stats.New = 0, 0
-	maps := make([]*diskMap, len(w.disks))
+	doc := document{Format: manifestFormat, Snapshot: snap}
+	c, err := w.seal(ctx, &doc, w.attach)
+	if err != nil {
+		return snap, err
+	}
+	doc.Snapshot.Stats.Stored = w.uploaded.Load()
+	return doc.Snapshot, w.publish(ctx, doc, c)
+}
+
+// contents are what the document of a snapshot describes: all of it on the medium, and named by nothing yet.
+type contents struct {
+	disks     []*diskMap
+	files     map[string]object.ID // attached
+	filesSize int64                // of the index of a set of files
+}
+
+// seal writes out everything written so far, and describes it in the document.
+func (w *Writer) seal(ctx context.Context, doc *document, attach map[string][]byte) (c contents, err error) {
+	snap := &doc.Snapshot
+	snap.Disks, doc.Attachments = nil, map[string]int64{}
+	snap.Stats.Changed, snap.Stats.New, snap.Stats.Resumed = 0, 0, 0
 	for i, d := range w.disks {
 		m, err := d.seal()
 		if err != nil {
-			return snap, fmt.Errorf("disk %d: %w", i, err)
+			return c, fmt.Errorf("disk %d: %w", i, err)
 		}
-		maps[i] = m
+		c.disks = append(c.disks, m)
 		snap.Disks = append(snap.Disks, dr.SnapshotDisk{
 			Name: d.name, Size: d.geo.size, BlockSize: int(d.geo.block), Root: m.root.String(), Data: m.data,
 		})
 		snap.Stats.Changed += m.changed
+		snap.Stats.Resumed += m.resumed
 		snap.Stats.New += d.fresh.Load()
 		doc.Zeros = append(doc.Zeros, m.zeros)
 	}
-	filesSize, err := w.sealFiles(&snap)
-	if err != nil {
-		return snap, err
+	if c.filesSize, err = w.sealFiles(snap); err != nil {
+		return c, err
 	}
-	files := make(map[string]object.ID, len(w.attach))
-	for name, data := range w.attach {
-		id, err := w.put(data, "", compressorSmall)
+	c.files = make(map[string]object.ID, len(attach))
+	for name, data := range attach {
+		id, err := putObject(w.ctx, w.session, data, "", compressorSmall, attachedSplitter)
 		if err != nil {
-			return snap, fmt.Errorf("attach %s: %w", name, err)
+			return c, fmt.Errorf("attach %s: %w", name, err)
 		}
-		files[name], doc.Attachments[name] = id, int64(len(data))
+		c.files[name], doc.Attachments[name] = id, int64(len(data))
 	}
 	if err := w.session.Flush(w.ctx); err != nil {
-		return snap, err
+		return c, err
 	}
-	if err := w.s.place.Sync(ctx); err != nil {
-		return snap, err
-	}
-	snap.Stats.Stored = w.uploaded.Load()
-	doc.Snapshot = snap
-	return snap, w.publish(ctx, doc, maps, files, filesSize)
+	return c, w.s.place.Sync(ctx)
 }
 
 // sealFiles completes the files, if the snapshot is one of files, and says how long their index is.
@@ -341,12 +354,9 @@ func (w *Writer) sealFiles(snap *dr.Snapshot) (indexSize int64, err error) {
 }
 
 // publish writes the folder that names everything, and the manifest that names the folder, in one flush.
-func (w *Writer) publish(ctx context.Context, doc document, disks []*diskMap, files map[string]object.ID, filesSize int64) error {
-	data, err := json.Marshal(doc)
+func (w *Writer) publish(ctx context.Context, doc document, c contents) error {
+	data, err := encodeDocument(doc)
 	if err != nil {
-		return err
-	}
-	if _, err := decodeDocument(data); err != nil { // what could not be read must not be written
 		return err
 	}
 	return w.s.mutate(ctx, "publish", func(ctx context.Context, rw repo.DirectRepositoryWriter) error {
@@ -364,37 +374,59 @@ func (w *Writer) publish(ctx context.Context, doc document, disks []*diskMap, fi
 			}
 			tags[tagImage] = image
 		}
-		t := tree{ctx: ctx, rw: rw, taken: fs.UTCTimestampFromTime(doc.Snapshot.Taken)}
-		var entries []*snapshot.DirEntry
-		for i, m := range disks {
-			entries = append(entries, t.dir(diskDir(i), t.disk(m)))
-		}
-		if w.files != nil {
-			entries = append(entries, t.dir(filesDir, t.files(w.files, doc.Snapshot.Files.Index, filesSize)))
-		}
-		if len(files) > 0 {
-			var list []*snapshot.DirEntry
-			for name, id := range maps.All(files) {
-				list = append(list, t.file(name, doc.Attachments[name], id))
+		if w.files == nil && doc.Snapshot.ServerID != "" {
+			if err := dropPartials(ctx, rw, doc.Snapshot.ServerID); err != nil {
+				return err
 			}
-			entries = append(entries, t.dir(attachmentsDir, list))
 		}
-		entries = append(entries, t.data(manifestFile, data))
-		root := t.dir("", entries)
-		if t.err != nil {
-			return t.err
+		m, err := w.describe(ctx, rw, doc, manifestFile, data, c)
+		if err != nil {
+			return err
 		}
-		_, err := snapshot.SaveSnapshot(ctx, rw, &snapshot.Manifest{
-			Source:      snapshotSource(doc.Snapshot.Server, "/"+doc.Snapshot.ServerID),
-			Description: describe(w.id, doc.Snapshot.Server),
-			StartTime:   t.taken,
-			EndTime:     t.taken,
-			RootEntry:   root,
-			Stats:       snapshot.Stats{TotalFileCount: int32(root.DirSummary.TotalFileCount), TotalFileSize: root.DirSummary.TotalFileSize},
-			Tags:        tags,
-		})
+		m.Description, m.Tags = describe(w.id, doc.Snapshot.Server), tags
+		_, err = snapshot.SaveSnapshot(ctx, rw, m)
 		return err
 	})
+}
+
+// encodeDocument writes a document. What could not be read must not be written.
+func encodeDocument(doc document) ([]byte, error) {
+	data, err := json.Marshal(doc)
+	if err == nil {
+		_, err = decodeDocument(data, doc.Format)
+	}
+	return data, err
+}
+
+// describe writes the folder that names everything, the document among it, and gives Kopia's manifest of it.
+func (w *Writer) describe(ctx context.Context, rw repo.RepositoryWriter, doc document, name string, data []byte, c contents) (*snapshot.Manifest, error) {
+	t := tree{ctx: ctx, rw: rw, taken: fs.UTCTimestampFromTime(doc.Snapshot.Taken)}
+	var entries []*snapshot.DirEntry
+	for i, m := range c.disks {
+		entries = append(entries, t.dir(diskDir(i), t.disk(m)))
+	}
+	if w.files != nil {
+		entries = append(entries, t.dir(filesDir, t.files(w.files, doc.Snapshot.Files.Index, c.filesSize)))
+	}
+	if len(c.files) > 0 {
+		var list []*snapshot.DirEntry
+		for name, id := range maps.All(c.files) {
+			list = append(list, t.file(name, doc.Attachments[name], id))
+		}
+		entries = append(entries, t.dir(attachmentsDir, list))
+	}
+	entries = append(entries, t.data(name, data))
+	root := t.dir("", entries)
+	if t.err != nil {
+		return nil, t.err
+	}
+	return &snapshot.Manifest{
+		Source:    snapshotSource(doc.Snapshot.Server, "/"+doc.Snapshot.ServerID),
+		StartTime: t.taken,
+		EndTime:   t.taken,
+		RootEntry: root,
+		Stats:     snapshot.Stats{TotalFileCount: int32(root.DirSummary.TotalFileCount), TotalFileSize: root.DirSummary.TotalFileSize},
+	}, nil
 }
 
 // snapshotSource is what a stock kopia shows as the origin of a snapshot. Every field must hold something.
@@ -421,7 +453,7 @@ func (t *tree) data(name string, data []byte) *snapshot.DirEntry {
 	if t.err != nil {
 		return nil
 	}
-	id, err := putObject(t.ctx, t.rw, data, "", compressorSmall)
+	id, err := putObject(t.ctx, t.rw, data, "", compressorSmall, objectSplitter)
 	t.err = err
 	return t.file(name, int64(len(data)), id)
 }

@@ -35,6 +35,12 @@ type Bench struct {
 	Content func(t *testing.T, disk int) []byte
 	Write   func(t *testing.T, disk int, off int64, data []byte)
 	Grow    func(t *testing.T, disk int)
+
+	// Cut has the line from the server end after that many more bytes, or never for 0, and says how many came since the last
+	// call. Every source that Sends over a line which can be cut has it.
+	Cut func(after int64) (came int64)
+
+	server string // what all snapshots of this bench are of
 }
 
 // DiskSize is the size of the disks that Fill makes: not a multiple of any block size.
@@ -73,13 +79,16 @@ func Run(t *testing.T, start func(t *testing.T) *Bench) {
 		{"WhatBecameZerosReadsAsZeros", zeroed},
 		{"ADiskOfAnotherSizeIsCapturedInFull", grown},
 		{"ACancelledCaptureLeavesNoSnapshotAndTheNextOneWorks", cancelled},
+		{"AFullCaptureThatIsCutOffGoesOnWhereItWas", cutOff},
 		{"ContactNamesTheDisksAndLeavesThemAlone", contact},
 		{"ASnapshotThatIsKeptIsNotTakenAgain", twice},
 		{"ForgetMayBeCalledAgain", forget},
 	} {
 		t.Run(promise.name, func(t *testing.T) {
 			t.Parallel()
-			promise.test(t, start(t))
+			b := start(t)
+			b.server = dr.NewID("srv")
+			promise.test(t, b)
 		})
 	}
 }
@@ -103,7 +112,7 @@ func (b *Bench) try(ctx context.Context, t *testing.T, id, parent string, report
 			t.Errorf("close: %v", err)
 		}
 	}()
-	return capture.Take(ctx, src, b.Store, api.SnapshotTask{ID: id, Server: dr.Server{ID: "srv-1", Name: "web"}, Parent: parent}, report)
+	return capture.Take(ctx, src, b.Store, api.SnapshotTask{ID: id, Server: dr.Server{ID: b.server, Name: "web"}, Parent: parent}, report)
 }
 
 // same compares a snapshot with the disks as they are now.
@@ -260,6 +269,41 @@ func cancelled(t *testing.T, b *Bench) {
 		t.Errorf("the next attempt: %v", err)
 	} else {
 		b.same(t, snap)
+	}
+}
+
+// cutOff has the line end again and again: what arrived once is not sent again, and the snapshot is the disks as they are.
+func cutOff(t *testing.T, b *Bench) {
+	if b.Cut == nil {
+		return // nothing travels
+	}
+	total := int64(len(b.Disks)) * DiskSize
+	r := rand.New(rand.NewPCG(9, 0))
+	for i := range b.Disks {
+		data := make([]byte, DiskSize) // of which nothing compresses
+		for at := range data {
+			data[at] = byte(r.Uint32())
+		}
+		b.change(t, i, 0, data)
+	}
+	var came, cuts int64
+	for ; came < total*3/4; cuts++ {
+		b.Cut(total/8 + r.Int64N(total/4))
+		if _, err := b.try(t.Context(), t, dr.NewSnapshotID(time.Now()), "", nil); err == nil {
+			t.Fatal("a capture whose line ended is complete")
+		}
+		came += b.Cut(0)
+	}
+	b.change(t, 0, 0, []byte("written since"))
+	snap := b.take(t, "")
+	came += b.Cut(0)
+	if snap.Pass.Kind != dr.PassFull || snap.Stats.Resumed < total/2 || snap.Stats.Changed != total {
+		t.Errorf("pass %+v, %+v: want a full one that went on", snap.Pass, snap.Stats)
+	}
+	// Besides blocks each attempt sends what the server is made of, and of a block in which it was cut a part.
+	besides := b.take(t, snap.ID).Stats.Sent + int64(snap.Disks[0].BlockSize)
+	if most := total*102/100 + (cuts+2)*besides; came > most {
+		t.Errorf("%d bytes came in %d attempts for %d; want at most %d", came, cuts+1, total, most)
 	}
 }
 

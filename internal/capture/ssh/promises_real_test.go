@@ -25,7 +25,7 @@ func TestRealTrackedDisksKeepThePromisesOfASource(t *testing.T) {
 				t.Cleanup(one.Unlock)
 				h, source := newHost(t)
 				source.Resident = resident
-				b := &capturetest.Bench{Store: shared, Sends: true, Tracks: resident}
+				b := &capturetest.Bench{Store: shared, Sends: true, Tracks: resident, Cut: h.line}
 				var files []string
 				for i, name := range []string{"a", "b"} {
 					file := filepath.Join(t.TempDir(), name)

@@ -16,6 +16,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -93,6 +94,9 @@ type host struct {
 	login   ssh.PublicKey // the key it accepts
 	bin     string        // folder of commands that come before the system's
 	cache   string
+
+	came, left atomic.Int64 // bytes that commands wrote, and that they may still write if there is a limit
+	limited    atomic.Bool
 
 	mu    sync.Mutex
 	conns []net.Conn
@@ -196,11 +200,38 @@ func (h *host) session(nc ssh.NewChannel) {
 	}
 }
 
+// line ends what commands write after so many bytes, or never; it says how many they wrote since it was last called.
+func (h *host) line(after int64) (came int64) {
+	h.left.Store(after)
+	h.limited.Store(after > 0)
+	return h.came.Swap(0)
+}
+
+// metered is what a command writes to.
+type metered struct {
+	ssh.Channel
+	h *host
+}
+
+func (m metered) Write(p []byte) (int, error) {
+	if m.h.limited.Load() {
+		if left := m.h.left.Add(-int64(len(p))); left < 0 {
+			p = p[:max(0, int64(len(p))+left)]
+			n, _ := m.Channel.Write(p)
+			m.h.came.Add(int64(n))
+			return n, io.ErrClosedPipe
+		}
+	}
+	n, err := m.Channel.Write(p)
+	m.h.came.Add(int64(n))
+	return n, err
+}
+
 // exec runs a command as sshd does: when the channel goes, so do its pipes.
 func (h *host) exec(command string, ch ssh.Channel) uint32 {
 	cmd := exec.Command("sh", "-c", command)
 	cmd.Env = append(os.Environ(), "PATH="+h.bin+":"+os.Getenv("PATH"))
-	cmd.Stdout, cmd.Stderr = ch, ch.Stderr()
+	cmd.Stdout, cmd.Stderr = metered{ch, h}, ch.Stderr()
 	in, err := cmd.StdinPipe()
 	if err != nil {
 		return 255
@@ -243,7 +274,7 @@ func TestSource(t *testing.T) {
 	capturetest.Run(t, func(t *testing.T) *capturetest.Bench {
 		h, source := newHost(t)
 		source.Disks = []string{newDisk(t)}
-		return &capturetest.Bench{Store: shared, Disks: source.Disks, Sends: true,
+		return &capturetest.Bench{Store: shared, Disks: source.Disks, Sends: true, Cut: h.line,
 			Open: func(t *testing.T) capture.Source { return h.open(t, source) }}
 	})
 }

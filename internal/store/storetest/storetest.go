@@ -61,6 +61,8 @@ func Run(t *testing.T, open func(t *testing.T) store.Driver) {
 		{"writers do not disturb each other", x.parallel},
 		{"a snapshot is written once", x.once},
 		{"an aborted snapshot leaves no trace", x.aborted},
+		{"what does not fit is not gone on with", x.useless},
+		{"a full snapshot that was cut off is gone on with", x.goesOn},
 		{"files stay with a snapshot", x.files},
 		{"records survive", x.records},
 		{"what is in use is not forgotten", x.protected},
@@ -74,6 +76,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Driver) {
 		{"verifying nothing is an error", x.nothing},
 		{"a power cut leaves a snapshot complete or absent", x.powerCuts},
 		{"a power cut leaves files complete or absent", x.filePowerCuts},
+		{"a power cut leaves the partial", x.partialPowerCuts},
 		{"a place that is gone is given up", x.gone},
 	} {
 		if !t.Run(test.name, test.run) {

@@ -67,6 +67,7 @@ struct request {
 	u32 __data_len;
 	u64 __sector;
 	struct bio *bio;
+	u64 start_time_ns; /* when it was made; requests are made anew in the same memory */
 };
 
 struct request___before517 {

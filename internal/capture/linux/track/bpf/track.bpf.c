@@ -72,7 +72,7 @@ struct range {
 	u32 dev;
 	u32 bytes;
 	u64 sector;
-	u64 began;     // nanoseconds; 0 of a bio
+	u64 began;     // when its request was made, nanoseconds; 0 of a bio
 	u64 kind;
 };
 
@@ -244,12 +244,12 @@ static __always_inline void unordered(struct disk *d, struct request *rq, u32 si
 		count(slot, OVERFLOW, 1);
 }
 
-// aside keeps the range of a request whose end was not told, once its memory is used for another one: under when it began, which
-// is no address.
+// aside keeps the range of a request whose end was not told, once its memory is used for another one: under the time, which is no
+// address.
 static __always_inline void aside(u64 rq, struct range *found)
 {
 	struct range r = *found;
-	u64 key = r.began << 6 | (bpf_get_smp_processor_id() & 63);
+	u64 key = bpf_ktime_get_ns() << 6 | (bpf_get_smp_processor_id() & 63);
 
 	// If there is no room it will be missing.
 	if (!bpf_map_delete_elem(&underway, &rq) && r.began)
@@ -305,14 +305,14 @@ static __always_inline int request_begun(struct request *rq)
 	if (!d || d->bios)
 		return 0;
 	r.sector = rq->__sector;
+	r.began = rq->start_time_ns;
 	found = bpf_map_lookup_elem(&underway, &key);
 	if (found) {
-		// The primary was here, or the driver begins anew. If the end of the same as this was not told it is missing.
-		if (found->dev == r.dev && found->sector == r.sector && found->bytes == r.bytes)
+		// The primary was here, or the driver begins anew.
+		if (found->dev == r.dev && found->sector == r.sector && found->bytes == r.bytes && found->began == r.began)
 			return 0;
 		aside(key, found);
 	}
-	r.began = bpf_ktime_get_ns();
 	if (op == REQ_OP_DISCARD && rq->bio && rq->bio->bi_next)
 		r.kind = scatter(rq, r.dev, r.began);
 	bpf_map_update_elem(&underway, &key, &r, BPF_NOEXIST);
@@ -329,6 +329,7 @@ static __always_inline int request_done(struct request *rq, u32 size, int twin)
 	struct range *found;
 	struct gendisk *gd;
 	struct disk *d;
+	int mine;
 
 	if (op >= REQ_OP_DRIVER) {
 		// One that brought data in read it. One that sent data out, or none, may have done anything.
@@ -350,12 +351,13 @@ static __always_inline int request_done(struct request *rq, u32 size, int twin)
 			}
 		}
 		found = bpf_map_lookup_elem(&underway, &key);
-		if (found && found->sector == sector && found->bytes > size) {
+		mine = found && found->sector == sector && found->began == rq->start_time_ns;
+		if (mine && found->bytes > size) {
 			found->sector += size >> SECTOR_SHIFT; // a part of it; the twin sees that it is done
 			found->bytes -= size;
 			if (found->kind == SCATTERED)
 				found->kind = NOWHERE; // which parts are done is not known
-		} else if (found && found->sector == sector) {
+		} else if (mine) {
 			if (bpf_map_delete_elem(&underway, &key))
 				return 0; // it will be found to be left
 		} else if (twin) {
