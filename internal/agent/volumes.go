@@ -20,17 +20,25 @@ func (r *run) choose(ctx context.Context) {
 	}
 	r.over(dr.ProviderTracking, "%s", r.untracked())
 	snapshots, err := linux.PlanSnapshots(ctx, r.open())
-	switch {
-	case err != nil:
-	case !r.plan.Volumes:
-		err = fmt.Errorf("snapshots of %s are possible, but not allowed on this server, because they write to its volume groups (--allow-snapshots)", snapshots.Describe())
-	case r.someFollowed():
-		err = errors.New("some of the disks are tracked, and those are read as they are")
-	default:
-		r.volumes, r.provider = snapshots, dr.ProviderLVM
+	if err == nil {
+		err = r.mayUse(snapshots.Describe())
+	}
+	if err != nil {
+		r.withoutVolumes(err)
 		return
 	}
-	r.withoutVolumes(err)
+	r.volumes, r.provider = snapshots, dr.ProviderLVM
+}
+
+// mayUse says why snapshots that are possible are not made.
+func (r *run) mayUse(volumes string) error {
+	if !r.plan.Volumes {
+		return fmt.Errorf("snapshots of %s are possible, but not allowed on this server, because they write to its volume groups (--allow-snapshots)", volumes)
+	}
+	if r.someFollowed() {
+		return errors.New("some of the disks are tracked, and those are read as they are")
+	}
+	return nil
 }
 
 // over notes why a provider is not used.

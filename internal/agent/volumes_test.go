@@ -6,10 +6,12 @@ import (
 	"bytes"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/musterdr/muster/internal/capture/linux"
+	"github.com/musterdr/muster/internal/capture/linux/track"
 	"github.com/musterdr/muster/internal/capture/view"
 	"github.com/musterdr/muster/internal/capture/wire"
 )
@@ -57,5 +59,19 @@ func TestADiskWithASnapshotIsReadInTwoStagesEachBlockInOne(t *testing.T) {
 	got, _ := wire.NewSums(seed, blockSize, d.Size)
 	if have.receive(t, image, got); !bytes.Equal(image, want) {
 		t.Error("the two stages do not make the disk at the instant of the snapshot")
+	}
+}
+
+func TestSnapshotsAreMadeOnlyWhereTheyAreAllowed(t *testing.T) {
+	tracked := &disk{follower: follower{track: &track.Disk{}}}
+	for want, r := range map[string]*run{
+		"":                  {plan: wire.Plan{Volumes: true}, disks: []*disk{{}}},
+		"--allow-snapshots": {disks: []*disk{{}}},
+		"are tracked":       {plan: wire.Plan{Volumes: true}, disks: []*disk{{}, tracked}},
+	} {
+		err := r.mayUse("vg/home")
+		if (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %q", err, want)
+		}
 	}
 }

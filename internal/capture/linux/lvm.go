@@ -236,18 +236,14 @@ func removeSnapshots(ctx context.Context, which func(name string) bool) error {
 // quietly has lvm write nothing to /etc, which may stand still, and start nothing that stays.
 const quietly = "backup{backup=0 archive=0} activation{monitoring=0}"
 
-// nestingProven says that captures which rely on nests have been run on such a kernel. Until they have, several volumes and thin
-// pools are compared and frozen instead: the code is there, the proof is not.
-const nestingProven = false
-
 // nests says whether the kernel lets lvm freeze a file system that is frozen already. Before that a snapshot can only be made
 // of a volume whose file system is left to lvm to freeze, so only one can be had at the same instant as anything else.
 //
-// Source: FREEZE_MAY_NEST, since Linux 6.8.
+// Source: FREEZE_MAY_NEST, since Linux 6.8. It has been run, and is used, from 6.12 on.
 func nests(release string) bool {
 	var major, minor int
 	_, err := fmt.Sscanf(release, "%d.%d", &major, &minor)
-	return err == nil && (major > 6 || major == 6 && minor >= 8)
+	return err == nil && (major > 6 || major == 6 && minor >= 12)
 }
 
 func release() string {

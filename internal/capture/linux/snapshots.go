@@ -66,7 +66,7 @@ func PlanSnapshots(ctx context.Context, disks []*Disk) (*Snapshots, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Snapshots{disks: disks, loose: map[string][]view.Range{}, swap: map[string][]view.Range{}, nests: nestingProven && nests(release())}
+	s := &Snapshots{disks: disks, loose: map[string][]view.Range{}, swap: map[string][]view.Range{}, nests: nests(release())}
 	if s.identity, err = mark(strconv.Itoa(os.Getpid())); err != nil {
 		return nil, err
 	}
@@ -126,9 +126,9 @@ func (s *Snapshots) identify(volumes []logical) error {
 	thick := func(v snapshotted) bool { return v.pool == "" }
 	switch {
 	case !s.nests && len(s.volumes) > 1:
-		return fmt.Errorf("%d volumes with mounted file systems cannot be snapshotted at one instant on this kernel (%s): that needs Linux 6.8, on which this release has not been proven yet", len(s.volumes), release())
+		return fmt.Errorf("%d volumes with mounted file systems cannot be snapshotted at one instant on this kernel (%s): that needs Linux 6.12", len(s.volumes), release())
 	case !s.nests && !thick(s.volumes[0]):
-		return fmt.Errorf("the metadata of a thin pool would not stand still on this kernel (%s): that needs Linux 6.8, on which this release has not been proven yet", release())
+		return fmt.Errorf("the metadata of a thin pool would not stand still on this kernel (%s): that needs Linux 6.12", release())
 	}
 	for _, v := range s.volumes {
 		if slices.ContainsFunc(s.volumes, func(o snapshotted) bool { return o.VG == v.VG && thick(o) != thick(v) }) {
