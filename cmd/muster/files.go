@@ -109,12 +109,12 @@ func completeFiles(cmd *cobra.Command, args []string, toComplete string) ([]stri
 }
 
 // patience is how long an answer may take before it is said why.
-const patience = 3 * time.Second
+const patience = 8 * time.Second
 
 // sayWhyItTakes says on standard error, if an answer takes its time, why that is.
 func sayWhyItTakes(cmd *cobra.Command) (stop func()) {
 	t := time.AfterFunc(patience, func() {
-		fmt.Fprintln(cmd.ErrOrStderr(), "muster: looking into the image; the first look at one takes about a minute without KVM")
+		fmt.Fprintln(cmd.ErrOrStderr(), "muster: still at it; the first look at an image takes about a minute without KVM")
 	})
 	return func() { t.Stop() }
 }
