@@ -36,7 +36,7 @@ func objectName() string {
 
 // Programs in the order of attaching them, which is the order in which the kernel calls them: primaries before twins.
 var (
-	programsAlways  = []string{"issue_primary", "issue_twin", "request_primary", "request_twin"}
+	programsAlways  = []string{"issue", "request_primary", "request_twin"}
 	programsForBios = []string{"queue_primary", "queue_twin", "bio_primary", "bio_twin"}
 )
 

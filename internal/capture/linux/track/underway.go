@@ -19,7 +19,7 @@ type operationRange struct {
 	Device uint32
 	Bytes  uint32
 	Sector uint64
-	Began  uint64 // when its request was made, CLOCK_MONOTONIC, nanoseconds; 0 of a bio
+	Began  uint64 // when its request was made, CLOCK_MONOTONIC, nanoseconds; 0 of one that has ended, and of a bio
 	Kind   uint64
 }
 

@@ -72,7 +72,7 @@ struct range {
 	u32 dev;
 	u32 bytes;
 	u64 sector;
-	u64 began;     // when its request was made, nanoseconds; 0 of a bio
+	u64 began;     // when its request was made, nanoseconds; 0 of one that has ended, and of a bio
 	u64 kind;
 };
 
@@ -81,6 +81,7 @@ struct range {
 #define SCATTERED 1
 #define PART 2
 #define NOWHERE 3 // scattered, and not all of its parts could be remembered
+#define BIO 4
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -205,7 +206,7 @@ static __always_inline void ended(u64 bio)
 	struct range *found = bpf_map_lookup_elem(&underway, &bio), r;
 	struct disk *d;
 
-	if (!found || found->began) // a request had this memory
+	if (!found || found->kind != BIO) // a request had this memory
 		return;
 	r = *found;
 	if (bpf_map_delete_elem(&underway, &bio))
@@ -246,14 +247,15 @@ static __always_inline void unordered(struct disk *d, struct request *rq, u32 si
 
 // aside keeps the range of a request whose end was not told, once its memory is used for another one: under the time, which is no
 // address.
-static __always_inline void aside(u64 rq, struct range *found)
+static __always_inline void aside(struct range *found)
 {
 	struct range r = *found;
 	u64 key = bpf_ktime_get_ns() << 6 | (bpf_get_smp_processor_id() & 63);
 
-	// If there is no room it will be missing.
-	if (!bpf_map_delete_elem(&underway, &rq) && r.began)
-		bpf_map_update_elem(&underway, &key, &r, BPF_NOEXIST);
+	if (!r.began)
+		return;
+	found->began = 0;
+	bpf_map_update_elem(&underway, &key, &r, BPF_NOEXIST); // if there is no room it will be missing
 }
 
 // part remembers one range of a scattered discard.
@@ -263,8 +265,8 @@ __attribute__((noinline)) int part(u64 bio, u32 dev, u32 size, u64 sector, u64 b
 	struct range *found = bpf_map_lookup_elem(&underway, &bio);
 
 	if (found)
-		aside(bio, found);
-	return bpf_map_update_elem(&underway, &bio, &r, BPF_NOEXIST);
+		aside(found);
+	return bpf_map_update_elem(&underway, &bio, &r, BPF_ANY);
 }
 
 // scatter remembers the ranges of a scattered discard.
@@ -286,6 +288,7 @@ static __always_inline u64 scatter(struct request *rq, u32 dev, u64 began)
 }
 
 // request_begun remembers what a request is about to write. One that could not be remembered is marked at its end all the same.
+// Its place in the table stays for the next request in the same memory: there are not many, and making one takes long.
 static __always_inline int request_begun(struct request *rq)
 {
 	struct range r = {}, *found;
@@ -308,19 +311,28 @@ static __always_inline int request_begun(struct request *rq)
 	r.began = rq->start_time_ns;
 	found = bpf_map_lookup_elem(&underway, &key);
 	if (found) {
-		// The primary was here, or the driver begins anew.
-		if (found->dev == r.dev && found->sector == r.sector && found->bytes == r.bytes && found->began == r.began)
+		// The driver begins anew.
+		if (found->began && found->dev == r.dev && found->sector == r.sector && found->bytes == r.bytes && found->began == r.began)
 			return 0;
-		aside(key, found);
+		aside(found);
 	}
 	if (op == REQ_OP_DISCARD && rq->bio && rq->bio->bi_next)
 		r.kind = scatter(rq, r.dev, r.began);
-	bpf_map_update_elem(&underway, &key, &r, BPF_NOEXIST);
+	if (!found) {
+		bpf_map_update_elem(&underway, &key, &r, BPF_NOEXIST);
+		return 0;
+	}
+	found->dev = r.dev;
+	found->bytes = r.bytes;
+	found->sector = r.sector;
+	found->kind = r.kind;
+	barrier();
+	found->began = r.began; // last: before that nobody believes the rest
 	return 0;
 }
 
-// A kernel from 6.1 on does not start a program on a CPU that is in the middle of it, and so every hook has a twin. Whoever can
-// forget a request does the work, and of one that is not remembered the primary. Never do both: what is counted twice could hide
+// A kernel from 6.1 on does not start a program on a CPU that is in the middle of it, and so the hooks that mark have a twin. Whoever
+// ends a request does the work, and of one that is not remembered the primary. Never do both: what is counted twice could hide
 // what is not counted at all.
 static __always_inline int request_done(struct request *rq, u32 size, int twin)
 {
@@ -351,19 +363,18 @@ static __always_inline int request_done(struct request *rq, u32 size, int twin)
 			}
 		}
 		found = bpf_map_lookup_elem(&underway, &key);
-		mine = found && found->sector == sector && found->began == rq->start_time_ns;
+		mine = found && found->began && found->began == rq->start_time_ns && found->sector == sector;
 		if (mine && found->bytes > size) {
 			found->sector += size >> SECTOR_SHIFT; // a part of it; the twin sees that it is done
 			found->bytes -= size;
 			if (found->kind == SCATTERED)
 				found->kind = NOWHERE; // which parts are done is not known
 		} else if (mine) {
-			if (bpf_map_delete_elem(&underway, &key))
-				return 0; // it will be found to be left
+			found->began = 0;
 		} else if (twin) {
 			return 0;
 		} else if (found) {
-			aside(key, found); // of another request, in the same memory
+			aside(found); // of another request, in the same memory
 		}
 	}
 	gd = disk_of_request(rq);
@@ -403,6 +414,7 @@ static __always_inline int bio_queued(struct bio *bio, int twin)
 	d = bpf_map_lookup_elem(&disks, &r.dev);
 	if (!d || !d->bios)
 		return 0;
+	r.kind = BIO;
 	r.sector = bio->bi_iter.bi_sector;
 	// The twin writes the same again: what lies there may be a bio of the same address that was never told to have ended.
 	if (bpf_map_update_elem(&underway, &key, &r, BPF_ANY) && twin)
@@ -416,13 +428,7 @@ static __always_inline u64 begins(u64 *ctx)
 }
 
 SEC("tp_btf/block_rq_issue")
-int issue_primary(u64 *ctx)
-{
-	return request_begun((struct request *)begins(ctx));
-}
-
-SEC("tp_btf/block_rq_issue")
-int issue_twin(u64 *ctx)
+int issue(u64 *ctx)
 {
 	return request_begun((struct request *)begins(ctx));
 }
