@@ -230,7 +230,7 @@ func TestAWriteWhoseEndIsNotToldIsKnownByItsBeginning(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		left := func(request, began uint64, off int64, n uint32, kind uint64) {
+		left := func(request, began uint64, off int64, n, kind uint32) {
 			r := operationRange{Device: number, Bytes: n, Sector: uint64(off) / 512, Began: began, Kind: kind}
 			if err := tr.kernel.underway.Put(request, r); err != nil {
 				t.Fatal(err)

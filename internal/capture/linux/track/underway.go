@@ -20,7 +20,10 @@ type operationRange struct {
 	Bytes  uint32
 	Sector uint64
 	Began  uint64 // when its request was made, CLOCK_MONOTONIC, nanoseconds; 0 of one that has ended, and of a bio
-	Kind   uint64
+	Kind   uint32
+	Slot   uint32
+	Shift  uint32
+	Coarse uint32
 }
 
 // Kinds of operations. A discard of several ranges, which need not touch each other, has a part for each.

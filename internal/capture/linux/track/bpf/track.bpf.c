@@ -73,7 +73,12 @@ struct range {
 	u32 bytes;
 	u64 sector;
 	u64 began;     // when its request was made, nanoseconds; 0 of one that has ended, and of a bio
-	u64 kind;
+	u32 kind;
+	struct {
+		u32 slot;
+		u32 shift;
+		u32 coarse;
+	} disk; // as it was then, which saves looking it up again
 };
 
 // Kinds. A discard of several ranges, which need not touch each other, is remembered as a request and with every range as a part.
@@ -309,6 +314,9 @@ static __always_inline int request_begun(struct request *rq)
 		return 0;
 	r.sector = rq->__sector;
 	r.began = rq->start_time_ns;
+	r.disk.slot = d->slot;
+	r.disk.shift = d->shift;
+	r.disk.coarse = d->coarse;
 	found = bpf_map_lookup_elem(&underway, &key);
 	if (found) {
 		// The driver begins anew.
@@ -326,6 +334,7 @@ static __always_inline int request_begun(struct request *rq)
 	found->bytes = r.bytes;
 	found->sector = r.sector;
 	found->kind = r.kind;
+	found->disk = r.disk;
 	barrier();
 	found->began = r.began; // last: before that nobody believes the rest
 	return 0;
@@ -369,6 +378,11 @@ static __always_inline int request_done(struct request *rq, u32 size, int twin)
 			found->bytes -= size;
 			if (found->kind == SCATTERED)
 				found->kind = NOWHERE; // which parts are done is not known
+		} else if (mine && found->kind == WHOLE) {
+			found->began = 0; // the usual case
+			mark(found->disk.slot, found->disk.shift, found->disk.coarse, sector, ((u64)size + 511) >> SECTOR_SHIFT);
+			count(found->disk.slot, SECTORS, size >> SECTOR_SHIFT);
+			return 0;
 		} else if (mine) {
 			found->began = 0;
 		} else if (twin) {
