@@ -258,7 +258,7 @@ func TestRealTheLocksOfAnAgentThatHangsEndAfterTheWatchdog(t *testing.T) {
 	w := s.v.write(t)
 	c := start(t)
 	sums := s.v.sums(t)
-	const limit = 5 * time.Second
+	const limit = 12 * time.Second // much longer than a pass, which looking for the freeze makes slow
 	c.begin(t, wire.Plan{Disks: []string{s.v.device}, FreezeLimit: limit}, sums)
 	var done wire.Done
 	before := s.acked()
