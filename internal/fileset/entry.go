@@ -23,6 +23,12 @@ const (
 	NamedPipe Kind = 'p'
 )
 
+// KindOf says what the mode of a file stands for, as stat(2) gives it on Linux; 0 for a socket and anything else that is not kept.
+func KindOf(mode uint32) Kind {
+	const kinds = 0o170000 // inode(7)
+	return map[uint32]Kind{0o100000: File, 0o040000: Folder, 0o120000: Symlink, 0o020000: CharDev, 0o060000: BlockDev, 0o010000: NamedPipe}[mode&kinds]
+}
+
 // Limits of an entry. Linux allows no more of the first three.
 const (
 	MaxPath       = 4095      // bytes

@@ -144,8 +144,7 @@ func fillAll(entries []*fileset.Entry, answer string) error {
 // fill turns the fields of a stat into an entry.
 func fill(e *fileset.Entry, field map[string]int64) {
 	mode := field["st_mode"]
-	e.Kind = map[int64]fileset.Kind{unix.S_IFREG: fileset.File, unix.S_IFDIR: fileset.Folder, unix.S_IFLNK: fileset.Symlink, unix.S_IFCHR: fileset.CharDev,
-		unix.S_IFBLK: fileset.BlockDev, unix.S_IFIFO: fileset.NamedPipe}[mode&unix.S_IFMT]
+	e.Kind = fileset.KindOf(uint32(mode))
 	e.Mode, e.UID, e.GID = uint32(mode&0o7777), uint32(field["st_uid"]), uint32(field["st_gid"])
 	e.Dev, e.Inode = uint64(field["st_dev"]), uint64(field["st_ino"])
 	if e.Kind == fileset.CharDev || e.Kind == fileset.BlockDev {

@@ -412,8 +412,7 @@ func (p *Put) mayReplace(at int, name string, e *fileset.Entry) (bool, string, e
 	if err != nil {
 		return false, "", fmt.Errorf("look at what is there: %w", err)
 	}
-	kind := map[uint32]fileset.Kind{unix.S_IFREG: fileset.File, unix.S_IFDIR: fileset.Folder, unix.S_IFLNK: fileset.Symlink, unix.S_IFCHR: fileset.CharDev,
-		unix.S_IFBLK: fileset.BlockDev, unix.S_IFIFO: fileset.NamedPipe}[st.Mode&unix.S_IFMT]
+	kind := fileset.KindOf(st.Mode)
 	want := e.Kind
 	if want == fileset.Link {
 		want = fileset.File

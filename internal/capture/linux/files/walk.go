@@ -309,12 +309,6 @@ func (w *Walk) recent(e *fileset.Entry) {
 	e.Recent = !e.Ctime.Before(fileset.Time{Sec: settled.Unix(), Nsec: uint32(settled.Nanosecond())})
 }
 
-// kindOf says what a mode stands for; 0 for a socket.
-func kindOf(mode uint16) fileset.Kind {
-	return map[uint16]fileset.Kind{unix.S_IFREG: fileset.File, unix.S_IFDIR: fileset.Folder, unix.S_IFLNK: fileset.Symlink,
-		unix.S_IFCHR: fileset.CharDev, unix.S_IFBLK: fileset.BlockDev, unix.S_IFIFO: fileset.NamedPipe}[mode&unix.S_IFMT]
-}
-
 // folder gives a folder that is open and walks what is in it.
 func (w *Walk) folder(f *os.File, e *fileset.Entry, st *unix.Statx_t) error {
 	w.Entries++
@@ -406,7 +400,7 @@ func gone(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err,
 
 // one gives one name.
 func (w *Walk) one(at int, name, path string, st *unix.Statx_t, dev uint64) error {
-	kind := kindOf(st.Mode)
+	kind := fileset.KindOf(uint32(st.Mode))
 	switch {
 	case kind == 0:
 		w.sockets++
