@@ -36,8 +36,8 @@ type Fish struct {
 	broken error    // why no more commands can be given
 }
 
-// Start starts guestfish in a folder, without launching the appliance. env is its whole environment.
-func Start(env []string, dir string) (*Fish, error) {
+// start starts guestfish in a folder, without launching the appliance. env is its whole environment.
+func start(env []string, dir string) (*Fish, error) {
 	path, err := exec.LookPath("guestfish")
 	if err != nil {
 		return nil, fmt.Errorf("start libguestfs: guestfish is not installed: apt-get install libguestfs-tools")

@@ -1,10 +1,12 @@
 package guestfish
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 )
 
 // ErrTooLarge is an answer that is larger than was asked for.
@@ -13,8 +15,27 @@ var ErrTooLarge = errors.New("larger than the limit")
 // memory is how much the appliance has, in MiB. It bounds what a hostile file system can cost.
 const memory = "512"
 
-// Small are the commands that make an appliance fit for a short life; disks and "run" follow.
-var Small = [][]string{
+// Launch starts an appliance fit for a short life, with the disks of some add commands. What env says of its arguments holds.
+// After an error nothing runs.
+func Launch(ctx context.Context, work, cache string, kvm bool, adds [][]string) (*Fish, error) {
+	if err := os.MkdirAll(cache, 0o700); err != nil {
+		return nil, fmt.Errorf("make appliance cache: %w", err)
+	}
+	f, err := start(env(work, cache, kvm), work)
+	if err != nil {
+		return nil, err
+	}
+	for _, c := range slices.Concat(small, adds, [][]string{{"run"}}) {
+		if _, err := f.Do(ctx, c[0], c[1:]...); err != nil {
+			f.Kill()
+			f.Quit()
+			return nil, err
+		}
+	}
+	return f, nil
+}
+
+var small = [][]string{
 	{"set-smp", "1"}, // with emulation a second processor only gets in the way
 	{"set-memsize", memory},
 	{"set-network", "false"},
@@ -22,10 +43,10 @@ var Small = [][]string{
 	{"set-append", "quiet mitigations=off"},
 }
 
-// Env is the whole environment of guestfish: nothing of ours leaks in but where a fixed appliance lies. work is a folder for
+// env is the whole environment of guestfish: nothing of ours leaks in but where a fixed appliance lies. work is a folder for
 // what travels; in cache libguestfs keeps its appliance (400 MB) between guests. Without kvm, which has to be proved to work,
 // the appliance is emulated: a KVM that is there and does not work would hang it.
-func Env(work, cache string, kvm bool) []string {
+func env(work, cache string, kvm bool) []string {
 	settings := "force_tcg"
 	if kvm {
 		settings = "force_kvm"
@@ -44,7 +65,7 @@ func Env(work, cache string, kvm bool) []string {
 
 // Ready says what is missing for libguestfs to work on this host, or nil.
 func Ready() error {
-	f, err := Start(nil, "")
+	f, err := start(nil, "")
 	if err != nil {
 		return err
 	}

@@ -68,24 +68,13 @@ func (d Driver) Open(ctx context.Context, disks []files.Disk) (files.Guest, erro
 	return g, nil
 }
 
-func (g *guest) open(ctx context.Context, d Driver, disks []files.Disk) error {
-	if err := os.MkdirAll(d.Cache, 0o700); err != nil {
-		return fmt.Errorf("make appliance cache: %w", err)
-	}
-	var err error
-	if g.fish, err = guestfish.Start(guestfish.Env(g.work, d.Cache, d.KVM), g.work); err != nil {
-		return err
-	}
-	commands := slices.Clone(guestfish.Small)
+func (g *guest) open(ctx context.Context, d Driver, disks []files.Disk) (err error) {
+	var adds [][]string
 	for _, disk := range disks {
-		commands = append(commands, []string{"add", disk.Export, "readonly:true", "format:raw", "protocol:nbd", "server:unix:" + disk.Socket})
+		adds = append(adds, []string{"add", disk.Export, "readonly:true", "format:raw", "protocol:nbd", "server:unix:" + disk.Socket})
 	}
-	for _, c := range append(commands, []string{"run"}) {
-		if _, err := g.fish.Do(ctx, c[0], c[1:]...); err != nil {
-			return err
-		}
-	}
-	return nil
+	g.fish, err = guestfish.Launch(ctx, g.work, d.Cache, d.KVM, adds)
+	return err
 }
 
 // Close implements files.Guest. Nothing has to be written out.

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"slices"
 	"time"
 
 	"github.com/musterdr/muster/internal/guestfish"
@@ -50,7 +49,7 @@ func (d Driver) Open(ctx context.Context, dir string, base []vm.Layer) (prerecov
 	return g, nil
 }
 
-func (g *guest) open(ctx context.Context, d Driver, dir string, base []vm.Layer) error {
+func (g *guest) open(ctx context.Context, d Driver, dir string, base []vm.Layer) (err error) {
 	if len(base) == 0 {
 		return errors.New("it has no disk")
 	}
@@ -66,22 +65,10 @@ func (g *guest) open(ctx context.Context, d Driver, dir string, base []vm.Layer)
 		}
 		g.deltas = append(g.deltas, path)
 	}
-	if err := os.MkdirAll(d.Cache, 0o700); err != nil {
-		return fmt.Errorf("make appliance cache: %w", err)
-	}
-	var err error
-	if g.fish, err = guestfish.Start(guestfish.Env(g.work, d.Cache, d.KVM), g.work); err != nil {
-		return err
-	}
-	commands := slices.Clone(guestfish.Small)
+	var adds [][]string
 	for _, delta := range g.deltas {
-		commands = append(commands, []string{"add", delta, "format:qcow2", "cachemode:unsafe"})
+		adds = append(adds, []string{"add", delta, "format:qcow2", "cachemode:unsafe"})
 	}
-	commands = append(commands, []string{"run"})
-	for _, c := range commands {
-		if _, err := g.fish.Do(ctx, c[0], c[1:]...); err != nil {
-			return err
-		}
-	}
-	return nil
+	g.fish, err = guestfish.Launch(ctx, g.work, d.Cache, d.KVM, adds)
+	return err
 }
