@@ -251,10 +251,13 @@ func (k *kernel) misses() (primaries, twins uint64) {
 		if err != nil {
 			continue
 		}
-		if stats, err := p.Stats(); err == nil && strings.HasSuffix(name, "_twin") {
-			twins += stats.RecursionMisses
-		} else if err == nil {
-			primaries += stats.RecursionMisses
+		if stats, err := p.Stats(); err == nil {
+			switch {
+			case strings.HasSuffix(name, "_twin"):
+				twins += stats.RecursionMisses
+			case strings.HasSuffix(name, "_primary"):
+				primaries += stats.RecursionMisses
+			}
 		}
 		p.Close()
 	}
