@@ -39,6 +39,9 @@ type Plan struct {
 	Passphrase string
 }
 
+// guessing is how hard it is to try a passphrase: about a second, as the power of two that age counts in.
+var guessing = 18
+
 const (
 	factsVersion  = 1
 	maxSealed     = 64 << 10 // bytes of a sealed key
@@ -143,6 +146,7 @@ func makeIdentity(dir string, plan Plan) (*age.HybridIdentity, error) {
 	if err != nil {
 		return nil, err
 	}
+	recipient.SetWorkFactor(guessing)
 	sealed, err := seal(text, recipient)
 	if err != nil {
 		return nil, err

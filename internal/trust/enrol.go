@@ -58,13 +58,15 @@ func (h *Hub) guard(next http.Handler) http.Handler {
 		case !ok:
 			answerError(w, errors.New("a connection of no kind"))
 		case c.refuse != nil && r.URL.Path != pathJoin:
+			w.Header().Set("Connection", "close") // the next one may show another certificate
 			answerError(w, c.refuse)
 		case c.peer == nil && r.URL.Path != pathJoin:
+			w.Header().Set("Connection", "close")
 			answerError(w, refuse("this master answers nodes that have joined: join with a token ('muster master enrol')"))
 		case c.peer == nil:
 			next.ServeHTTP(w, r)
 		default:
-			if err := h.authority.check(*c.peer); err != nil {
+			if err := h.stays(c); err != nil {
 				answerError(w, err)
 				return
 			}
@@ -80,7 +82,7 @@ func (h *Hub) mountEnrolment(mux *http.ServeMux) {
 	})
 	mux.HandleFunc("POST "+pathRenew, func(w http.ResponseWriter, r *http.Request) {
 		var in renewRequest
-		reply(w, r, &in, func() (granted, error) { return h.renew(r.Context(), in) })
+		reply(w, r, &in, func() (granted, error) { return h.renew(r, in) })
 	})
 	mux.HandleFunc("POST "+pathHello, func(w http.ResponseWriter, r *http.Request) {
 		reply(w, r, &struct{}{}, func() (granted, error) { return h.greeting(), nil })
@@ -149,8 +151,9 @@ func (h *Hub) join(r *http.Request, in joinRequest) (granted, error) {
 	return out, nil
 }
 
-func (h *Hub) renew(ctx context.Context, in renewRequest) (granted, error) {
-	peer, _ := PeerOf(ctx)
+func (h *Hub) renew(r *http.Request, in renewRequest) (granted, error) {
+	c, _ := r.Context().Value(connKey{}).(*conn) // that it is there, and has a peer, is the guard's to see to
+	peer := *c.peer
 	who, public, err := readRequest(in.Request)
 	if err != nil {
 		return granted{}, refuse("%v", err)
@@ -159,7 +162,7 @@ func (h *Hub) renew(ctx context.Context, in renewRequest) (granted, error) {
 		h.log.Warn("a node asks for another's certificate", "node", peer.String(), "asks_for", who.String())
 		return granted{}, refuse("%s may not have a certificate of %s", peer, who)
 	}
-	cert, err := h.authority.renew(peer, func() (*x509.Certificate, error) {
+	cert, err := h.authority.renew(peer, c.joined, func() (*x509.Certificate, error) {
 		return h.authority.certify(Peer{Role: who.Role, Customer: who.Customer, Name: who.Name}, public)
 	})
 	if err != nil {

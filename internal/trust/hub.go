@@ -162,7 +162,7 @@ func (h *Hub) admit(address string) bool {
 
 // identify finds out whose a connection is, and whether it is a node's that is let in. Then it counts as that node's.
 func (h *Hub) identify(c *conn, address string) bool {
-	peer, err := h.who(c.tls.ConnectionState())
+	peer, joined, err := h.who(c.tls.ConnectionState())
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if err == nil && peer != nil && h.perNode[peer.Name] >= maxConnsNode {
@@ -174,7 +174,7 @@ func (h *Hub) identify(c *conn, address string) bool {
 	if _, ok := h.conns[c]; !ok { // it ended meanwhile
 		return false
 	}
-	c.peer = peer
+	c.peer, c.joined = peer, joined
 	h.dropStranger(address)
 	h.perNode[peer.Name]++
 	return true
@@ -205,21 +205,38 @@ func (h *Hub) forget(c *conn, address string) {
 }
 
 // who tells the peer of a connection: nil without a certificate, an error with one that is not good.
-func (h *Hub) who(state tls.ConnectionState) (*Peer, error) {
+func (h *Hub) who(state tls.ConnectionState) (*Peer, time.Time, error) {
 	if len(state.PeerCertificates) == 0 {
-		return nil, nil
+		return nil, time.Time{}, nil
 	}
-	cert := state.PeerCertificates[0]
-	peer, err := verify(h.authority.signer.cert, cert, x509.ExtKeyUsageClientAuth, h.authority.now())
+	cert, now := state.PeerCertificates[0], h.authority.now()
+	peer, err := verify(h.authority.signer.cert, cert, x509.ExtKeyUsageClientAuth, now)
+	hint := clockHint(cert.NotBefore, cert.NotAfter, now)
 	switch {
-	case errors.Is(err, errTime) && h.authority.now().Before(cert.NotBefore):
-		return nil, refuse("the certificate of %s is not valid yet by the master's clock: %s; set the master's clock", peer, clockHint(cert.NotBefore, cert.NotAfter, h.authority.now()))
+	case errors.Is(err, errTime) && now.Before(cert.NotBefore):
+		err = refuse("the certificate of %s is not valid yet by the master's clock: %s there; set the master's clock", peer, hint)
 	case errors.Is(err, errTime):
-		return nil, refuse("the certificate of %s has expired: %s at the master; if that clock is right, enrol the node again ('muster master enrol') and join with the new token", peer, clockHint(cert.NotBefore, cert.NotAfter, h.authority.now()))
+		err = refuse("the certificate of %s has expired: %s by the master's clock; if that is right, enrol the node again ('muster master enrol') and join with the new token", peer, hint)
 	case err != nil:
-		return nil, refuse("the certificate is not of this master's authority: ask for a token ('muster master enrol') and join (%v)", err)
+		err = refuse("the certificate is not of this master's authority: ask for a token ('muster master enrol') and join (%v)", err)
 	}
-	return &peer, h.authority.check(peer)
+	if err != nil {
+		return nil, time.Time{}, err
+	}
+	joined, err := h.authority.admit(peer)
+	return &peer, joined, err
+}
+
+// stays says why a node that was let in has to go, nil if it may stay.
+func (h *Hub) stays(c *conn) error {
+	b, err := h.authority.book()
+	if err != nil || b.still(*c.peer, c.joined) {
+		return err
+	}
+	if _, err := b.admit(*c.peer); err != nil {
+		return err
+	}
+	return refuse("%s joined anew: this connection is of before", *c.peer)
 }
 
 // tls is the master's side of a handshake. Any certificate is let through it: who cannot be let in is told why.
@@ -284,13 +301,13 @@ func (h *Hub) cutRefused(b *book) {
 	h.mu.Lock()
 	var out []*conn
 	for c := range h.conns {
-		if c.peer != nil && b.check(*c.peer) != nil {
+		if c.peer != nil && !b.still(*c.peer, c.joined) {
 			out = append(out, c)
 		}
 	}
 	h.mu.Unlock()
 	for _, c := range out {
-		h.log.Info("a node is shut out", "node", c.peer.String(), "reason", b.check(*c.peer).Error())
+		h.log.Info("a connection is cut: the node was revoked or enrolled anew", "node", c.peer.String(), "address", c.RemoteAddr().String())
 		c.cut()
 	}
 }
@@ -380,7 +397,7 @@ func (r reverse) RoundTrip(request *http.Request) (*http.Response, error) {
 	if l == nil || l.http.Err() != nil {
 		return nil, errors.Join(away(r.key), closeBody(request))
 	}
-	if err := r.hub.authority.check(l.peer); err != nil {
+	if err := r.hub.stays(l.conn); err != nil {
 		return nil, errors.Join(err, closeBody(request))
 	}
 	return l.http.RoundTrip(request)

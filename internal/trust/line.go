@@ -58,8 +58,9 @@ func plainHTTP2() *http.Protocols {
 type conn struct {
 	net.Conn
 	tls    *tls.Conn
-	peer   *Peer // nil: no certificate
-	refuse error // not nil: why the peer is not let in
+	peer   *Peer     // nil: a stranger
+	joined time.Time // when the peer joined
+	refuse error     // not nil: why it is a stranger although it showed a certificate
 
 	once   sync.Once
 	closed chan struct{} // closed when it is

@@ -97,8 +97,10 @@ func OpenNode(dir string) (*Node, error) {
 	return n, err
 }
 
-func newNode(dir string) *Node {
-	n := &Node{Log: slog.Default(), dir: dir, now: time.Now, timing: patient}
+func newNode(dir string) *Node { return newNodeWith(dir, patient) }
+
+func newNodeWith(dir string, t timing) *Node {
+	n := &Node{Log: slog.Default(), dir: dir, now: time.Now, timing: t}
 	n.client = &http.Client{CheckRedirect: noRedirect, Transport: heed{&http.Transport{
 		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			c, err := n.dial(ctx, alpnRequests)

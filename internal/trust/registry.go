@@ -333,27 +333,34 @@ func (e *entry) view(now time.Time) Enrolled {
 	return out
 }
 
-// check says why a node with a verified certificate is not let in, nil if it is.
-func (r *Registry) check(p Peer) error {
+// admit says why a node with a verified certificate is not let in; else since when it has been the node it is.
+func (r *Registry) admit(p Peer) (joined time.Time, err error) {
 	b, err := r.book()
 	if err != nil {
-		return err
+		return time.Time{}, err
 	}
-	return b.check(p)
+	return b.admit(p)
 }
 
-func (b *book) check(p Peer) error {
+func (b *book) admit(p Peer) (joined time.Time, err error) {
 	e := b.find(p.Name)
 	if e == nil || e.Role != p.Role || e.Customer != p.Customer {
-		return refuse("the master does not know %s: ask for a token ('muster master enrol') and join again", p)
+		return time.Time{}, refuse("the master does not know %s: ask for a token ('muster master enrol') and join again", p)
 	}
 	if e.Revoked != nil {
-		return refuse("%s was revoked on %s: to let it in again, enrol it ('muster master enrol') and join with the new token", p, e.Revoked.Format(timeForm))
+		return time.Time{}, refuse("%s was revoked on %s: to let it in again, enrol it ('muster master enrol') and join with the new token", p, e.Revoked.Format(timeForm))
 	}
 	if !slices.ContainsFunc(e.Certificates, func(c certificate) bool { return c.Serial == p.Serial }) {
-		return refuse("%s was enrolled anew, and this certificate is of before: if this is the right machine, enrol it ('muster master enrol') and join with the new token", p)
+		return time.Time{}, refuse("%s was enrolled anew, and this certificate is of before: if this is the right machine, enrol it ('muster master enrol') and join with the new token", p)
 	}
-	return nil
+	return *e.Joined, nil
+}
+
+// still says whether a node that was let in as the one that joined at a time may stay. The certificate that it had then
+// need not be alive any more.
+func (b *book) still(p Peer, joined time.Time) bool {
+	e := b.find(p.Name)
+	return e != nil && e.Role == p.Role && e.Customer == p.Customer && e.Revoked == nil && e.Joined != nil && e.Joined.Equal(joined)
 }
 
 // invitedBy finds the node that a secret invites, and whether it may be used for a key by who asks.
@@ -402,7 +409,8 @@ func (r *Registry) redeem(secret, key []byte, who Peer, issue func() (*x509.Cert
 			return err
 		}
 		e.Invitation.Used, e.Invitation.Key = &now, digest(key)
-		e.Joined, e.Revoked, e.Certificates = &now, nil, nil
+		joined := r.now().UTC() // to the nanosecond: another join is another time
+		e.Joined, e.Revoked, e.Certificates = &joined, nil, nil
 		e.add(cert, now)
 		return nil
 	})
@@ -410,18 +418,21 @@ func (r *Registry) redeem(secret, key []byte, who Peer, issue func() (*x509.Cert
 }
 
 // renew enters the certificate that issue makes for a node. The one it has now stays good, in case the answer is lost.
-func (r *Registry) renew(p Peer, issue func() (*x509.Certificate, error)) (cert *x509.Certificate, err error) {
+func (r *Registry) renew(p Peer, joined time.Time, issue func() (*x509.Certificate, error)) (cert *x509.Certificate, err error) {
 	now := r.now().UTC().Truncate(time.Second)
 	err = r.update(func(b *book) error {
-		if err := b.check(p); err != nil {
-			return err
+		if !b.still(p, joined) {
+			return refuse("%s was revoked or enrolled anew: enrol it ('muster master enrol') and join with the new token", p)
 		}
 		if cert, err = issue(); err != nil {
 			return err
 		}
 		e := b.find(p.Name)
 		for len(e.Certificates) >= maxSerials {
-			oldest := slices.IndexFunc(e.Certificates, func(c certificate) bool { return c.Serial != p.Serial })
+			oldest := 0
+			if e.Certificates[0].Serial == p.Serial {
+				oldest = 1
+			}
 			e.Certificates = slices.Delete(e.Certificates, oldest, oldest+1)
 		}
 		e.add(cert, now)
