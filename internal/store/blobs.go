@@ -119,6 +119,9 @@ type paced struct {
 	pace *pace
 }
 
+// Memory gives the blob without its pace, for those who do not send it.
+func (b paced) Memory() Bytes { return b.Bytes }
+
 func (b paced) Reader() io.ReadSeekCloser { return &pacedReader{bytes.NewReader(b.Bytes), b} }
 
 func (b paced) WriteTo(w io.Writer) (int64, error) { return io.Copy(w, io.MultiReader(b.Reader())) }

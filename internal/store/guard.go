@@ -108,7 +108,7 @@ func (g *guard) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 		return &placeError{fmt.Errorf("put blob %s: %w", id, err)}
 	}
 	if a, ok := g.Place.(Attesting); !ok || !a.ReadsBack() {
-		if err := g.readBack(ctx, id, data); err != nil {
+		if err := readBack(ctx, g.Place, id, data); err != nil {
 			return err
 		}
 	}
@@ -119,6 +119,15 @@ func (g *guard) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 		t.add(content.SessionIDFromBlobID(id))
 	}
 	return nil
+}
+
+// PutBlob puts a blob into a place and reads it back from the medium. It is for those who serve a place to others; a Store does so
+// itself.
+func PutBlob(ctx context.Context, p Place, id blob.ID, data Bytes, opts blob.PutOptions) error {
+	if err := p.PutBlob(ctx, id, data, opts); err != nil {
+		return err
+	}
+	return readBack(ctx, p, id, data)
 }
 
 // room refuses to use up the last space for anything but forgetting and collecting.
@@ -148,12 +157,12 @@ func (g *guard) noSpace(ctx context.Context, id blob.ID, cause error) error {
 }
 
 // readBack compares a blob on the medium with what should be there.
-func (g *guard) readBack(ctx context.Context, id blob.ID, data blob.Bytes) error {
-	g.Evict(ctx, id)
+func readBack(ctx context.Context, p Place, id blob.ID, data blob.Bytes) error {
+	p.Evict(ctx, id)
 	r := data.Reader()
 	defer r.Close() //nolint:errcheck // memory
 	c := &comparer{want: r, total: data.Length()}
-	if err := g.Place.GetBlob(ctx, id, 0, -1, c); err != nil && !errors.Is(err, errDiffers) {
+	if err := p.GetBlob(ctx, id, 0, -1, c); err != nil && !errors.Is(err, errDiffers) {
 		return &placeError{fmt.Errorf("read back blob %s: %w", id, err)}
 	}
 	if err := c.done(); err != nil {

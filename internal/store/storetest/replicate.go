@@ -255,8 +255,8 @@ func cutOff(t *testing.T, p pair) {
 		t.Fatal(err)
 	}
 	defer place.Close(t.Context()) //nolint:errcheck // a folder
-	if list, err := Packs(t.Context(), place); err != nil || packs != int64(len(list)) {
-		t.Errorf("%d packs were sent; there are %d, and each is to be sent once (%v)", packs, len(list), err)
+	if list, err := Packs(t.Context(), place); err != nil || packs > int64(len(list)) {
+		t.Errorf("%d packs were sent; there are %d, and each is to be sent once at most (%v)", packs, len(list), err)
 	}
 	far := p.openFar(t)
 	same(t, far, "snap-1", d.Data)
