@@ -111,6 +111,9 @@ func fill(dir string, plan Plan) error {
 	if err != nil {
 		return err
 	}
+	if near, err := filepath.Rel(filepath.Dir(dir), plan.KeyFile); err == nil && near == filepath.Base(plan.KeyFile) {
+		plan.KeyFile = filepath.Join("..", near) // the folders may be moved together
+	}
 	about, err := json.MarshalIndent(facts{Version: factsVersion, Name: plan.Name, Listen: plan.Listen, Addresses: plan.Addresses,
 		KeyFile: plan.KeyFile, Created: now}, "", " ")
 	if err != nil {
@@ -211,6 +214,9 @@ func Open(dir string, passphrase func() (string, error)) (*Authority, error) {
 
 func (r *Registry) unlock(passphrase func() (string, error)) (*age.HybridIdentity, error) {
 	if r.facts.KeyFile != "" {
+		if !filepath.IsAbs(r.facts.KeyFile) {
+			return readIdentity(r.path(r.facts.KeyFile))
+		}
 		return readIdentity(r.facts.KeyFile)
 	}
 	word, err := passphrase()

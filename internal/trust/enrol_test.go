@@ -158,7 +158,7 @@ func TestAnotherAuthorityIsNoMasterAndItsNodesAreNobody(t *testing.T) {
 	// The spy's master takes our master's place on the network.
 	diverted := n.current().file
 	diverted.Masters = []string{theirs.address}
-	if err := n.store(diverted); err != nil {
+	if err := n.store(diverted, nil); err != nil {
 		t.Fatal(err)
 	}
 	_, err := get(n.Client(), baseURL+"/who")
@@ -310,5 +310,64 @@ func TestANodeComesBackAfterDaysAsLongAsItsCertificateLives(t *testing.T) {
 	refused(t, err, "enrol the node again")
 	if nodes, err := m.Nodes(); err != nil || nodes[0].State != Expired {
 		t.Errorf("the book says %+v, %v", nodes, err)
+	}
+}
+
+// A master that was put back from a backup has forgotten renewals, which is no reason to shut anybody out.
+func TestABookFromABackupStillKnowsItsNodes(t *testing.T) {
+	m := newMaster(t)
+	n := m.node(office)
+	n.now = m.clock.now
+	gone := m.node(Peer{Role: Silo, Name: "silo-1"})
+	backup, err := os.ReadFile(m.path(fileBook))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.clock.set(5 * 24 * time.Hour)
+	for range maxSerials + 1 {
+		if err := n.renew(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	m.stop()
+	if err := os.WriteFile(m.path(fileBook), backup, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	m.start()
+	if _, err := get(n.Client(), baseURL+"/who"); err != nil {
+		t.Error(err)
+	}
+	// What was issued before a node joined again stays void.
+	if _, err := Join(t.Context(), filepath.Join(t.TempDir(), "node"), m.token(Peer{Role: Silo, Name: "silo-1"})); err == nil {
+		t.Error("a clock five days behind was not noticed")
+	}
+	m.clock.set(0)
+	m.stop()
+	m.start()
+	m.node(Peer{Role: Silo, Name: "silo-1"})
+	_, err = get(gone.Client(), baseURL+"/who")
+	refused(t, err, "enrolled anew")
+}
+
+func TestARenewalDoesNotUndoAJoinThatCameBefore(t *testing.T) {
+	m := newMaster(t)
+	n := m.node(office)
+	s := n.current()
+	if _, err := Join(t.Context(), n.dir, m.token(office)); err != nil {
+		t.Fatal(err)
+	}
+	if err := n.store(s.file, s); err == nil {
+		t.Error("what the join wrote was replaced")
+	}
+	if _, err := get(n.Client(), baseURL+"/who"); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestNothingOlderThanTLS13IsSpoken(t *testing.T) {
+	m := newMaster(t)
+	config := &tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12, NextProtos: []string{alpnRequests}}
+	if _, err := dialOne(t.Context(), m.address, config, hasty.dial); err == nil {
+		t.Error("the master speaks TLS 1.2")
 	}
 }

@@ -223,7 +223,7 @@ func (h *Hub) who(state tls.ConnectionState) (*Peer, time.Time, error) {
 	if err != nil {
 		return nil, time.Time{}, err
 	}
-	joined, err := h.authority.admit(peer)
+	joined, err := h.authority.admit(peer, cert.NotBefore.Add(backdate))
 	return &peer, joined, err
 }
 
@@ -233,10 +233,7 @@ func (h *Hub) stays(c *conn) error {
 	if err != nil || b.still(*c.peer, c.joined) {
 		return err
 	}
-	if _, err := b.admit(*c.peer); err != nil {
-		return err
-	}
-	return refuse("%s joined anew: this connection is of before", *c.peer)
+	return refuse("%s was revoked or enrolled anew: if this is the right machine, enrol it ('muster master enrol') and join with the new token", *c.peer)
 }
 
 // tls is the master's side of a handshake. Any certificate is let through it: who cannot be let in is told why.

@@ -288,6 +288,110 @@ func TestANodeThatStandsStillIsNoticedAndComesBack(t *testing.T) {
 	m.waitConnected(office)
 }
 
+// stalling is a listener whose connections can be made to stand still, as when a cable is pulled: nothing arrives, and
+// nobody says that it does not.
+type stalling struct {
+	net.Listener
+	mu    sync.Mutex
+	conns []*stallConn
+}
+
+type stallConn struct {
+	net.Conn
+	still  atomic.Bool
+	closed chan struct{}
+	once   sync.Once
+}
+
+func (s *stalling) Accept() (net.Conn, error) {
+	c, err := s.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conns = append(s.conns, &stallConn{Conn: c, closed: make(chan struct{})})
+	return s.conns[len(s.conns)-1], nil
+}
+
+func (s *stallConn) Read(p []byte) (int, error) {
+	n, err := s.Conn.Read(p)
+	if s.still.Load() {
+		<-s.closed
+		return 0, net.ErrClosed
+	}
+	return n, err
+}
+
+func (s *stallConn) Write(p []byte) (int, error) {
+	if s.still.Load() {
+		return len(p), nil // into the void
+	}
+	return s.Conn.Write(p)
+}
+
+func (s *stallConn) Close() error {
+	s.once.Do(func() { close(s.closed) })
+	if s.still.Load() {
+		return nil // the other end never hears of it
+	}
+	return s.Conn.Close()
+}
+
+func TestACableThatIsPulledIsNoticedAtBothEnds(t *testing.T) {
+	m := newMaster(t)
+	n := m.node(office)
+	m.stop()
+	var cable *stalling
+	m.wire = func(l net.Listener) net.Listener {
+		cable = &stalling{Listener: l}
+		return cable
+	}
+	m.start()
+	serve(t, n, http.HandlerFunc(greet))
+	m.waitConnected(office)
+	client, err := m.hub.Client(Appliance, "office")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cable.mu.Lock()
+	pulled := cable.conns
+	for _, c := range pulled {
+		c.still.Store(true)
+	}
+	cable.mu.Unlock()
+	t.Cleanup(func() {
+		for _, c := range pulled {
+			c.Conn.Close()
+		}
+	})
+	// The node makes a new connection, because it has heard nothing on the old one, and both directions go on over new ones.
+	until(t, "the node comes back", func() bool {
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		request, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://node/", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := client.Do(request)
+		if err != nil {
+			return false
+		}
+		return response.Body.Close() == nil
+	})
+	until(t, "the node's requests go through", func() bool { _, err := get(n.Client(), baseURL+"/who"); return err == nil })
+	until(t, "the master has let the old ones go", func() bool {
+		m.hub.mu.Lock()
+		defer m.hub.mu.Unlock()
+		for c := range m.hub.conns {
+			if raw, ok := c.tls.NetConn().(*stallConn); ok && raw.still.Load() {
+				return false
+			}
+		}
+		return true
+	})
+}
+
 // R11: what is connected to its master and answers it has no socket that anybody could connect to.
 func TestAConnectedNodeListensNowhere(t *testing.T) {
 	m := newMaster(t)

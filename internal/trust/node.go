@@ -227,11 +227,21 @@ func (s *identity) parse() (err error) {
 	return err
 }
 
-// store replaces the folder's content.
-func (n *Node) store(f nodeFile) error {
+// store replaces the folder's content. Not nil, present has to be what is there: nothing that came meanwhile is lost.
+func (n *Node) store(f nodeFile, present *identity) error {
 	raw, err := json.MarshalIndent(f, "", " ")
 	if err != nil {
 		return err
+	}
+	unlock, err := lockFolder(n.dir)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	if present != nil {
+		if s, err := n.load(); err != nil || !s.cert.Equal(present.cert) {
+			return errors.Join(errors.New("the node joined anew meanwhile"), err)
+		}
 	}
 	if err := durable.WriteFile(filepath.Join(n.dir, fileNode), append(raw, '\n'), 0o600); err != nil {
 		return err
@@ -290,7 +300,7 @@ func (n *Node) join(ctx context.Context, token Token) error {
 	}
 	p := token.Peer
 	if err := n.store(nodeFile{Version: nodeVersion, Role: p.Role, Customer: p.Customer, Name: p.Name, Master: out.Master, Masters: token.Masters,
-		Authority: encodeCert(authority), Certificate: encodeCert(cert), Key: text, CustomerKey: out.CustomerKey}); err != nil {
+		Authority: encodeCert(authority), Certificate: encodeCert(cert), Key: text, CustomerKey: out.CustomerKey}, nil); err != nil {
 		return err
 	}
 	return os.Remove(filepath.Join(n.dir, fileJoining))
@@ -369,7 +379,7 @@ func (n *Node) renew(ctx context.Context) error {
 		return err
 	}
 	next.Certificate = encodeCert(cert)
-	if err := n.store(next); err != nil {
+	if err := n.store(next, s); err != nil {
 		return err
 	}
 	n.client.CloseIdleConnections() // the next one shows the new certificate

@@ -100,7 +100,6 @@ const (
 const (
 	fileFacts     = "master.json"
 	fileBook      = "nodes.json"
-	fileLock      = "lock"
 	fileAuthority = "ca.crt"
 	fileKey       = "ca.key.age"
 	fileUnlock    = "unlock.age"
@@ -201,20 +200,11 @@ func readBook(path string) (*book, error) {
 
 // update changes the book while nobody else does. If change fails nothing is changed.
 func (r *Registry) update(change func(*book) error) error {
-	lock, err := os.OpenFile(r.path(fileLock), os.O_CREATE|os.O_RDWR, 0o600)
+	unlock, err := lockFolder(r.dir)
 	if err != nil {
-		return fmt.Errorf("lock the book of nodes: %w", err)
+		return err
 	}
-	defer lock.Close()
-	for {
-		err := unix.Flock(int(lock.Fd()), unix.LOCK_EX)
-		if err == nil {
-			break
-		}
-		if !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("lock the book of nodes: %w", err)
-		}
-	}
+	defer unlock()
 	b, err := readBook(r.path(fileBook))
 	if err != nil {
 		return err
@@ -223,6 +213,23 @@ func (r *Registry) update(change func(*book) error) error {
 		return err
 	}
 	return b.write(r.path(fileBook))
+}
+
+// lockFolder waits until no other process, and nobody else of this one, changes a folder.
+func lockFolder(dir string) (unlock func(), err error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("lock folder: %w", err)
+	}
+	for {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EINTR) {
+			return nil, errors.Join(fmt.Errorf("lock folder %s: %w", dir, err), f.Close())
+		}
+	}
 }
 
 func (b *book) write(path string) error {
@@ -334,15 +341,16 @@ func (e *entry) view(now time.Time) Enrolled {
 }
 
 // admit says why a node with a verified certificate is not let in; else since when it has been the node it is.
-func (r *Registry) admit(p Peer) (joined time.Time, err error) {
+// issued is when its certificate was.
+func (r *Registry) admit(p Peer, issued time.Time) (joined time.Time, err error) {
 	b, err := r.book()
 	if err != nil {
 		return time.Time{}, err
 	}
-	return b.admit(p)
+	return b.admit(p, issued)
 }
 
-func (b *book) admit(p Peer) (joined time.Time, err error) {
+func (b *book) admit(p Peer, issued time.Time) (joined time.Time, err error) {
 	e := b.find(p.Name)
 	if e == nil || e.Role != p.Role || e.Customer != p.Customer {
 		return time.Time{}, refuse("the master does not know %s: ask for a token ('muster master enrol') and join again", p)
@@ -350,7 +358,9 @@ func (b *book) admit(p Peer) (joined time.Time, err error) {
 	if e.Revoked != nil {
 		return time.Time{}, refuse("%s was revoked on %s: to let it in again, enrol it ('muster master enrol') and join with the new token", p, e.Revoked.Format(timeForm))
 	}
-	if !slices.ContainsFunc(e.Certificates, func(c certificate) bool { return c.Serial == p.Serial }) {
+	known := slices.ContainsFunc(e.Certificates, func(c certificate) bool { return c.Serial == p.Serial })
+	// One that the book has not, and that was issued after the node joined, is a renewal that a book from a backup never heard of.
+	if !known && (e.Joined == nil || !issued.After(*e.Joined)) {
 		return time.Time{}, refuse("%s was enrolled anew, and this certificate is of before: if this is the right machine, enrol it ('muster master enrol') and join with the new token", p)
 	}
 	return *e.Joined, nil

@@ -2,6 +2,7 @@ package trust
 
 import (
 	"context"
+	"log/slog"
 	"net"
 	"net/http"
 	"sync"
@@ -18,7 +19,7 @@ const maxClockGap = 5 * time.Minute
 // goes on without its master, and a Join of another process into the same folder is noticed.
 func (n *Node) Serve(ctx context.Context, handler http.Handler) {
 	server := &http.Server{Handler: handler, Protocols: plainHTTP2(), HTTP2: n.timing.http2(), ReadHeaderTimeout: n.timing.dial,
-		MaxHeaderBytes: maxHeader}
+		MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(n.Log.Handler(), slog.LevelDebug)}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var work sync.WaitGroup
