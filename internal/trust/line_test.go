@@ -635,3 +635,33 @@ func TestAHeaderWithoutEndIsRefused(t *testing.T) {
 		t.Errorf("the next request: %v", err)
 	}
 }
+
+// BenchmarkLine sends 64 MiB to the master, and from the master to a node.
+func BenchmarkLine(b *testing.B) {
+	m := newMaster(b)
+	n := m.node(office)
+	serve(b, n, http.HandlerFunc(swallow))
+	m.waitConnected(office)
+	down, err := m.hub.Client(Appliance, "office")
+	if err != nil {
+		b.Fatal(err)
+	}
+	body := make([]byte, 64<<20)
+	for name, way := range map[string]struct {
+		client *http.Client
+		url    string
+	}{"up": {n.Client(), baseURL + "/swallow"}, "down": {down, "https://node/swallow"}} {
+		b.Run(name, func(b *testing.B) {
+			b.SetBytes(int64(len(body)))
+			for b.Loop() {
+				response, err := way.client.Post(way.url, "", bytes.NewReader(body))
+				if err != nil {
+					b.Fatal(err)
+				}
+				response.Body.Close()
+			}
+		})
+	}
+}
+
+func swallow(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }

@@ -41,7 +41,7 @@ func (c *clock) set(ahead time.Duration) { c.ahead.Store(int64(ahead)) }
 // testMaster is a master that can be stopped and started again.
 type testMaster struct {
 	*Authority
-	t       *testing.T
+	t       testing.TB
 	dir     string
 	address string
 	clock   clock
@@ -52,7 +52,7 @@ type testMaster struct {
 
 var quiet = slog.New(slog.DiscardHandler)
 
-func newAuthority(t *testing.T) (dir string) {
+func newAuthority(t testing.TB) (dir string) {
 	t.Helper()
 	base := t.TempDir()
 	dir = filepath.Join(base, "trust")
@@ -62,7 +62,7 @@ func newAuthority(t *testing.T) (dir string) {
 	return dir
 }
 
-func newMaster(t *testing.T) *testMaster {
+func newMaster(t testing.TB) *testMaster {
 	t.Helper()
 	m := &testMaster{t: t, dir: newAuthority(t)}
 	m.start()
@@ -96,7 +96,7 @@ func (m *testMaster) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() {
-		if err := m.hub.Serve(ctx, listener, map[string]http.Handler{"/echo": http.HandlerFunc(echo), "/who": http.HandlerFunc(who)}); err != nil {
+		if err := m.hub.Serve(ctx, listener, map[string]http.Handler{"/echo": http.HandlerFunc(echo), "/who": http.HandlerFunc(who), "/swallow": http.HandlerFunc(swallow)}); err != nil {
 			m.t.Error(err)
 		}
 	})
@@ -139,7 +139,7 @@ func (m *testMaster) node(who Peer) *Node {
 	return hurried(m.t, n)
 }
 
-func hurried(t *testing.T, n *Node) *Node {
+func hurried(t testing.TB, n *Node) *Node {
 	fast := newNodeWith(n.dir, hasty)
 	if _, err := fast.load(); err != nil {
 		t.Fatal(err)
@@ -150,7 +150,7 @@ func hurried(t *testing.T, n *Node) *Node {
 }
 
 // serve keeps a node's reverse connection up until the test, or the caller, ends it.
-func serve(t *testing.T, n *Node, handler http.Handler) (stop func()) {
+func serve(t testing.TB, n *Node, handler http.Handler) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() { n.Serve(ctx, handler) })
