@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/netip"
 	"sync"
 	"time"
 )
@@ -74,6 +75,7 @@ func (h *Hub) Serve(ctx context.Context, listener net.Listener, handlers map[str
 	}
 	h.cutAll()
 	work.Wait()
+	h.cutAll() // what came in at the last moment
 	return err
 }
 
@@ -100,19 +102,19 @@ func (h *Hub) accept(ctx context.Context, listener net.Listener, ready *queue, w
 
 // receive shakes hands, finds out who it is, and hands the connection to who serves it.
 func (h *Hub) receive(ctx context.Context, raw net.Conn, ready *queue) {
-	address, _, _ := net.SplitHostPort(raw.RemoteAddr().String())
+	address := source(raw.RemoteAddr())
 	if !h.admit(address) {
 		raw.Close()
 		return
 	}
 	t := tls.Server(raw, h.tls())
 	c := newConn(t)
-	// It counts as a stranger's, which does not last, until it has shown a good certificate.
-	strange := time.AfterFunc(h.timing.stranger, c.cut)
-	c.after = func() { strange.Stop(); h.forget(c, address) }
+	c.after = func() { h.forget(c, address) }
 	h.mu.Lock()
 	h.conns[c] = struct{}{}
 	h.mu.Unlock()
+	// It is a stranger's, which does not last, until it has shown a good certificate.
+	strange := time.AfterFunc(h.timing.stranger, c.cut)
 	shake, cancel := context.WithTimeout(ctx, h.timing.dial)
 	err := t.HandshakeContext(shake)
 	cancel()
@@ -132,6 +134,21 @@ func (h *Hub) receive(ctx context.Context, raw net.Conn, ready *queue) {
 	default:
 		c.cut()
 	}
+}
+
+// source is what strangers are counted by: an address, or the network of one machine where that has many addresses.
+func source(a net.Addr) string {
+	at, err := netip.ParseAddrPort(a.String())
+	if err != nil {
+		return a.String()
+	}
+	address := at.Addr().Unmap()
+	if address.Is6() {
+		if network, err := address.WithZone("").Prefix(64); err == nil {
+			return network.String()
+		}
+	}
+	return address.String()
 }
 
 // admit counts a new connection, if there is room for it.

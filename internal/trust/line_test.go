@@ -44,6 +44,48 @@ func TestTheMasterReachesANodeThatOnlyDialsOut(t *testing.T) {
 	until(t, "the same client works again", func() bool { got, err := get(client, "https://node/"); return err == nil && got == "here" })
 }
 
+// What takes long tells how far it is, and ends when nobody wants it any more, in both directions.
+func TestProgressAndCancellingTravel(t *testing.T) {
+	m := newMaster(t)
+	n := m.node(office)
+	ended := make(chan struct{}, 2)
+	long := func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.WriteString(w, "1 of 2\n")
+		_ = http.NewResponseController(w).Flush()
+		<-r.Context().Done()
+		ended <- struct{}{}
+	}
+	m.long.Store(&long)
+	serve(t, n, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/long" {
+			long(w, r)
+		}
+	}))
+	m.waitConnected(office)
+	down, err := m.hub.Client(Appliance, "office")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for url, client := range map[string]*http.Client{"https://node/long": down, baseURL + "/long": n.Client()} {
+		ctx, cancel := context.WithCancel(t.Context())
+		request, err := http.NewRequestWithContext(ctx, http.MethodPost, url, strings.NewReader("{}"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := client.Do(request)
+		if err != nil {
+			t.Fatal(err)
+		}
+		told := make([]byte, 7)
+		if _, err := io.ReadFull(response.Body, told); err != nil || string(told) != "1 of 2\n" {
+			t.Errorf("%s: got %q, %v", url, told, err)
+		}
+		cancel()
+		<-ended
+		response.Body.Close()
+	}
+}
+
 func TestARevokedNodeIsCutOffAtOnce(t *testing.T) {
 	m := newMaster(t)
 	n := m.node(office)
@@ -287,6 +329,12 @@ func TestANodeThatStandsStillIsNoticedAndComesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 	m.waitConnected(office)
+}
+
+func TestADeadPeerIsNoticedWithinHalfAMinute(t *testing.T) {
+	if h := patient.http2(); h.SendPingTimeout+h.PingTimeout > 30*time.Second || h.SendPingTimeout <= 0 {
+		t.Errorf("asked after %s, waited for %s", h.SendPingTimeout, h.PingTimeout)
+	}
 }
 
 // R11: what is connected to its master and answers it has no socket that anybody could connect to.

@@ -91,8 +91,11 @@ func OpenRegistry(dir string) (*Registry, error) {
 	if err == nil {
 		err = json.Unmarshal(raw, &r.facts)
 	}
+	if err == nil && r.facts.Version != factsVersion {
+		err = fmt.Errorf("it is of version %d, this release knows %d", r.facts.Version, factsVersion)
+	}
 	if err != nil {
-		return nil, fmt.Errorf("open authority: %w", err)
+		return nil, fmt.Errorf("open authority: read %s: %w", r.path(fileFacts), err)
 	}
 	_, err = r.book()
 	return r, err

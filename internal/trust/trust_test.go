@@ -45,8 +45,10 @@ type testMaster struct {
 	dir     string
 	address string
 	clock   clock
+	timing  timing // zero: hasty
 	hub     *Hub
 	wire    func(net.Listener) net.Listener // what is between the port and the hub, nil for nothing
+	long    atomic.Pointer[func(http.ResponseWriter, *http.Request)]
 	stop    func()
 }
 
@@ -92,15 +94,24 @@ func (m *testMaster) start() {
 		listener = m.wire(listener)
 	}
 	m.hub = NewHub(a, quiet)
-	m.hub.timing = hasty
+	if m.timing == (timing{}) {
+		m.timing = hasty
+	}
+	m.hub.timing = m.timing
 	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() {
-		if err := m.hub.Serve(ctx, listener, map[string]http.Handler{"/echo": http.HandlerFunc(echo), "/who": http.HandlerFunc(who), "/swallow": http.HandlerFunc(swallow)}); err != nil {
+		if err := m.hub.Serve(ctx, listener, map[string]http.Handler{"/echo": http.HandlerFunc(echo), "/who": http.HandlerFunc(who), "/swallow": http.HandlerFunc(swallow), "/long": http.HandlerFunc(m.answerLong)}); err != nil {
 			m.t.Error(err)
 		}
 	})
 	m.stop = func() { cancel(); work.Wait() }
+}
+
+func (m *testMaster) answerLong(w http.ResponseWriter, r *http.Request) {
+	if long := m.long.Load(); long != nil {
+		(*long)(w, r)
+	}
 }
 
 func echo(w http.ResponseWriter, r *http.Request) {
