@@ -19,7 +19,7 @@ const maxClockGap = 5 * time.Minute
 // goes on without its master, and a Join of another process into the same folder is noticed.
 func (n *Node) Serve(ctx context.Context, handler http.Handler) {
 	server := &http.Server{Handler: handler, Protocols: plainHTTP2(), HTTP2: n.timing.http2(), ReadHeaderTimeout: n.timing.dial,
-		MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(n.Log.Handler(), slog.LevelDebug)}
+		MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(n.Log.Handler(), slog.LevelWarn)}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var work sync.WaitGroup
