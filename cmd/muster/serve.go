@@ -26,6 +26,7 @@ import (
 	"github.com/musterdr/muster/internal/files"
 	filesguestfs "github.com/musterdr/muster/internal/files/guestfs"
 	"github.com/musterdr/muster/internal/master"
+	"github.com/musterdr/muster/internal/metrics"
 	"github.com/musterdr/muster/internal/prerecover/guestfs"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/store"
@@ -33,10 +34,25 @@ import (
 )
 
 func serveCommand() *cobra.Command {
-	return &cobra.Command{Use: "serve", Short: "Run master, appliance and silo in this process", Args: cobra.NoArgs,
+	cmd := &cobra.Command{Use: "serve", Short: "Run master, appliance and silo in this process", Args: cobra.NoArgs,
 		Long: `Run the whole platform on this machine until interrupted: it takes snapshots when they are due, tests each one, and answers
-the command line. Work that is under way when it ends goes on when it is started again; invoked machines do not notice.`,
-		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd, installation(cmd)) }}
+the command line. Work that is under way when it ends goes on when it is started again; invoked machines do not notice.
+
+Started by systemd it says when it serves, and that it lives.`,
+		Example: `  muster serve
+  muster serve --metrics 127.0.0.1:9411 --log-format json`}
+	var o serveOptions
+	o.log.register(cmd)
+	cmd.Flags().StringVar(&o.metrics, "metrics", "", "loopback address to serve metrics and health on, as 127.0.0.1:9411; empty: only on the command line's own socket")
+	_ = cmd.RegisterFlagCompletionFunc("metrics", cobra.FixedCompletions([]string{"127.0.0.1:9411"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return serve(cmd, installation(cmd), o) }
+	return cmd
+}
+
+// serveOptions are how serve is run, not what is installed.
+type serveOptions struct {
+	log     logFlags
+	metrics string
 }
 
 // platform is everything that serve opens, closed in reverse.
@@ -65,9 +81,13 @@ func (p *platform) close() {
 // closeLimit is how long work under way may take to let go when the process ends.
 const closeLimit = 20 * time.Second
 
-func serve(cmd *cobra.Command, i install) error {
+func serve(cmd *cobra.Command, i install, o serveOptions) error {
 	ctx := cmd.Context()
-	p := &platform{log: slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))}
+	log, err := o.log.open(ctx, cmd.ErrOrStderr())
+	if err != nil {
+		return err
+	}
+	p := &platform{log: log}
 	defer p.close()
 	if _, err := i.settings(); err != nil {
 		return err
@@ -86,12 +106,19 @@ func serve(cmd *cobra.Command, i install) error {
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: api.Handler(m, app, version), ReadHeaderTimeout: 10 * time.Second}
+	observer := metrics.Handler(m, version, p.log)
+	server := &http.Server{Handler: observed(api.Handler(m, app, version), observer), ReadHeaderTimeout: 10 * time.Second}
+	if o.metrics != "" {
+		if err := p.listenMetrics(o.metrics, observer); err != nil {
+			return err
+		}
+	}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(listener) }()
 	if err := m.Start(ctx); err != nil {
 		return err
 	}
+	p.notify(ctx, m)
 	p.log.Info("muster serves", "version", version, "dir", i.Dir, "socket", apiSocket(i))
 	scheduled := make(chan struct{})
 	go func() { defer close(scheduled); m.Run(ctx) }()
@@ -145,6 +172,7 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 	if err != nil {
 		return nil, nil, fmt.Errorf("open catalog: %w", err)
 	}
+	cat.Told = tell(p.log)
 	p.onClose("catalog", cat.Close)
 	s, kvm, err := p.openSilo(ctx, i, set, st)
 	if err != nil {

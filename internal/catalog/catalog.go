@@ -27,6 +27,9 @@ const MaxList = 1000
 type Catalog struct {
 	// Now is the clock for what carries no time of its own. It may step back: nothing is ordered by it.
 	Now func() time.Time
+	// Told, if set, is called with every event after the transaction that wrote it has taken effect, with the context of its
+	// verb. It is set before the first verb, and must not call the catalog.
+	Told func(ctx context.Context, e dr.Event)
 
 	db   *bun.DB
 	lock string
@@ -54,10 +57,13 @@ type tx struct {
 	ctx context.Context
 	seq int64 // the number last given to an event or row
 	now time.Time
+
+	events []dr.Event
 }
 
 // write carries out one verb: all of it or nothing.
 func (c *Catalog) write(ctx context.Context, what string, verb func(t *tx) error) error {
+	var events []dr.Event
 	err := c.db.RunInTx(ctx, nil, func(ctx context.Context, inner bun.Tx) error {
 		t := &tx{Tx: inner, ctx: ctx, now: c.Now()}
 		if c.lock != "" {
@@ -75,10 +81,16 @@ func (c *Catalog) write(ctx context.Context, what string, verb func(t *tx) error
 		if t.seq == before {
 			return nil
 		}
+		events = t.events
 		return t.do(`UPDATE counters SET value = ? WHERE name = 'event'`, t.seq)
 	})
 	if err != nil {
 		return fmt.Errorf("%s: %w", what, err)
+	}
+	if c.Told != nil {
+		for _, e := range events {
+			c.Told(ctx, e)
+		}
 	}
 	return nil
 }
@@ -93,6 +105,7 @@ func (t *tx) event(at time.Time, kind, serverID, server, subject, format string,
 	t.seq++
 	row := eventRow{Seq: t.seq, At: stamp(at), Kind: kind, ServerID: serverID, Server: server, Subject: subject,
 		Message: fmt.Sprintf(format, args...)}
+	t.events = append(t.events, row.event())
 	_, err := t.NewInsert().Model(&row).Exec(t.ctx)
 	return t.seq, err
 }

@@ -141,6 +141,15 @@ func (db *database) held(ctx context.Context) error {
 	return db.guard.PingContext(ctx)
 }
 
+// answers asks the database something that it has to look up.
+func (db *database) answers(ctx context.Context) error {
+	var term int64
+	if err := db.sql.QueryRowContext(ctx, `SELECT term FROM muster_engine_term WHERE id = 1`).Scan(&term); err != nil {
+		return fmt.Errorf("ask the database of runs: %w", err)
+	}
+	return nil
+}
+
 func (db *database) close() error {
 	var errs []error
 	if db.guard != nil {

@@ -160,7 +160,7 @@ func (e *Engine) Launch(ctx context.Context) error {
 		if _, err := dbos.ResumeWorkflow[outcome](e.dbos, o.ID, dbos.WithResumeQueue(queueName)); err != nil {
 			return fmt.Errorf("launch engine: resume run %s: %w", o.ID, err)
 		}
-		e.log.InfoContext(ctx, "run resumed", "run", o.ID)
+		e.log.InfoContext(ctx, "run resumed", "operation", o.ID)
 	}
 	if err := dbos.Launch(e.dbos); err != nil {
 		return fmt.Errorf("launch engine: %w", err)
@@ -188,6 +188,20 @@ func (e *Engine) guard(ctx context.Context) {
 			}
 		}
 	}
+}
+
+// Check says why no run is carried out: the engine was not launched, is closed, or lost its database.
+func (e *Engine) Check(ctx context.Context) error {
+	e.mu.Lock()
+	launched, closed := e.launched, e.closed
+	e.mu.Unlock()
+	switch {
+	case closed:
+		return ErrClosed
+	case !launched:
+		return errors.New("the engine was not launched")
+	}
+	return e.db.answers(ctx)
 }
 
 // Close stops the engine: the contexts of running steps end, no other step begins, and unfinished runs are left to the

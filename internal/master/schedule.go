@@ -33,6 +33,9 @@ func (m *Master) Run(ctx context.Context) {
 	defer ticker.Stop()
 	for {
 		m.Wake(ctx)
+		m.mu.Lock()
+		m.woke = m.Now()
+		m.mu.Unlock()
 		select {
 		case <-ctx.Done():
 			return

@@ -85,6 +85,7 @@ func (m *Master) validate(ctx context.Context, server *dr.Server) error {
 }
 
 func apply(server *dr.Server, c api.ServerChange) {
+	set(&server.Customer, c.Customer)
 	set(&server.Schedule.Every, c.Every)
 	set(&server.Objectives.RTO, c.RTO)
 	set(&server.Objectives.RPO, c.RPO)

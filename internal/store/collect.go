@@ -237,9 +237,6 @@ func (s *Store) usage(ctx context.Context) (u Usage, err error) {
 		u.Packed += int64(c.PackedLength)
 		return ctx.Err()
 	})
-	u.Free = -1
-	if c, err := s.place.GetCapacity(ctx); err == nil {
-		u.Free = int64(c.FreeB)
-	}
+	u.Free = s.free(ctx)
 	return u, err
 }
