@@ -18,6 +18,7 @@ var (
 	ErrNotFound = errors.New("the catalog has no such thing")
 	ErrExists   = errors.New("it exists already")
 	ErrInUse    = errors.New("it is in use")
+	ErrNewer    = errors.New("a newer release of Muster has written to it: install that one again, or go back to a copy from before")
 )
 
 // MaxList is the most rows a listing with a limit gives; it is also what a limit of 0 means.
@@ -36,7 +37,7 @@ type Catalog struct {
 }
 
 // Open opens the catalog in a SQLite file, given by its path, or in a PostgreSQL database, given by its postgres:// URL.
-// It makes or updates the tables.
+// It makes or updates the tables; ErrNewer if a later release has updated them further.
 func Open(ctx context.Context, dsn string) (*Catalog, error) {
 	if dsn == "" {
 		return nil, errors.New("open catalog: give the path of a file or a postgres:// URL")

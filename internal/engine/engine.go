@@ -22,6 +22,7 @@ var (
 	ErrNotFound  = errors.New("no such run")
 	ErrCancelled = errors.New("the run was cancelled")
 	ErrClosed    = errors.New("the engine is closed")
+	ErrNewer     = errors.New("a newer release of Muster has written to the database of runs: install that one again, or go back to a copy from before")
 )
 
 // Limits.
@@ -73,8 +74,8 @@ type kind struct {
 	do func(r *Run, input json.RawMessage) error
 }
 
-// Open opens the database of runs, and makes it if there is none. ErrLocked if another process has it. Nothing runs
-// before Launch.
+// Open opens the database of runs, and makes it if there is none. ErrLocked if another process has it, ErrNewer if a later
+// release has changed its form. Nothing runs before Launch.
 func Open(ctx context.Context, c Config) (*Engine, error) {
 	if c.DSN == "" || c.Version == "" {
 		return nil, errors.New("open engine: it needs a DSN and a Version")
