@@ -152,8 +152,10 @@ that any month can be asked for again. A server counts for the customer that its
 	month := cmd.Flags().String("month", time.Now().UTC().Format("2006-01"), "month, as 2026-11")
 	customer := cmd.Flags().String("customer", "", "only this customer")
 	asCSV := cmd.Flags().Bool("csv", false, "print CSV, for spreadsheets")
-	cmd.MarkFlagsMutuallyExclusive("json", "csv")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if *asCSV && wantJSON(cmd) {
+			return withCode(exitUsage, errors.New("give one of --json and --csv"))
+		}
 		c := client(cmd)
 		defer c.Close()
 		list, err := c.Meter(cmd.Context(), *month, *customer)
