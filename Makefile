@@ -24,6 +24,13 @@ install: ## the programs, into $(PREFIX); as root, after make build
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/muster
 	install -D -t $(DESTDIR)$(PREFIX)/lib/muster bin/muster-agent bin/muster-agent-arm64 bin/muster-agent.exe bin/muster-guest
 
+.PHONY: deb
+deb: ## the Debian package, into build/deb
+	scripts/deps build
+	scripts/deps tools
+	$(MAKE) --no-print-directory build
+	scripts/deb
+
 .PHONY: test
 test: ## everything that proves it: lint, fast tests, tests with real guests
 	scripts/deps run build test demo

@@ -137,7 +137,7 @@ func (m *Master) Start(ctx context.Context) error {
 	}
 	removed, err := m.Silo.Reap(ctx, alive)
 	if err != nil {
-		m.Log.Error("remove what a crash left", "error", err)
+		m.Log.ErrorContext(ctx, "remove what a crash left", "error", err)
 	}
 	for _, what := range removed {
 		m.event(ctx, "silo.reaped", "", what, "removed "+what+", left by a process that ended")
@@ -162,7 +162,7 @@ func (m *Master) Doctor(ctx context.Context) ([]api.Finding, error) { return m.S
 // event writes an event that no other transaction writes; its loss is not worth failing for.
 func (m *Master) event(ctx context.Context, kind, server, subject, message string) {
 	if err := m.Catalog.AddEvent(ctx, dr.Event{At: m.Now(), Kind: kind, Server: server, Subject: subject, Message: message}); err != nil {
-		m.Log.Error("write event", "kind", kind, "error", err)
+		m.Log.ErrorContext(ctx, "write event", "kind", kind, "error", err)
 	}
 }
 

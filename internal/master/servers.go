@@ -32,7 +32,7 @@ func (m *Master) AddServer(ctx context.Context, server dr.Server) (dr.Server, er
 	}
 	if err := m.Catalog.AddServer(ctx, server); err != nil {
 		if derr := m.Store.DeleteRecord(ctx, dr.ServerRecord, server.ID); derr != nil {
-			m.Log.Error("take back record of server", "server", server.Name, "error", derr)
+			m.Log.ErrorContext(ctx, "take back record of server", "server", server.Name, "error", derr)
 		}
 		if errors.Is(err, catalog.ErrExists) {
 			return dr.Server{}, api.Errorf(api.Conflict, "a server named %q exists: remove it first, or choose another name", server.Name)

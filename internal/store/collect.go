@@ -199,7 +199,7 @@ func (s *Store) tidy(ctx context.Context) {
 		err = maintain(ctx, s.rep, maintenance.ModeQuick, maintenance.SafetyFull)
 	}
 	if err != nil {
-		slog.Warn("index blobs were not compacted", "store", s.String(), "error", s.explain(err).Error())
+		slog.WarnContext(ctx, "index blobs were not compacted", "store", s.String(), "error", s.explain(err).Error())
 	}
 }
 
