@@ -64,7 +64,7 @@ func (f *logFlags) open(ctx context.Context, out io.Writer) (*slog.Logger, error
 					to = max(wanted, slog.LevelInfo)
 				}
 				level.Set(to)
-				log.Warn("log level changed", "level", to.String())
+				log.WarnContext(ctx, "log level changed", "level", to.String())
 			}
 		}
 	}()

@@ -57,7 +57,7 @@ func observed(operator, observer http.Handler) http.Handler {
 func (p *platform) notify(ctx context.Context, o api.Observer) {
 	if told, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil || !told {
 		if err != nil {
-			p.log.Warn("tell systemd", "error", err)
+			p.log.WarnContext(ctx, "tell systemd", "error", err)
 		}
 		return
 	}
@@ -76,7 +76,7 @@ func (p *platform) notify(ctx context.Context, o api.Observer) {
 			if h := o.Health(ctx); h.Alive {
 				_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog) // what does not reach it is what it watches for
 			} else if ctx.Err() == nil {
-				p.log.Error("not alive", "health", fmt.Sprint(h.Checks))
+				p.log.ErrorContext(ctx, "not alive", "health", fmt.Sprint(h.Checks))
 			}
 			select {
 			case <-ctx.Done():
