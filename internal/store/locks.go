@@ -79,14 +79,14 @@ func (s *Store) needed(ctx context.Context) ([]blob.ID, error) {
 
 func lockAll(ctx context.Context, l Locker, ids []blob.ID, r *LockReport, progress dr.Progress) error {
 	var mu sync.Mutex
-	g, ctx := errgroup.WithContext(ctx)
+	g, work := errgroup.WithContext(ctx)
 	g.SetLimit(lockWorkers)
 	for _, id := range ids {
-		if ctx.Err() != nil {
+		if work.Err() != nil {
 			break
 		}
 		g.Go(func() error {
-			extended, err := l.Lock(ctx, id)
+			extended, err := l.Lock(work, id)
 			if errors.Is(err, blob.ErrBlobNotFound) { // an index blob that was compacted meanwhile; a pack that is gone is Verify's to tell
 				return nil
 			}

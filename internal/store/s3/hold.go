@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/kopia/kopia/repo/blob"
@@ -40,19 +39,22 @@ func (p *place) requireLock(ctx context.Context) error {
 	return fmt.Errorf("ask bucket %s for its object lock: %w", p.d.Bucket, p.explain(err))
 }
 
-// held says until when the service keeps a version; the zero time if it does not.
+// held says until when the service keeps a version ("": the newest); the zero time if it does not. It asks for the object's head, which every
+// service answers alike; one that hides it from these credentials still refuses to remove what is locked.
 func (p *place) held(ctx context.Context, key, version string) (time.Time, error) {
-	_, until, err := p.c.GetObjectRetention(ctx, p.d.Bucket, key, version)
+	o, err := p.c.StatObject(ctx, p.d.Bucket, key, minio.StatObjectOptions{VersionID: version})
 	if err != nil {
-		if minio.ToErrorResponse(err).Code == "NoSuchObjectLockConfiguration" || minio.ToErrorResponse(err).Code == "InvalidRequest" {
-			return time.Time{}, nil
-		}
 		return time.Time{}, p.explain(err)
 	}
-	if until == nil {
+	text := o.Metadata.Get("X-Amz-Object-Lock-Retain-Until-Date")
+	if text == "" {
 		return time.Time{}, nil
 	}
-	return *until, nil
+	until, err := time.Parse(time.RFC3339, text)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("read the lock of %s: %w", key, err)
+	}
+	return until, nil
 }
 
 // Lock implements store.Locker: it extends a blob's retention if less than half of it is left.
@@ -160,71 +162,4 @@ func (p *place) versionsOf(ctx context.Context, id blob.ID) ([]minio.ObjectInfo,
 		all = append(all, o)
 	}
 	return all, nil
-}
-
-// Rewound is what Rewind did.
-type Rewound struct {
-	Blobs    int // that there were at that time
-	Restored int // of them, brought back because they had been hidden or overwritten since
-	Hidden   int // put since, and hidden
-}
-
-// Rewind makes a bucket that keeps versions show the store as it was at a time: what was hidden or overwritten since then is
-// put on top again, what was put since then is hidden. It removes nothing: every version stays. Nobody may use the store
-// meanwhile. Afterwards it is opened as always, with the password of that time.
-func (d Driver) Rewind(ctx context.Context, at time.Time) (r Rewound, err error) {
-	p, err := d.connect(ctx)
-	if err != nil {
-		return r, err
-	}
-	defer p.Close(ctx) //nolint:errcheck // it holds no lock
-	if !p.versions {
-		return r, fmt.Errorf("bucket %s keeps no versions: there is nothing to go back to", d.Bucket)
-	}
-	keys := map[string][]minio.ObjectInfo{} // newest first
-	for o := range p.c.ListObjectsIter(ctx, d.Bucket, minio.ListObjectsOptions{Prefix: d.Prefix, WithVersions: true, Recursive: true}) {
-		if o.Err != nil {
-			return r, p.explain(o.Err)
-		}
-		name := strings.TrimPrefix(o.Key, d.Prefix)
-		if !strings.Contains(name, "/") && name != lockKey {
-			keys[o.Key] = append(keys[o.Key], o)
-		}
-	}
-	for key, versions := range keys {
-		if err := p.rewind(ctx, key, versions, at, &r); err != nil {
-			return r, fmt.Errorf("bring back %s: %w", key, err)
-		}
-	}
-	return r, nil
-}
-
-func (p *place) rewind(ctx context.Context, key string, versions []minio.ObjectInfo, at time.Time, r *Rewound) error {
-	var then *minio.ObjectInfo
-	for i := range versions {
-		if !versions[i].LastModified.After(at) {
-			then = &versions[i]
-			break
-		}
-	}
-	now := versions[0]
-	switch {
-	case then == nil || then.IsDeleteMarker:
-		if now.IsDeleteMarker {
-			return nil
-		}
-		r.Hidden++
-		return p.explain(p.c.RemoveObject(ctx, p.d.Bucket, key, minio.RemoveObjectOptions{}))
-	case then.VersionID == now.VersionID:
-		r.Blobs++
-		return nil
-	}
-	r.Blobs++
-	r.Restored++
-	dst := minio.CopyDestOptions{Bucket: p.d.Bucket, Object: key}
-	if p.d.Retention > 0 && !fleeting(blob.ID(strings.TrimPrefix(key, p.d.Prefix))) {
-		dst.Mode, dst.RetainUntilDate = p.mode(), p.until()
-	}
-	_, err := p.c.CopyObject(ctx, dst, minio.CopySrcOptions{Bucket: p.d.Bucket, Object: key, VersionID: then.VersionID})
-	return p.explain(err)
 }

@@ -70,7 +70,7 @@ func (p *place) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 	}
 	err := p.locks.mayWrite()
 	if err == nil {
-		err = p.put(ctx, id, data)
+		err = p.put(ctx, id, data, !mutable(id))
 	}
 	if err == nil {
 		err = p.locks.mayWrite() // we may have stood still in between: what was written must not be built on
@@ -79,7 +79,9 @@ func (p *place) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 		if opts.DoNotRecreate {
 			return blob.ErrBlobAlreadyExists
 		}
-		err = p.compare(ctx, id, data)
+		if err = p.compare(ctx, id, data); errors.Is(err, blob.ErrBlobNotFound) {
+			err = p.put(ctx, id, data, false) // some services count the marker of a deletion as something to overwrite
+		}
 	}
 	if err == nil && opts.GetModTime != nil {
 		var m blob.Metadata
@@ -89,9 +91,9 @@ func (p *place) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 	return err
 }
 
-func (p *place) put(ctx context.Context, id blob.ID, data blob.Bytes) error {
+func (p *place) put(ctx context.Context, id blob.ID, data blob.Bytes, onlyNew bool) error {
 	o := minio.PutObjectOptions{SendContentMd5: true, DisableMultipart: true, ContentType: "application/octet-stream"}
-	if !mutable(id) {
+	if onlyNew {
 		o.SetMatchETagExcept("*")
 	}
 	if p.d.Retention > 0 && !fleeting(id) {
