@@ -140,3 +140,18 @@ func pass(t *testing.T, g *gateway, w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(a.StatusCode)
 	io.Copy(w, a.Body)
 }
+
+var putOptions minio.PutObjectOptions
+
+func (g *gateway) core() minio.Core { return minio.Core{Client: g.c} }
+
+func (g *gateway) uploads(t *testing.T, d s3.Driver) (n int) {
+	t.Helper()
+	for u := range g.c.ListIncompleteUploads(t.Context(), d.Bucket, d.Prefix, true) {
+		if u.Err != nil {
+			t.Fatal(u.Err)
+		}
+		n++
+	}
+	return n
+}

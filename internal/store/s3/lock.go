@@ -169,12 +169,23 @@ func (t *table) read(ctx context.Context) error {
 	ctx, cancel := within(ctx, 0)
 	defer cancel()
 	t.etag = ""
-	body, info, _, err := t.p.core.GetObject(ctx, t.p.d.Bucket, t.p.d.Prefix+lockKey, minio.GetObjectOptions{})
-	if err != nil {
-		return t.p.explain(err)
-	}
-	defer body.Close() //nolint:errcheck // only read
-	raw, err := io.ReadAll(io.LimitReader(body, maxTable+1))
+	var raw []byte
+	var etag string
+	err := t.p.again(ctx, func() error {
+		body, info, _, err := t.p.core.GetObject(ctx, t.p.d.Bucket, t.p.d.Prefix+lockKey, minio.GetObjectOptions{})
+		if torn(err) {
+			return &cutOff{err}
+		}
+		if err != nil {
+			return t.p.explain(err)
+		}
+		defer body.Close() //nolint:errcheck // only read
+		if raw, err = io.ReadAll(io.LimitReader(body, maxTable+1)); err != nil {
+			return &cutOff{err}
+		}
+		etag = info.ETag
+		return nil
+	})
 	if err != nil {
 		return fmt.Errorf("read the table of locks: %w", err)
 	}
@@ -182,7 +193,7 @@ func (t *table) read(ctx context.Context) error {
 	if err := json.Unmarshal(raw, &d); err != nil || d.Format != lockFormat || len(d.Sessions) > maxSessions {
 		return fmt.Errorf("read the table of locks %s%s: it is not one (%d bytes, format %q, %v)", t.p.d.Prefix, lockKey, len(raw), d.Format, err)
 	}
-	t.doc, t.etag = d, info.ETag
+	t.doc, t.etag = d, etag
 	now := bootTime()
 	for id, s := range d.Sessions {
 		if was, ok := t.seen[id]; !ok || was.beat != s.Beat {

@@ -218,6 +218,9 @@ func (p *place) stream(ctx context.Context, id blob.ID, offset, length int64, w 
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	body, info, header, err := p.core.GetObject(ctx, p.d.Bucket, p.key(id), o)
+	if torn(err) {
+		return &cutOff{fmt.Errorf("read blob %s: %w", id, err)}
+	}
 	if err != nil {
 		return p.explain(err)
 	}
@@ -271,33 +274,48 @@ func isReading(err error) bool {
 }
 
 // GetMetadata says how long a blob is and when it was put.
-func (p *place) GetMetadata(ctx context.Context, id blob.ID) (blob.Metadata, error) {
+func (p *place) GetMetadata(ctx context.Context, id blob.ID) (m blob.Metadata, err error) {
 	ctx, cancel := within(ctx, 0)
 	defer cancel()
-	o, err := p.c.StatObject(ctx, p.d.Bucket, p.key(id), minio.StatObjectOptions{})
+	err = p.again(ctx, func() error {
+		o, err := p.c.StatObject(ctx, p.d.Bucket, p.key(id), minio.StatObjectOptions{})
+		if torn(err) {
+			return &cutOff{err}
+		}
+		m = blob.Metadata{BlobID: id, Length: o.Size, Timestamp: o.LastModified}
+		return p.explain(err)
+	})
 	if err != nil {
-		return blob.Metadata{}, p.explain(err)
+		return blob.Metadata{}, err
 	}
-	return blob.Metadata{BlobID: id, Length: o.Size, Timestamp: o.LastModified}, nil
+	return m, nil
 }
 
-// ListBlobs lists the blobs whose names begin with prefix. Names with a slash belong to somebody else.
+// ListBlobs lists the blobs whose names begin with prefix. Names with a slash belong to somebody else. A list that breaks off goes on
+// after the last name.
 func (p *place) ListBlobs(ctx context.Context, prefix blob.ID, cb func(blob.Metadata) error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	for o := range p.c.ListObjectsIter(ctx, p.d.Bucket, minio.ListObjectsOptions{Prefix: p.key(prefix)}) {
-		if o.Err != nil {
-			return p.explain(o.Err)
+	after := ""
+	return p.again(ctx, func() error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		for o := range p.c.ListObjectsIter(ctx, p.d.Bucket, minio.ListObjectsOptions{Prefix: p.key(prefix), StartAfter: after}) {
+			if torn(o.Err) {
+				return &cutOff{o.Err}
+			}
+			if o.Err != nil {
+				return p.explain(o.Err)
+			}
+			after = o.Key
+			name := strings.TrimPrefix(o.Key, p.d.Prefix)
+			if name == lockKey || strings.Contains(name, "/") {
+				continue
+			}
+			if err := cb(blob.Metadata{BlobID: blob.ID(name), Length: o.Size, Timestamp: o.LastModified}); err != nil {
+				return err
+			}
 		}
-		name := strings.TrimPrefix(o.Key, p.d.Prefix)
-		if name == lockKey || strings.Contains(name, "/") {
-			continue
-		}
-		if err := cb(blob.Metadata{BlobID: blob.ID(name), Length: o.Size, Timestamp: o.LastModified}); err != nil {
-			return err
-		}
-	}
-	return ctx.Err()
+		return ctx.Err()
+	})
 }
 
 // Sweep ends uploads in parts that nobody finished, of whatever program: ours makes none. Of a bucket that keeps versions it

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"sync"
 	"syscall"
@@ -30,7 +32,7 @@ func (p *place) explain(err error) error {
 		return blob.ErrBlobNotFound
 	case "NoSuchBucket":
 		return fmt.Errorf("there is no bucket %s at %s: make it there, or correct the address of the store", p.d.Bucket, p.d.Endpoint)
-	case "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidTokenId", "ExpiredToken":
+	case "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidTokenId", "ExpiredToken", "XAdminUserNotFound", "InvalidSecurity":
 		return fmt.Errorf("the service at %s does not know these credentials: correct %s (%s)", p.d.Endpoint, p.d.credentialsFrom(), r.Code)
 	case "RequestTimeTooSkewed":
 		return fmt.Errorf("the service at %s says that the clock of this host is wrong: set it right, 'timedatectl' shows it (%s)", p.d.Endpoint, p.clock.describe())
@@ -44,8 +46,6 @@ func (p *place) explain(err error) error {
 		return fmt.Errorf("%w (%s)", errUnsupported, r.Code)
 	}
 	switch r.StatusCode {
-	case http.StatusNotFound:
-		return blob.ErrBlobNotFound
 	case http.StatusPreconditionFailed:
 		return errConflict
 	case http.StatusRequestedRangeNotSatisfiable:
@@ -56,6 +56,12 @@ func (p *place) explain(err error) error {
 		return fmt.Errorf("%w: give the credentials the rights that docs/operator/s3.md lists (%s: %s)", errDenied, r.Code, r.Message)
 	}
 	return err
+}
+
+// torn says whether an answer broke off before it could be read at all.
+func torn(err error) bool {
+	var n net.Error
+	return errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) || errors.As(err, &n)
 }
 
 func (d Driver) credentialsFrom() string {

@@ -89,6 +89,7 @@ func versions(t *testing.T, g *gateway, d s3.Driver) (all []minio.ObjectInfo) {
 // Somebody has the credentials, which here are those of the service's own root, and does his worst. Nothing that a snapshot
 // needs can be taken away before its time, and its versions are the store as it was.
 func TestWithTheCredentialsNobodyTakesAwayWhatIsLocked(t *testing.T) {
+	real(t)
 	g := start(t, t.TempDir())
 	d := g.bucket(t, true)
 	d.Retention = 24 * time.Hour
@@ -163,6 +164,7 @@ func TestWithTheCredentialsNobodyTakesAwayWhatIsLocked(t *testing.T) {
 }
 
 func TestCollectLeavesWhatIsLockedForLater(t *testing.T) {
+	real(t)
 	g := start(t, t.TempDir())
 	d := g.bucket(t, true)
 	d.Retention = 24 * time.Hour
@@ -186,6 +188,7 @@ func TestCollectLeavesWhatIsLockedForLater(t *testing.T) {
 }
 
 func TestCollectFreesWhatIsNotLockedAnyMore(t *testing.T) {
+	real(t)
 	g := start(t, t.TempDir())
 	d := g.bucket(t, true) // which keeps versions, and no lock on any
 	s := fill(t, d, "snap-1", "snap-2")
@@ -210,6 +213,7 @@ func TestCollectFreesWhatIsNotLockedAnyMore(t *testing.T) {
 }
 
 func TestLocksAreExtendedBeforeTheyRunOut(t *testing.T) {
+	real(t)
 	g := start(t, t.TempDir())
 	d := g.bucket(t, true)
 	d.Retention = time.Hour
@@ -260,6 +264,7 @@ func TestLocksAreExtendedBeforeTheyRunOut(t *testing.T) {
 }
 
 func TestALockedBlobIsRemovedEarlyOnlyIfApproved(t *testing.T) {
+	real(t)
 	g := start(t, t.TempDir())
 	d := g.bucket(t, true)
 	d.Retention, d.Governance = time.Hour, true
@@ -298,6 +303,7 @@ func TestALockedBlobIsRemovedEarlyOnlyIfApproved(t *testing.T) {
 }
 
 func TestABucketWithoutLockIsRefusedForARetention(t *testing.T) {
+	real(t)
 	g := start(t, t.TempDir())
 	d := g.bucket(t, false)
 	d.Retention = time.Hour
