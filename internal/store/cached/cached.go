@@ -197,6 +197,12 @@ func (p *place) Lock(ctx context.Context, id blob.ID) (bool, error) {
 	return false, store.ErrNoLocks
 }
 
+// ReadsBack implements store.Attesting, if the place does.
+func (p *place) ReadsBack() bool {
+	a, ok := p.Place.(store.Attesting)
+	return ok && a.ReadsBack()
+}
+
 // Close waits until what was read is kept.
 func (p *place) Close(ctx context.Context) error {
 	p.mu.Lock()

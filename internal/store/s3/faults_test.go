@@ -200,3 +200,41 @@ func TestABucketThatKeepsVersionsIsKeptTidy(t *testing.T) {
 	}
 	try(t, p, "publish", true, true)()
 }
+
+func TestABucketIsExamined(t *testing.T) {
+	g := start(t, t.TempDir())
+	plain, locked := g.bucket(t, false), g.bucket(t, true)
+	if h, err := plain.Examine(t.Context()); err != nil || h.Locks || h.Versions || h.Skew.Abs() > 2*time.Second || h.Took == 0 {
+		t.Errorf("%+v, %v", h, err)
+	}
+	if h, err := locked.Examine(t.Context()); err != nil || !h.Locks || !h.Versions || h.Default != "" {
+		t.Errorf("%+v, %v", h, err)
+	}
+	late := proxy(t, g, locked, func(w http.ResponseWriter, r *http.Request, pass http.Handler) {
+		pass.ServeHTTP(&dateShift{w, time.Hour}, r)
+	})
+	if h, err := late.Examine(t.Context()); err != nil || (h.Skew-time.Hour).Abs() > 2*time.Second {
+		t.Errorf("an hour behind: %+v, %v", h, err)
+	}
+	// A lock's end is counted by the service's clock.
+	late.Retention = 3 * time.Hour
+	if err := create(t, late).PutBlob(t.Context(), "p1", bytesOf("x"), blob.PutOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	for _, o := range versions(t, g, locked) {
+		if left := time.Until(g.until(t, o)); strings.HasSuffix(o.Key, "p1") && (left-4*time.Hour).Abs() > time.Minute {
+			t.Errorf("locked for %s", left)
+		}
+	}
+}
+
+// dateShift is a service whose clock goes wrong.
+type dateShift struct {
+	http.ResponseWriter
+	by time.Duration
+}
+
+func (d *dateShift) WriteHeader(status int) {
+	d.Header().Set("Date", time.Now().Add(d.by).UTC().Format(http.TimeFormat))
+	d.ResponseWriter.WriteHeader(status)
+}

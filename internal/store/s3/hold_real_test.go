@@ -62,7 +62,7 @@ func keep(ctx context.Context, s *store.Store, id string, disk *storetest.Disk) 
 }
 
 // until says until when a version is locked.
-func (g *gateway) until(t *testing.T, o minio.ObjectInfo) (until time.Time) {
+func (g *service) until(t *testing.T, o minio.ObjectInfo) (until time.Time) {
 	t.Helper()
 	if o.IsDeleteMarker {
 		return until
@@ -75,7 +75,7 @@ func (g *gateway) until(t *testing.T, o minio.ObjectInfo) (until time.Time) {
 	return until
 }
 
-func versions(t *testing.T, g *gateway, d s3.Driver) (all []minio.ObjectInfo) {
+func versions(t *testing.T, g *service, d s3.Driver) (all []minio.ObjectInfo) {
 	t.Helper()
 	for o := range g.c.ListObjectsIter(t.Context(), d.Bucket, minio.ListObjectsOptions{Prefix: d.Prefix, WithVersions: true, Recursive: true}) {
 		if o.Err != nil {
