@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"crypto/rand"
 	"errors"
+	"io"
 	"io/fs"
 	"log/slog"
 	"os"
@@ -45,27 +46,27 @@ func sum(key string, data []byte) [sumSize]byte {
 
 // load reads an entry. One that is damaged is removed.
 func load(e entry) ([]byte, bool) {
-	raw, err := os.ReadFile(e.path)
+	f, err := os.Open(e.path)
 	if err != nil {
 		return nil, false
 	}
-	if len(raw) > sumSize {
+	defer f.Close() //nolint:errcheck // only read
+	info, err := f.Stat()
+	if err != nil || info.Size() > maxEntry+sumSize {
+		return nil, false
+	}
+	raw := make([]byte, info.Size())
+	if _, err := io.ReadFull(f, raw); err == nil && len(raw) > sumSize {
 		if want := sum(e.key, raw[sumSize:]); bytes.Equal(raw[:sumSize], want[:]) {
-			touch(e.path)
+			if now := time.Now(); now.Sub(info.ModTime()) > touchAfter {
+				_ = os.Chtimes(e.path, now, now)
+			}
 			return raw[sumSize:], true
 		}
 	}
 	slog.Warn("a damaged entry of the cache is read again from the store", "file", e.path)
 	_ = os.Remove(e.path)
 	return nil, false
-}
-
-// touch notes that an entry is in use.
-func touch(path string) {
-	if info, err := os.Stat(path); err == nil && time.Since(info.ModTime()) > touchAfter {
-		now := time.Now()
-		_ = os.Chtimes(path, now, now)
-	}
 }
 
 // write writes entries until there are no more, and clears up before and in between.
