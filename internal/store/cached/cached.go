@@ -75,7 +75,16 @@ func (d Driver) wrap(ctx context.Context, p store.Place) (store.Place, error) {
 	}
 	c := &place{Place: p, dir: d.Dir, limit: d.Limit, queue: make(chan entry, maxQueued)}
 	c.work.Go(c.write)
+	if a, ok := p.(store.Attesting); ok {
+		return attesting{c, a}, nil
+	}
 	return c, nil
+}
+
+// attesting is a place with a cache that reads back by itself.
+type attesting struct {
+	*place
+	store.Attesting
 }
 
 // place is a place with a cache.
@@ -195,12 +204,6 @@ func (p *place) Lock(ctx context.Context, id blob.ID) (bool, error) {
 		return l.Lock(ctx, id)
 	}
 	return false, store.ErrNoLocks
-}
-
-// ReadsBack implements store.Attesting, if the place does.
-func (p *place) ReadsBack() bool {
-	a, ok := p.Place.(store.Attesting)
-	return ok && a.ReadsBack()
 }
 
 // Close waits until what was read is kept.
