@@ -190,8 +190,11 @@ func (t *table) read(ctx context.Context) error {
 		return fmt.Errorf("read the table of locks: %w", err)
 	}
 	var d doc
-	if err := json.Unmarshal(raw, &d); err != nil || d.Format != lockFormat || len(d.Sessions) > maxSessions {
-		return fmt.Errorf("read the table of locks %s%s: it is not one (%d bytes, format %q, %v)", t.p.d.Prefix, lockKey, len(raw), d.Format, err)
+	if err := json.Unmarshal(raw, &d); err != nil {
+		return fmt.Errorf("read the table of locks %s%s: %d bytes that are none: %w", t.p.d.Prefix, lockKey, len(raw), err)
+	}
+	if d.Format != lockFormat || len(d.Sessions) > maxSessions {
+		return fmt.Errorf("read the table of locks %s%s: it has the format %q and %d sessions; a newer release may have written it", t.p.d.Prefix, lockKey, d.Format, len(d.Sessions))
 	}
 	t.doc, t.etag = d, etag
 	now := bootTime()

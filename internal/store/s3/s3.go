@@ -91,32 +91,34 @@ func (d Driver) String() string { return "s3://" + d.Bucket + "/" + d.Prefix + "
 // Create makes the prefix ready. One that holds anything already is store.ErrNotEmpty. The bucket must be there: who may
 // make buckets may do too much. A service that ignores conditions is refused, because locks would not hold.
 func (d Driver) Create(ctx context.Context) (store.Place, error) {
+	return d.use(ctx, func(p *place) error { return d.prepare(ctx, p) })
+}
+
+// use connects, and lets go again if that was for nothing.
+func (d Driver) use(ctx context.Context, begin func(p *place) error) (store.Place, error) {
 	p, err := d.connect(ctx)
 	if err != nil {
 		return nil, err
 	}
-	for o := range p.c.ListObjectsIter(ctx, d.Bucket, minio.ListObjectsOptions{Prefix: d.Prefix, MaxKeys: 1}) {
-		if o.Err != nil {
-			return nil, p.explain(o.Err)
-		}
-		return nil, fmt.Errorf("%w: it holds %s; give an empty prefix, or open the store that is there", store.ErrNotEmpty, o.Key)
-	}
-	if err := p.locks.create(ctx); err != nil {
-		return nil, err
+	if err := begin(p); err != nil {
+		return nil, errors.Join(err, p.Close(ctx))
 	}
 	return p, nil
 }
 
+func (d Driver) prepare(ctx context.Context, p *place) error {
+	for o := range p.c.ListObjectsIter(ctx, d.Bucket, minio.ListObjectsOptions{Prefix: d.Prefix, MaxKeys: 1}) {
+		if o.Err != nil {
+			return p.explain(o.Err)
+		}
+		return fmt.Errorf("%w: it holds %s; give an empty prefix, or open the store that is there", store.ErrNotEmpty, o.Key)
+	}
+	return p.locks.create(ctx)
+}
+
 // Open opens a prefix made by Create. Another one is store.ErrNotAStore.
 func (d Driver) Open(ctx context.Context) (store.Place, error) {
-	p, err := d.connect(ctx)
-	if err != nil {
-		return nil, err
-	}
-	if err := p.locks.open(ctx); err != nil {
-		return nil, err
-	}
-	return p, nil
+	return d.use(ctx, func(p *place) error { return p.locks.open(ctx) })
 }
 
 // connect reaches the bucket.
