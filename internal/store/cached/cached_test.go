@@ -189,16 +189,6 @@ func TestADamagedEntryIsReadAgain(t *testing.T) {
 	}
 }
 
-func TestTheCacheKeepsToItsLimit(t *testing.T) {
-	f := newFar(t, 40<<20, cached.MinLimit)
-	for range 2 {
-		f.read(t)
-		if _, total := f.files(t); total > cached.MinLimit || total < cached.MinLimit/2 {
-			t.Errorf("%d bytes are kept of %d", total, cached.MinLimit)
-		}
-	}
-}
-
 func TestVerifyingReadsThePlaceItself(t *testing.T) {
 	f := newFar(t, 2<<20, 64<<20)
 	f.read(t)

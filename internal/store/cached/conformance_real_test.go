@@ -19,3 +19,16 @@ func TestACachedPlaceKeepsThePromisesOfAStore(t *testing.T) {
 		return cached.Driver{Driver: folder.Driver{Path: filepath.Join(t.TempDir(), "store")}, Dir: filepath.Join(t.TempDir(), "cache"), Limit: 256 << 20}
 	})
 }
+
+func TestTheCacheKeepsToItsLimit(t *testing.T) {
+	if os.Getenv("MUSTER_REAL") == "" {
+		t.Skip("writes more than a cache holds: set MUSTER_REAL=1")
+	}
+	f := newFar(t, 40<<20, cached.MinLimit)
+	for range 2 {
+		f.read(t)
+		if _, total := f.files(t); total > cached.MinLimit || total < cached.MinLimit/2 {
+			t.Errorf("%d bytes are kept of %d", total, cached.MinLimit)
+		}
+	}
+}
