@@ -70,6 +70,7 @@ lint: ## go vet, golangci-lint, shellcheck
 .PHONY: bench
 bench: build ## the numbers that were promised (JSON=FILE writes them as rows; ONLY=PART,PART measures only those)
 	scripts/deps run build demo bench
+	scripts/deps tools
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o bin/ ./cmd/muster-bench
 	image=$$($(SUDO) demo/build-shop) && \
 	$(SUDO) env MUSTER_DEMO_HOME=/var/lib/muster-bench scripts/sandbox run -- demo/demo with "$$image" bin/muster-bench --image "$$image" \
