@@ -195,8 +195,8 @@ func (m *Master) status(ctx context.Context, s dr.Server, running map[string]api
 	if err != nil {
 		return out, err
 	}
-	due := dueOf(s, newest, m.Now())
-	out.Due, out.DataDue = due.next(), due.data
+	due := s.Dues(newest, m.Now())
+	out.Due, out.DataDue = due.Next(), due.Data
 	tickets, err := m.Catalog.Tickets(ctx, catalog.TicketFilter{ServerID: s.ID})
 	if err != nil {
 		return out, err
