@@ -235,7 +235,7 @@ func readChecks(files []string) ([]dr.Check, error) {
 func addServer(cmd *cobra.Command, s dr.Server, accept bool) error {
 	c := client(cmd)
 	defer c.Close()
-	contact, err := c.Contact(cmd.Context(), s.Source)
+	contact, err := c.Contact(cmd.Context(), s.Appliance, s.Source)
 	if err != nil {
 		return err
 	}
@@ -244,7 +244,7 @@ func addServer(cmd *cobra.Command, s dr.Server, accept bool) error {
 			return err
 		}
 		ssh.HostKey = contact.HostKey
-		if contact, err = c.Contact(cmd.Context(), s.Source); err != nil {
+		if contact, err = c.Contact(cmd.Context(), s.Appliance, s.Source); err != nil {
 			return err
 		}
 	}

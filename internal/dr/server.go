@@ -13,8 +13,9 @@ import (
 // Server is a protected machine. Its definition is kept in the catalog and, so that a lost catalog can be rebuilt,
 // as a record in the store. It holds no secret: an SSH key is named by its path.
 type Server struct {
-	ID         string     `json:"id"`   // opaque, never reused
-	Name       string     `json:"name"` // what people call it; see ValidateName
+	ID         string     `json:"id"`                  // opaque, never reused
+	Name       string     `json:"name"`                // what people call it; see ValidateName
+	Appliance  string     `json:"appliance,omitempty"` // that captures it, by name; "": the master's own process
 	Source     Source     `json:"source"`
 	Schedule   Schedule   `json:"schedule"`
 	Tier       Tier       `json:"tier,omitempty"`    // "": TierImage
@@ -252,6 +253,9 @@ func (s Server) Validate() error {
 	add := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 	if err := ValidateName(s.Name); err != nil {
 		errs = append(errs, err)
+	}
+	if s.Appliance != "" && !nameRE.MatchString(s.Appliance) {
+		add("appliance name %q: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'", s.Appliance)
 	}
 	sources := 0
 	for _, set := range []bool{len(s.Source.Disks) > 0, s.Source.SSH != nil, s.Source.VM != nil} {

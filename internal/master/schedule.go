@@ -43,6 +43,9 @@ func (m *Master) Wake(ctx context.Context) {
 		return
 	}
 	for _, s := range servers {
+		if s.Appliance != "" {
+			continue // it is captured by the appliance, when that finds it due
+		}
 		if _, busy := running[s.Name]; busy {
 			continue
 		}
@@ -50,6 +53,7 @@ func (m *Master) Wake(ctx context.Context) {
 			m.Log.Error("schedule server", "server", s.Name, "error", err)
 		}
 	}
+	m.watchSites(ctx, servers)
 	m.overdue(ctx, running)
 	m.tend(ctx)
 	if now := m.Now(); len(running) == 0 && now.Sub(m.collect) > collectEvery {
@@ -112,8 +116,8 @@ func (m *Master) overdue(ctx context.Context, running map[string]api.Operation) 
 		if err != nil {
 			continue // no longer protected
 		}
-		if _, busy := running[s.Name]; busy {
-			continue
+		if _, busy := running[s.Name]; busy || s.Appliance != "" && rec.State == dr.Kept {
+			continue // what has not arrived is missed by watchSites
 		}
 		detail := "snapshot " + rec.Snapshot.ID + " was kept at " + rec.Snapshot.Taken.Format(time.RFC3339) + " and has not been tested since; it is tested now"
 		if _, err := m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemTestMissing, "a test that should have run did not", detail, rec.Snapshot.ID, m.Now()); err != nil {
