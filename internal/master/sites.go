@@ -159,7 +159,8 @@ func (m *Master) heard(ctx context.Context, s siteSeen, servers []dr.Server) err
 	now := problemsOf(s, servers)
 	then := problemsOf(before, servers)
 	for key, p := range now {
-		if _, same := then[key]; same && m.told("site/"+s.Name+"/"+key, true) {
+		_, same := then[key]
+		if said := m.told("site/"+s.Name+"/"+key, true); said && same {
 			continue
 		}
 		if _, err := m.Catalog.OpenTicket(ctx, p.ServerID, p.Problem, p.Title, p.Detail, "", m.Now()); err != nil && !errors.Is(err, catalog.ErrNotFound) {
