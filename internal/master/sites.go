@@ -178,7 +178,7 @@ func (m *Master) heard(ctx context.Context, s siteSeen, servers []dr.Server) err
 	if !known {
 		m.event(ctx, "appliance.first-seen", "", s.Name, "appliance "+s.Name+" says hello for the first time")
 	}
-	if m.told("away/"+s.Name, false) || !known || s.Seen.Sub(before.Seen) > m.Away {
+	if greeted := m.told("greeted/"+s.Name, true); m.told("away/"+s.Name, false) || !greeted { // an earlier process may have said it
 		if err := m.problemOver(ctx, "", dr.ProblemAway+dr.Problem("/"+s.Name), "appliance "+s.Name+" is back"); err != nil {
 			return err
 		}
