@@ -33,10 +33,19 @@ import (
 )
 
 func serveCommand() *cobra.Command {
-	return &cobra.Command{Use: "serve", Short: "Run master, appliance and silo in this process", Args: cobra.NoArgs,
+	cmd := &cobra.Command{Use: "serve", Short: "Run master, appliance and silo in this process", Args: cobra.NoArgs,
 		Long: `Run the whole platform on this machine until interrupted: it takes snapshots when they are due, tests each one, and answers
-the command line. Work that is under way when it ends goes on when it is started again; invoked machines do not notice.`,
-		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd, installation(cmd)) }}
+the command line. Work that is under way when it ends goes on when it is started again; invoked machines do not notice.
+
+After 'muster master init' it listens for appliances and silos of other machines as well.`,
+		Example: `  muster serve
+  muster serve --listen 10.0.0.1:7443`}
+	listen := cmd.Flags().String("listen", "", "address for nodes to connect to (default: as 'muster master init' was told)")
+	passphraseFile := cmd.Flags().String("passphrase-file", "", "file with the master's passphrase, if it has one (default: ask)")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		return serve(cmd, installation(cmd), *listen, *passphraseFile)
+	}
+	return cmd
 }
 
 // platform is everything that serve opens, closed in reverse.
@@ -65,7 +74,7 @@ func (p *platform) close() {
 // closeLimit is how long work under way may take to let go when the process ends.
 const closeLimit = 20 * time.Second
 
-func serve(cmd *cobra.Command, i install) error {
+func serve(cmd *cobra.Command, i install, listen, passphraseFile string) error {
 	ctx := cmd.Context()
 	p := &platform{log: slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))}
 	defer p.close()
@@ -78,6 +87,11 @@ func serve(cmd *cobra.Command, i install) error {
 	if err := p.lock(i); err != nil {
 		return err
 	}
+	nodes, err := i.openNodePort(cmd, listen, passphraseFile, p.log)
+	if err != nil {
+		return err
+	}
+	p.onClose("port for nodes", nodes.close)
 	m, app, err := p.open(ctx, cmd, i)
 	if err != nil {
 		return err
@@ -87,11 +101,18 @@ func serve(cmd *cobra.Command, i install) error {
 		return err
 	}
 	server := &http.Server{Handler: api.Handler(m, app, version), ReadHeaderTimeout: 10 * time.Second}
-	served := make(chan error, 1)
+	served := make(chan error, 2)
 	go func() { served <- server.Serve(listener) }()
 	if err := m.Start(ctx); err != nil {
 		return err
 	}
+	noded := make(chan struct{})
+	go func() {
+		defer close(noded)
+		if err := nodes.serve(ctx); err != nil {
+			served <- err
+		}
+	}()
 	p.log.Info("muster serves", "version", version, "dir", i.Dir, "socket", apiSocket(i))
 	scheduled := make(chan struct{})
 	go func() { defer close(scheduled); m.Run(ctx) }()
@@ -102,6 +123,7 @@ func serve(cmd *cobra.Command, i install) error {
 	}
 	p.log.Info("muster stops; work under way goes on at the next start")
 	<-scheduled
+	<-noded
 	limit, cancel := context.WithTimeout(context.Background(), closeLimit)
 	defer cancel()
 	return server.Shutdown(limit)
