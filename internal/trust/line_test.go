@@ -248,9 +248,12 @@ func serveNode(dir string) {
 }
 
 // process starts a joined node in a process of its own.
-func process(t *testing.T, n *Node) *os.Process {
+func process(t *testing.T, n *Node) *os.Process { return startProcess(t, n, nil) }
+
+func startProcess(t *testing.T, n *Node, how *syscall.SysProcAttr) *os.Process {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])
+	cmd.SysProcAttr = how
 	cmd.Env = append(os.Environ(), "TRUST_TEST_NODE="+n.dir)
 	cmd.Stderr = os.Stderr
 	stdin, err := cmd.StdinPipe()
