@@ -50,6 +50,9 @@ disk unseen. 'muster appliance serve' may go on meanwhile, and sends afterwards 
 			return withCode(exitUnavailable, err)
 		}
 		st, err := store.Open(cmd.Context(), set.nearStore(), password)
+		if errors.Is(err, store.ErrNotAStore) {
+			return withCode(exitUnavailable, fmt.Errorf("there is no near store yet in %s: start 'muster appliance serve' first", set.Near))
+		}
 		if err != nil {
 			return fmt.Errorf("open near store: %w", err)
 		}

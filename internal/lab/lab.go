@@ -37,6 +37,9 @@ import (
 	"github.com/musterdr/muster/internal/vm/sim"
 )
 
+// Password opens a lab's store.
+const Password = password
+
 const (
 	password    = "the lab's"
 	catalogFile = "catalog.db"
@@ -61,6 +64,9 @@ type Lab struct {
 	exports  *exporter
 	stop     func() // ends the present process
 	sites    map[string]*Site
+
+	// Reach, if set, gives the appliances elsewhere that are no Site of the lab.
+	Reach func(name string) (api.Site, error)
 }
 
 // New makes an installation on which every machine is the given guest and every image holds a small Debian.

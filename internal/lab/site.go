@@ -127,6 +127,9 @@ func (s *Site) Cut(cut bool) {
 // reach gives the site to the master.
 func (l *Lab) reach(name string) (api.Site, error) {
 	s := l.sites[name]
+	if s == nil && l.Reach != nil {
+		return l.Reach(name)
+	}
 	if s == nil || s.line.cut.Load() || s.line.down.Load() == nil {
 		return nil, errCut
 	}
