@@ -2,8 +2,10 @@ package store
 
 import (
 	"context"
+	"crypto/aes"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"sync"
 
@@ -48,7 +50,8 @@ const (
 	wholePack   = 95        // percent of a pack that must be missing for it to travel as it is
 	maxWaiting  = 256 << 10 // blocks that wait for the rest of their pack to be asked for; about 100 bytes each
 	packsAtOnce = 4
-	packsAFlush = 64 // after so many the far index is written, so that another attempt need not ask for them again
+	packSlack   = 4 << 20 // bytes by which a pack is usually longer than it should be, at most
+	packsAFlush = 64      // after so many the far index is written, so that another attempt need not ask for them again
 )
 
 // ErrOtherSecrets is that two stores do not share their secrets, so that nothing of one is good in the other.
@@ -391,42 +394,70 @@ func (s *Store) packed(ctx context.Context, pack blob.ID) (int64, error) {
 // sendPack sends a pack as it is, unless an earlier attempt did, and enters what is in it into the far index.
 func (r *replication) sendPack(ctx context.Context, p *packOf) error {
 	var read bytesOf
+	read.buf.Grow(packSize + packSlack)
 	if err := r.near.place.GetBlob(ctx, p.id, 0, -1, &read); err != nil {
 		return damaged(fmt.Errorf("read pack %s: %w", p.id, err))
 	}
 	data := read.Bytes()
-	here := context.WithValue(ctx, lentKey{}, lent{p.id, data})
-	if err := r.prove(here, p); err != nil {
+	if err := r.prove(p, data); err != nil {
 		return err
 	}
-	there, err := r.far.place.GetMetadata(ctx, p.id)
-	switch {
-	case err == nil && there.Length == int64(len(data)): // it was read back when it came, or it would not be there
-		r.count(func(o *Replicated) { o.Found++ })
-	case err == nil:
-		return fmt.Errorf("%w: pack %s has %d bytes there and %d here", ErrDamaged, p.id, there.Length, len(data))
-	case !errors.Is(err, blob.ErrBlobNotFound):
+	there, err := r.far.guard.has(ctx, p.id, data)
+	if err != nil {
 		return err
-	default:
+	}
+	if there {
+		r.count(func(o *Replicated) { o.Found++ })
+	} else {
 		if err := r.far.guard.PutBlob(ctx, p.id, r.pace.slow(ctx, data), blob.PutOptions{}); err != nil {
 			return err
 		}
 		r.count(func(o *Replicated) { o.Packs++ })
 	}
+	// The pack's own index need not be fetched from afar: it is in what was sent.
+	here := context.WithValue(ctx, lentKey{}, lent{p.id, data})
 	if _, err := r.packer.RecoverIndexFromPackBlob(here, p.id, int64(len(data)), true); err != nil {
 		return damaged(err)
 	}
 	return r.written(ctx, p)
 }
 
-// prove reads all that is wanted of a pack out of the bytes that will be sent, so that no rot is spread.
-func (r *replication) prove(ctx context.Context, p *packOf) error {
-	for id := range p.missing {
-		if _, err := r.near.rep.ContentReader().GetContent(ctx, id); err != nil {
-			return damaged(fmt.Errorf("pack %s: %w", p.id, err))
+// prove breaks the seal of everything that is wanted of a pack, in the bytes that will be sent, so that no rot is spread. A
+// seal covers what it encloses to the last bit; what was enclosed was compared when it was kept.
+func (r *replication) prove(p *packOf, data Bytes) error {
+	for id, c := range p.missing {
+		from, to := int64(c.PackOffset), int64(c.PackOffset)+int64(c.PackedLength)
+		if to > int64(len(data)) {
+			return fmt.Errorf("%w: pack %s ends before block %s does", ErrDamaged, p.id, id)
+		}
+		hash := id.Hash()
+		if err := unseal(r.near.rep.FormatManager().Encryptor().Decrypt, data[from:to], hash[len(hash)-aes.BlockSize:]); err != nil {
+			return fmt.Errorf("%w: block %s in pack %s: %w", ErrDamaged, id, p.id, err)
 		}
 	}
 	return nil
+}
+
+// unseal breaks a seal and throws away what was in it. The types are Kopia's, of a package that it keeps to itself: they
+// follow from decrypt.
+func unseal[Sealed, Buffer any](decrypt func(Sealed, []byte, *Buffer) error, data, nonce []byte) error {
+	in, out := any(new(Buffer)), new(Buffer)
+	buffer, ok := in.(interface {
+		io.Writer
+		Bytes() Sealed
+		Close()
+	})
+	if !ok {
+		return errors.New("kopia's buffers are not what they were")
+	}
+	defer buffer.Close()
+	if c, ok := any(out).(interface{ Close() }); ok {
+		defer c.Close()
+	}
+	if _, err := buffer.Write(data); err != nil {
+		return err
+	}
+	return decrypt(buffer.Bytes(), nonce, out)
 }
 
 // repack writes single contents anew. Each must come out under the identifier it had.
@@ -439,7 +470,11 @@ func (r *replication) repack(ctx context.Context, p *packOf) error {
 		if err := r.pace.wait(ctx, int64(p.missing[id].PackedLength)); err != nil {
 			return err
 		}
-		oid, err := putObject(ctx, r.session, data, string(id.Prefix()), compressorSmall, objectSplitter)
+		compressor := compressorSmall
+		if id.Prefix() == mapPrefix {
+			compressor = compressorMap
+		}
+		oid, err := putObject(ctx, r.session, data, string(id.Prefix()), compressor, objectSplitter)
 		if err != nil {
 			return err
 		}

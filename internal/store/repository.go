@@ -30,6 +30,7 @@ const (
 	packSize            = 20 << 20
 	compressorFast      = "zstd-fastest"
 	compressorSmall     = "zstd"
+	compressorMap       = compressorFast // identifiers do not compress: the slower one makes no less of them
 )
 
 // owner is who runs maintenance: never a stock kopia command, which does not know our locks.

@@ -61,7 +61,7 @@ const (
 	pathBlobs    = "/blobs/"
 	pathList     = "/list"
 	pathLocks    = "/locks"
-	pathPartial  = "/partial"
+	pathArrived  = "/arrived"
 	pathCapacity = "/capacity"
 	pathSync     = "/sync"
 	pathSweep    = "/sweep"

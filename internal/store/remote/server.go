@@ -60,7 +60,7 @@ func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server
 	s.handle("GET "+pathBlobs+"{id}", Read, s.get) // and HEAD
 	s.handle("PUT "+pathBlobs+"{id}", Append, s.put)
 	s.handle("DELETE "+pathBlobs+"{id}", Append, s.delete)
-	s.handle("GET "+pathPartial, Append, s.partial)
+	s.handle("GET "+pathArrived, Append, s.arrived)
 	s.handle("POST "+pathLocks, Read, s.lock)
 	s.handle("DELETE "+pathLocks, Read, s.unlock)
 	s.handle("GET "+pathCapacity, Read, s.capacity)
@@ -182,8 +182,9 @@ func (s *Server) create(r *request) error { r.w.WriteHeader(http.StatusCreated);
 // blobNameRE is what Kopia calls blobs: nothing that could lead out of a folder.
 var blobNameRE = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]*$`)
 
-func (r *request) blob() (blob.ID, error) {
-	id := r.PathValue("id")
+func (r *request) blob() (blob.ID, error) { return blobName(r.PathValue("id")) }
+
+func blobName(id string) (blob.ID, error) {
 	if len(id) > maxName || !blobNameRE.MatchString(id) {
 		return "", refuse(http.StatusBadRequest, "%.80q is no name of a blob", id)
 	}
@@ -391,20 +392,34 @@ func (s *Server) keepPartial(key string, p partial) {
 	s.partials[key] = p
 }
 
-func (s *Server) partial(r *request) error {
-	digest, err := hex.DecodeString(r.URL.Query().Get("digest"))
+// arrived says how much of a blob is here, and whether one of a name is here just so.
+func (s *Server) arrived(r *request) error {
+	q := r.URL.Query()
+	digest, err := hex.DecodeString(q.Get("digest"))
 	if err != nil || len(digest) != 32 {
 		return refuse(http.StatusBadRequest, "name a digest")
 	}
+	var a arrived
+	if id := q.Get("id"); id != "" {
+		name, err := blobName(id)
+		if err != nil {
+			return err
+		}
+		there, err := s.digest(r.Context(), r.place, name)
+		if err != nil && !errors.Is(err, blob.ErrBlobNotFound) {
+			return err
+		}
+		a.There = err == nil && subtle.ConstantTimeCompare(there, digest) == 1
+	}
 	s.mu.Lock()
-	n := len(s.partials[partialKey(r.name, digest)].data)
+	a.Have = int64(len(s.partials[partialKey(r.name, digest)].data))
 	s.mu.Unlock()
-	return json.NewEncoder(r.w).Encode(map[string]int{"have": n})
+	return json.NewEncoder(r.w).Encode(a)
 }
 
 // keep puts a blob and reads it back. One that is there already as it is stays.
 func (s *Server) keep(r *request, id blob.ID, data, digest []byte) error {
-	ctx := r.Context()
+	ctx := context.WithoutCancel(r.Context()) // all of it is here: the line may break now
 	opts := blob.PutOptions{}
 	if t := r.Header.Get(headerTime); t != "" {
 		at, err := time.Parse(time.RFC3339Nano, t)
@@ -446,7 +461,7 @@ func (s *Server) fresh(ctx context.Context, p store.Place, id blob.ID) (bool, er
 
 // say answers with the time at which a blob was put.
 func (s *Server) say(r *request, id blob.ID) error {
-	meta, err := r.place.GetMetadata(r.Context(), id)
+	meta, err := r.place.GetMetadata(context.WithoutCancel(r.Context()), id)
 	if err != nil {
 		return err
 	}
@@ -455,11 +470,12 @@ func (s *Server) say(r *request, id blob.ID) error {
 	return nil
 }
 
-// digest is that of a blob that is there.
+// digest is that of a blob that is there, read from the medium.
 func (s *Server) digest(ctx context.Context, p store.Place, id blob.ID) ([]byte, error) {
 	if _, err := p.GetMetadata(ctx, id); err != nil {
 		return nil, err
 	}
+	p.Evict(ctx, id)
 	var d digester
 	d.Reset()
 	if err := p.GetBlob(ctx, id, 0, -1, &d); err != nil {
