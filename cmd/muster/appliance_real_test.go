@@ -87,7 +87,7 @@ func (o *office) serveMaster() {
 	if err := authority.GiveCustomerKey("acme", lab.Password); err != nil {
 		t.Fatal(err)
 	}
-	port := &nodePort{hub: trust.NewHub(authority, slog.New(slog.DiscardHandler)), log: slog.New(slog.DiscardHandler), name: "hq", listener: listener}
+	port := &nodePort{authority: authority, hub: trust.NewHub(authority, slog.New(slog.DiscardHandler)), log: slog.New(slog.DiscardHandler), listener: listener}
 	o.l.Reach = port.site
 	handlers, end := nodeHandlers(o.l.Master, settings{Store: o.l.StoreFolder(), Customer: "acme"})
 	ctx, cancel := context.WithCancel(context.Background())

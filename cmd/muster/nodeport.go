@@ -20,10 +20,10 @@ import (
 
 // nodePort is where appliances and silos of other machines reach this master.
 type nodePort struct {
-	hub      *trust.Hub // how the master reaches them
-	log      *slog.Logger
-	name     string
-	listener net.Listener
+	authority *trust.Authority // who they are, and customers' keys
+	hub       *trust.Hub       // how the master reaches them
+	log       *slog.Logger
+	listener  net.Listener
 }
 
 // openNodePort opens the authority and the port of a master. Where 'muster master init' was never done there is none, nil,
@@ -43,7 +43,7 @@ func (i install) openNodePort(cmd *cobra.Command, listen, passphraseFile string,
 	if err != nil {
 		return nil, fmt.Errorf("listen for nodes: %w; another address can be given with --listen", err)
 	}
-	return &nodePort{hub: trust.NewHub(authority, log), log: log, name: authority.Name(), listener: listener}, nil
+	return &nodePort{authority: authority, hub: trust.NewHub(authority, log), log: log, listener: listener}, nil
 }
 
 // openAuthority opens the authority of a master. trust.ErrNone if there is none.
@@ -97,7 +97,7 @@ func (n *nodePort) serve(ctx context.Context, handlers map[string]http.Handler) 
 	if n == nil {
 		return nil
 	}
-	n.log.Info("the master listens for nodes", "name", n.name, "address", n.listener.Addr().String())
+	n.log.Info("the master listens for nodes", "name", n.authority.Name(), "address", n.listener.Addr().String())
 	return n.hub.Serve(ctx, n.listener, handlers)
 }
 

@@ -11,8 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"slices"
-	"strings"
+	"net/netip"
 	"sync"
 	"time"
 )
@@ -30,18 +29,6 @@ type Hub struct {
 	strangers map[string]int // by address: connections that have shown no good certificate (yet)
 	stranger  int            // all of them
 	links     map[nodeKey]*link
-}
-
-type nodeKey struct {
-	role Role
-	name string
-}
-
-// link is a reverse connection.
-type link struct {
-	peer Peer
-	conn *conn
-	http *http.ClientConn
 }
 
 // Limits of a hub.
@@ -88,6 +75,7 @@ func (h *Hub) Serve(ctx context.Context, listener net.Listener, handlers map[str
 	}
 	h.cutAll()
 	work.Wait()
+	h.cutAll() // what came in at the last moment
 	return err
 }
 
@@ -114,19 +102,19 @@ func (h *Hub) accept(ctx context.Context, listener net.Listener, ready *queue, w
 
 // receive shakes hands, finds out who it is, and hands the connection to who serves it.
 func (h *Hub) receive(ctx context.Context, raw net.Conn, ready *queue) {
-	address, _, _ := net.SplitHostPort(raw.RemoteAddr().String())
+	address := source(raw.RemoteAddr())
 	if !h.admit(address) {
 		raw.Close()
 		return
 	}
 	t := tls.Server(raw, h.tls())
 	c := newConn(t)
-	// It counts as a stranger's, which does not last, until it has shown a good certificate.
-	strange := time.AfterFunc(h.timing.stranger, c.cut)
-	c.after = func() { strange.Stop(); h.forget(c, address) }
+	c.after = func() { h.forget(c, address) }
 	h.mu.Lock()
 	h.conns[c] = struct{}{}
 	h.mu.Unlock()
+	// It is a stranger's, which does not last, until it has shown a good certificate.
+	strange := time.AfterFunc(h.timing.stranger, c.cut)
 	shake, cancel := context.WithTimeout(ctx, h.timing.dial)
 	err := t.HandshakeContext(shake)
 	cancel()
@@ -146,6 +134,21 @@ func (h *Hub) receive(ctx context.Context, raw net.Conn, ready *queue) {
 	default:
 		c.cut()
 	}
+}
+
+// source is what strangers are counted by: an address, or the network of one machine where that has many addresses.
+func source(a net.Addr) string {
+	at, err := netip.ParseAddrPort(a.String())
+	if err != nil {
+		return a.String()
+	}
+	address := at.Addr().Unmap()
+	if address.Is6() {
+		if network, err := address.WithZone("").Prefix(64); err == nil {
+			return network.String()
+		}
+	}
+	return address.String()
 }
 
 // admit counts a new connection, if there is room for it.
@@ -319,93 +322,6 @@ func (h *Hub) cutAll() {
 	for _, c := range all {
 		c.cut()
 	}
-}
-
-// reverse makes the master the client of a connection. A newer connection of a node takes the place of the one before.
-func (h *Hub) reverse(ctx context.Context, c *conn) {
-	transport := &http.Transport{Protocols: plainHTTP2(), HTTP2: h.timing.http2(), DisableCompression: true, MaxResponseHeaderBytes: maxHeader,
-		DialContext: func(context.Context, string, string) (net.Conn, error) { return c, nil }}
-	client, err := transport.NewClientConn(ctx, "http", "node:1")
-	if err != nil {
-		h.log.Debug("open a reverse connection", "node", c.peer.String(), "error", err)
-		c.cut()
-		return
-	}
-	l := &link{peer: *c.peer, conn: c, http: client}
-	key := nodeKey{l.peer.Role, l.peer.Name}
-	h.mu.Lock()
-	old := h.links[key]
-	_, alive := h.conns[c]
-	if alive { // else it ended meanwhile, and was forgotten
-		h.links[key] = l
-	}
-	h.mu.Unlock()
-	if !alive {
-		return
-	}
-	h.log.Info("a node is connected", "node", l.peer.String(), "address", c.RemoteAddr().String(), "again", old != nil)
-	if old != nil {
-		old.conn.cut()
-	}
-}
-
-// Connected lists the nodes that are connected now, by name.
-func (h *Hub) Connected() []Peer {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	out := make([]Peer, 0, len(h.links))
-	for _, l := range h.links {
-		out = append(out, l.peer)
-	}
-	slices.SortFunc(out, func(a, b Peer) int { return strings.Compare(a.Name, b.Name) })
-	return out
-}
-
-// Client gives a client whose requests go to a node, down the connection that the node keeps open, whatever host they
-// name. It stays good when the node goes away and comes back; meanwhile, and when the node is away now, the error is
-// ErrAway.
-func (h *Hub) Client(role Role, name string) (*http.Client, error) {
-	key := nodeKey{role, name}
-	if h.link(key) == nil {
-		return nil, away(key)
-	}
-	return &http.Client{Transport: reverse{h, key}, CheckRedirect: noRedirect}, nil
-}
-
-func away(key nodeKey) error { return fmt.Errorf("reach %s %s: %w", key.role, key.name, ErrAway) }
-
-func noRedirect(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-
-func (h *Hub) link(key nodeKey) *link {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.links[key]
-}
-
-// reverse carries the master's requests to one node.
-type reverse struct {
-	hub *Hub
-	key nodeKey
-}
-
-// RoundTrip implements http.RoundTripper.
-func (r reverse) RoundTrip(request *http.Request) (*http.Response, error) {
-	l := r.hub.link(r.key)
-	if l == nil || l.http.Err() != nil {
-		return nil, errors.Join(away(r.key), closeBody(request))
-	}
-	if err := r.hub.stays(l.conn); err != nil {
-		return nil, errors.Join(err, closeBody(request))
-	}
-	return l.http.RoundTrip(request)
-}
-
-// closeBody does what a RoundTripper owes even to a request that it does not send.
-func closeBody(request *http.Request) error {
-	if request.Body == nil {
-		return nil
-	}
-	return request.Body.Close()
 }
 
 // queue is a listener of connections that were accepted elsewhere.

@@ -32,9 +32,13 @@ func (n *Node) Serve(ctx context.Context, handler http.Handler) {
 			server.Close()
 		}
 	})
-	_ = server.Serve(&outward{node: n, ctx: ctx, pause: n.pauses()}) // ends when the context does, with nothing to say
+	line := &outward{node: n, ctx: ctx, pause: n.pauses()}
+	_ = server.Serve(line) // ends when the context does, with nothing to say
 	cancel()
 	work.Wait()
+	if line.last != nil {
+		line.last.cut() // one that was made at the last moment
+	}
 	n.client.CloseIdleConnections()
 }
 

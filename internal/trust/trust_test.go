@@ -41,18 +41,20 @@ func (c *clock) set(ahead time.Duration) { c.ahead.Store(int64(ahead)) }
 // testMaster is a master that can be stopped and started again.
 type testMaster struct {
 	*Authority
-	t       *testing.T
+	t       testing.TB
 	dir     string
 	address string
 	clock   clock
+	timing  timing // zero: hasty
 	hub     *Hub
 	wire    func(net.Listener) net.Listener // what is between the port and the hub, nil for nothing
+	long    atomic.Pointer[func(http.ResponseWriter, *http.Request)]
 	stop    func()
 }
 
 var quiet = slog.New(slog.DiscardHandler)
 
-func newAuthority(t *testing.T) (dir string) {
+func newAuthority(t testing.TB) (dir string) {
 	t.Helper()
 	base := t.TempDir()
 	dir = filepath.Join(base, "trust")
@@ -62,7 +64,7 @@ func newAuthority(t *testing.T) (dir string) {
 	return dir
 }
 
-func newMaster(t *testing.T) *testMaster {
+func newMaster(t testing.TB) *testMaster {
 	t.Helper()
 	m := &testMaster{t: t, dir: newAuthority(t)}
 	m.start()
@@ -92,15 +94,24 @@ func (m *testMaster) start() {
 		listener = m.wire(listener)
 	}
 	m.hub = NewHub(a, quiet)
-	m.hub.timing = hasty
+	if m.timing == (timing{}) {
+		m.timing = hasty
+	}
+	m.hub.timing = m.timing
 	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() {
-		if err := m.hub.Serve(ctx, listener, map[string]http.Handler{"/echo": http.HandlerFunc(echo), "/who": http.HandlerFunc(who)}); err != nil {
+		if err := m.hub.Serve(ctx, listener, map[string]http.Handler{"/echo": http.HandlerFunc(echo), "/who": http.HandlerFunc(who), "/swallow": http.HandlerFunc(swallow), "/long": http.HandlerFunc(m.answerLong)}); err != nil {
 			m.t.Error(err)
 		}
 	})
 	m.stop = func() { cancel(); work.Wait() }
+}
+
+func (m *testMaster) answerLong(w http.ResponseWriter, r *http.Request) {
+	if long := m.long.Load(); long != nil {
+		(*long)(w, r)
+	}
 }
 
 func echo(w http.ResponseWriter, r *http.Request) {
@@ -139,7 +150,7 @@ func (m *testMaster) node(who Peer) *Node {
 	return hurried(m.t, n)
 }
 
-func hurried(t *testing.T, n *Node) *Node {
+func hurried(t testing.TB, n *Node) *Node {
 	fast := newNodeWith(n.dir, hasty)
 	if _, err := fast.load(); err != nil {
 		t.Fatal(err)
@@ -150,7 +161,7 @@ func hurried(t *testing.T, n *Node) *Node {
 }
 
 // serve keeps a node's reverse connection up until the test, or the caller, ends it.
-func serve(t *testing.T, n *Node, handler http.Handler) (stop func()) {
+func serve(t testing.TB, n *Node, handler http.Handler) (stop func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() { n.Serve(ctx, handler) })
