@@ -350,7 +350,12 @@ func (m *Master) process(ctx context.Context, s dr.Server, snap dr.Snapshot) err
 	}
 	in := work{ServerID: s.ID, SnapshotID: snap.ID, PreRecovery: dr.NewID("pre"), VerdictID: dr.NewID("verdict"), Data: snap.IsData(),
 		Asked: m.Now(), Arrived: true}
-	_, err = begin(ctx, m, kindProtect, s.Name, snap.ID, in, engine.StartOptions{Key: serverKey(s.ID)})
+	kind, subject := kindProtect, snap.ID
+	op, err := m.Operation(ctx, operationID(kind, s.Name, subject), 0, 0)
+	if err == nil && op.State.Finished() { // somebody asked for it and did not wait until it came
+		kind, subject = kindTest, in.VerdictID
+	}
+	_, err = begin(ctx, m, kind, s.Name, subject, in, engine.StartOptions{Key: serverKey(s.ID)})
 	return err
 }
 
