@@ -25,6 +25,10 @@ func TestMain(m *testing.M) {
 		serveNode(dir)
 		return
 	}
+	if dir := os.Getenv("TRUST_TEST_MASTER"); dir != "" {
+		serveMaster(dir, os.Getenv("TRUST_TEST_LISTEN"))
+		return
+	}
 	goleak.VerifyTestMain(m)
 }
 
