@@ -295,6 +295,50 @@ func TestDefinitionsThatChangedMeanwhileAreTakenOver(t *testing.T) {
 	}
 }
 
+// Of a server with data both arrive, and what is tested is the pair. Its files are looked into, and put back, over the line.
+func TestDataOfABranchArrivesWithItsImage(t *testing.T) {
+	t.Parallel()
+	l := New(t, Healthy)
+	s := l.NewSite("box")
+	writeDisk(t, l, 1)
+	l.put(t, "web", "srv/page", "first")
+	_, err := l.AddServer(ctx, dr.Server{Name: "shop", Appliance: "box", Source: live0("web"), Schedule: dr.Schedule{Every: 7 * 24 * time.Hour}, Tier: dr.TierImageData,
+		Data: dr.DataSet{Paths: []string{"/srv"}, Every: 24 * time.Hour}, Checks: []dr.Check{{Name: "page", Kind: dr.CheckHTTP, URL: "http://127.0.0.1/"}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 3 {
+		s.Night()
+	}
+	l.settled(t)
+	l.put(t, "web", "srv/page", "second")
+	s.Clock.Turn(25 * time.Hour)
+	for range 2 {
+		s.Night()
+	}
+	l.settled(t)
+	kinds, list := l.kinds(t, "shop")
+	if kinds != "ddi" || list[0].State != dr.Verified || list[1].State != dr.Verified || list[2].State != dr.Replicated {
+		t.Fatalf("snapshots %s: %s, %s, %s", kinds, list[0].State, list[1].State, list[2].State)
+	}
+	if l.lkg(t) != list[0].Snapshot.ID {
+		t.Error("the newest data is not last-known-good")
+	}
+	found, err := l.FileVersions(ctx, api.VersionsQuery{Server: "shop", Path: "/srv/page"})
+	if err != nil || len(found.Versions) != 2 {
+		t.Errorf("versions over the line %+v, %v", found, err)
+	}
+	var page strings.Builder
+	if err := l.GetFile(ctx, api.GetQuery{Server: "shop", Snapshot: list[1].Snapshot.ID, Path: "/srv/page"}, &page); err != nil || page.String() != "first" {
+		t.Errorf("a file over the line %q, %v", page.String(), err)
+	}
+	l.put(t, "web", "srv/page", "third")
+	back, err := l.RestoreFiles(ctx, api.RestoreRequest{Server: "shop", Snapshot: list[0].Snapshot.ID, Paths: []string{"/srv/page"}, Overwrite: true})
+	if err != nil || back.Replaced != 1 || l.read("web", "srv/page") != "second" {
+		t.Errorf("put back over the line %+v, %v", back, err)
+	}
+}
+
 // A master believes an appliance only about its own servers.
 func TestAnApplianceSpeaksForItsOwnServersOnly(t *testing.T) {
 	t.Parallel()
