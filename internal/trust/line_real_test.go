@@ -27,7 +27,7 @@ func TestANodeAloneInItsNetworkListensNowhereAndOutlivesAPulledCable(t *testing.
 	t.Cleanup(func() { _ = exec.Command("ip", "link", "del", near).Run() })
 	run(t, "ip", "addr", "add", ours+"/30", "dev", near)
 	run(t, "ip", "link", "set", near, "up")
-	m := &testMaster{t: t, dir: newAuthority(t), address: ours + ":0"}
+	m := &testMaster{t: t, dir: newAuthority(t), address: ours + ":0", timing: touchy}
 	m.start()
 	t.Cleanup(func() { m.stop() })
 	p := startProcess(t, m.node(office), &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET})
@@ -164,7 +164,7 @@ func TestJoinsOutliveAMasterThatIsKilledAgainAndAgain(t *testing.T) {
 	cancel()
 	work.Wait()
 	t.Logf("the master was killed %d times", kills)
-	m := &testMaster{t: t, dir: dir, address: address}
+	m := &testMaster{t: t, dir: dir, address: address, timing: hasty}
 	m.start()
 	defer func() { m.stop() }()
 	keys := map[string]bool{}
