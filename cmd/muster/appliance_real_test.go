@@ -243,6 +243,35 @@ func TestAnApplianceListensNowhereAndSendsThroughABadLine(t *testing.T) {
 	if open := sockets(); open != "" {
 		t.Errorf("the appliance listens: %s", open)
 	}
+
+	t.Log("a disk carried by hand, while the appliance runs")
+	disk := filepath.Join(t.TempDir(), "usb")
+	var seed seedShown
+	o.tell(&seed, "appliance", "seed", "export", disk, "shop", "--dir", o.dir)
+	if seed.Packs == 0 || seed.Bytes < 40<<20 || len(seed.Snapshots) != 1 || seed.Snapshots[0] != records[0].Snapshot.ID {
+		t.Errorf("seed %+v", seed)
+	}
+	hq := t.TempDir()
+	if err := os.WriteFile(filepath.Join(hq, "muster.yaml"), fmt.Appendf(nil, "store: %s\ncustomer: acme\n", o.l.StoreFolder()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var taken seedShown
+	o.tell(&taken, "master", "seed", "import", disk, "--customer", "acme", "--digest", seed.Digest, "--dir", hq)
+	if taken.Packs != seed.Packs || taken.Bytes != seed.Bytes {
+		t.Errorf("taken in %+v of %+v", taken, seed)
+	}
+}
+
+// tell runs a command and reads what it prints as JSON.
+func (o *office) tell(into any, args ...string) {
+	o.t.Helper()
+	out, err := exec.Command(o.bin, append(args, "--json")...).Output()
+	if err == nil {
+		err = json.Unmarshal(out, into)
+	}
+	if err != nil {
+		o.t.Fatalf("muster %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
 }
 
 // begin asks for a snapshot, as a person does.
