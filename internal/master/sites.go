@@ -267,7 +267,7 @@ func (m *Master) Arrived(ctx context.Context, from string, arrivals []api.Arriva
 			out[a.Snapshot.ID] = ""
 		case errors.As(err, &known) && (known.Kind == api.Refused || known.Kind == api.Invalid):
 			out[a.Snapshot.ID] = known.Message
-			m.event(ctx, "snapshot.refused", "", a.Snapshot.ID, "a snapshot of appliance "+from+" was refused: "+known.Message)
+			m.event(ctx, "arrival.refused", "", a.Snapshot.ID, "a snapshot of appliance "+from+" was refused: "+known.Message)
 		default: // it is told again
 			failed = err
 			m.Log.Warn("take in a snapshot", "appliance", from, "snapshot", a.Snapshot.ID, "error", err)
