@@ -44,7 +44,7 @@ func nodeport(ts *testscript.TestScript, _ bool, args []string) {
 	ts.Check(err)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- port.serve(ctx) }()
+	go func() { ended <- port.serve(ctx, nil) }()
 	ts.Defer(func() {
 		cancel()
 		ts.Check(<-ended)

@@ -108,7 +108,7 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 		return err
 	}
 	p.onClose("port for nodes", nodes.close)
-	m, app, err := p.open(ctx, cmd, i)
+	m, app, set, err := p.open(ctx, cmd, i, nodes)
 	if err != nil {
 		return err
 	}
@@ -117,7 +117,7 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 		return err
 	}
 	observer := metrics.Handler(m, version, p.log)
-	server := &http.Server{Handler: observed(api.Handler(m, app, version), observer), ReadHeaderTimeout: 10 * time.Second}
+	server := &http.Server{Handler: observed(api.Handler(m, m.Files(app), version), observer), ReadHeaderTimeout: 10 * time.Second}
 	if o.metrics != "" {
 		if err := p.listenMetrics(o.metrics, observer); err != nil {
 			return err
@@ -128,10 +128,12 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 	if err := m.Start(ctx); err != nil {
 		return err
 	}
+	handlers, end := nodeHandlers(m, set)
+	p.onClose("far store of nodes", end)
 	noded := make(chan struct{})
 	go func() {
 		defer close(noded)
-		if err := nodes.serve(ctx); err != nil {
+		if err := nodes.serve(ctx, handlers); err != nil {
 			served <- err
 		}
 	}()
@@ -180,26 +182,26 @@ func (p *platform) listen(i install) (net.Listener, error) {
 }
 
 // open opens the parts in the order in which they need each other.
-func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*master.Master, *appliance.Appliance, error) {
+func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, nodes *nodePort) (*master.Master, *appliance.Appliance, settings, error) {
 	st, set, err := i.openStore(cmd)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, set, err
 	}
 	p.onClose("store", func() error { return st.Close(context.Background()) })
 	cat, err := catalog.Open(ctx, i.path("catalog.db"))
 	if err != nil {
-		return nil, nil, fmt.Errorf("open catalog: %w", err)
+		return nil, nil, set, fmt.Errorf("open catalog: %w", err)
 	}
 	cat.Told = tell(p.log)
 	p.onClose("catalog", cat.Close)
 	s, kvm, err := p.openSilo(ctx, i, set, st)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, set, err
 	}
 	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: master.Shape,
 		Resources: map[string]int{master.ResourceTest: max(set.Tests, 1)}, Logger: p.log})
 	if err != nil {
-		return nil, nil, fmt.Errorf("open engine: %w", err)
+		return nil, nil, set, fmt.Errorf("open engine: %w", err)
 	}
 	p.onClose("engine", func() error {
 		limit, cancel := context.WithTimeout(context.Background(), closeLimit)
@@ -209,8 +211,12 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 	browser := files.New(st, filesguestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, i.Run)
 	p.onClose("files", browser.Close)
 	app := &appliance.Appliance{Store: st, Open: i.openSource, Browser: browser}
-	return master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app,
-		Silo: s, Log: p.log, Version: version, Data: i.Dir, Location: set.Store}), app, nil
+	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app,
+		Silo: s, Log: p.log, Version: version, Data: i.Dir, Location: set.Store}
+	if nodes != nil {
+		config.Sites = nodes.site
+	}
+	return master.Open(config), app, set, nil
 }
 
 func (p *platform) openSilo(ctx context.Context, i install, set settings, st *store.Store) (s *silo.Silo, kvm bool, err error) {

@@ -37,6 +37,9 @@ import (
 	"github.com/musterdr/muster/internal/vm/sim"
 )
 
+// Password opens a lab's store.
+const Password = password
+
 const (
 	password    = "the lab's"
 	catalogFile = "catalog.db"
@@ -60,6 +63,10 @@ type Lab struct {
 	networks *networks
 	exports  *exporter
 	stop     func() // ends the present process
+	sites    map[string]*Site
+
+	// Reach, if set, gives the appliances elsewhere that are no Site of the lab.
+	Reach func(name string) (api.Site, error)
 }
 
 // New makes an installation on which every machine is the given guest and every image holds a small Debian.
@@ -146,17 +153,20 @@ func (l *Lab) open() error {
 	closes = append(closes, func() { browser.Close() })
 	app := &appliance.Appliance{Store: st, Open: l.openSource, Browser: browser}
 	l.Store = st
-	l.Master = master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silo: faultySilo{s, l},
+	l.Master = master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silo: faultySilo{s, l}, Sites: l.reach,
 		Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now})
 	listener, err := net.Listen("unix", l.path("api.sock"))
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: api.Handler(l.Master, app, "lab"), ReadHeaderTimeout: time.Second}
+	server := &http.Server{Handler: api.Handler(l.Master, l.Master.Files(app), "lab"), ReadHeaderTimeout: time.Second}
 	go func() { _ = server.Serve(listener) }() // until it is closed
 	closes = append(closes, func() { server.Close() })
 	l.Client = api.Dial(l.path("api.sock"))
 	closes = append(closes, l.Client.Close)
+	for _, site := range l.sites {
+		site.atHome()
+	}
 	return l.Master.Start(ctx)
 }
 
