@@ -3,6 +3,7 @@ package dr
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -18,7 +19,8 @@ type Silo struct {
 	Networks   []string   `json:"networks,omitempty"` // bridges of its own that a machine can be plugged into
 	Reserved   []string   `json:"reserved,omitempty"` // customers that it is for; none: everybody's (R61)
 	Version    string     `json:"version,omitempty"`  // of its program
-	Seen       time.Time  `json:"seen"`               // when it was last heard of
+	Seen       time.Time  `json:"seen"`               // when it was last heard of, by the master's clock
+	Beats      int64      `json:"beats"`              // how often it was heard of: it grows while the silo lives, whatever clocks say
 }
 
 // SiloState says whether a silo may be given work.
@@ -98,6 +100,15 @@ type Where map[string][]string
 // to others, for on the day that its customer needs it nothing has to be cleared first.
 func (s Silo) Takes(customer string) bool {
 	return len(s.Reserved) == 0 || slices.Contains(s.Reserved, customer)
+}
+
+// Describe says what a silo can, for people.
+func (s Silo) Describe() string {
+	text := fmt.Sprintf("%s, %d MiB for rescue machines, %d processors, %d GiB free", s.Hypervisor, s.Memory, s.Cores, s.Space>>30)
+	if len(s.Reserved) > 0 {
+		text += ", reserved for " + strings.Join(s.Reserved, ", ")
+	}
+	return text
 }
 
 // Validate says what is wrong with what a silo says of itself.
