@@ -154,8 +154,8 @@ const (
 	exporterPoll  = 20 * time.Millisecond
 )
 
-// Start implements silo.Exporter.
-func (e exporter) Start(ctx context.Context, snapshot, socket string) error {
+// Start implements silo.Exporter. The process opens the installation's own store.
+func (e exporter) Start(ctx context.Context, _ *api.Access, snapshot, socket string) error {
 	if answers(socket) {
 		return nil
 	}

@@ -150,8 +150,7 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 	if err != nil {
 		return nil, nil, err
 	}
-	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: master.Shape,
-		Resources: map[string]int{master.ResourceTest: max(set.Tests, 1)}, Logger: p.log})
+	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: master.Shape, Logger: p.log})
 	if err != nil {
 		return nil, nil, fmt.Errorf("open engine: %w", err)
 	}
@@ -164,8 +163,11 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 	p.onClose("files", browser.Close)
 	app := &appliance.Appliance{Store: st, Open: i.openSource, Browser: browser}
 	return master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app,
-		Silo: s, Log: p.log, Version: version, Data: i.Dir, Location: set.Store}), app, nil
+		Silos: master.SiloSet{homeSilo: s}, Home: homeSilo, Log: p.log, Version: version, Data: i.Dir, Location: set.Store}), app, nil
 }
+
+// homeSilo is what the silo of this process is called.
+const homeSilo = "local"
 
 func (p *platform) openSilo(ctx context.Context, i install, set settings, st *store.Store) (s *silo.Silo, kvm bool, err error) {
 	hv, err := libvirt.Open(ctx, libvirt.Config{Socket: set.Libvirt, ProbeFile: probeFile(i)})
@@ -186,7 +188,7 @@ func (p *platform) openSilo(ctx context.Context, i install, set settings, st *st
 	if err != nil {
 		return nil, false, err
 	}
-	s, err = silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, Networks: hostNetworks{},
+	s, err = silo.Open(ctx, silo.Config{Name: homeSilo, Stores: silo.Own{Store: st}, Tests: max(set.Tests, 1), Version: version, Bridges: bridges, Hypervisor: hv, Opener: guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, Networks: hostNetworks{},
 		Exporter: exporter{install: i, group: gid}, GuestAgent: guest, Dir: i.path("silo"), Run: i.Run, SocketGID: gid,
 		MaxMemory: set.MaxMemory, MaxCPUs: set.MaxCPUs, Diagnose: func(ctx context.Context) []api.Finding { return diagnose(ctx, i, set, hv, nil) }})
 	if err != nil {

@@ -73,15 +73,14 @@ func (c *Catalog) Grant(ctx context.Context, w dr.Work, silo string, run int64, 
 		case before[0].Run > run, !again && (before[0].Run == run || !w.Kind.TakenOver()):
 			return fmt.Errorf("silo %s has it under term %d: %w", before[0].Silo, before[0].Term, ErrStale)
 		}
-		if again && s.State == dr.SiloDraining {
-			s.State = dr.SiloActive // it finishes what it has
-		}
-		others, err := t.leases("silo = ? AND work <> ?", silo, w.ID)
-		if err != nil {
-			return err
-		}
-		if err := dr.Fits(w, s, others); err != nil {
-			return fmt.Errorf("%w: %w", err, ErrInUse)
+		if !again { // else it has the room, and finishes what it has though it drains
+			others, err := t.leases("silo = ?", silo)
+			if err != nil {
+				return err
+			}
+			if err := dr.Fits(w, s, others); err != nil {
+				return fmt.Errorf("%w: %w", err, ErrInUse)
+			}
 		}
 		lease = dr.Lease{Work: w, Silo: silo, Run: run, Granted: t.now.UTC(), Expires: until}
 		if !w.Kind.TakenOver() {

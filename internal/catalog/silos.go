@@ -215,6 +215,24 @@ func (c *Catalog) Where(ctx context.Context, pres ...string) (map[string]map[str
 	return out, nil
 }
 
+// Held counts the last-known-goods of which each silo holds the deltas.
+func (c *Catalog) Held(ctx context.Context) (map[string]int, error) {
+	var rows []struct {
+		Silo string
+		N    int
+	}
+	err := c.db.NewRaw(`SELECT d.silo AS silo, COUNT(DISTINCT s.id) AS n FROM servers s JOIN deltas d ON d.snapshot_id = s.lkg
+		WHERE s.removed = 0 AND s.lkg <> '' GROUP BY d.silo`).Scan(ctx, &rows)
+	if err != nil {
+		return nil, fmt.Errorf("count deltas: %w", err)
+	}
+	out := map[string]int{}
+	for _, row := range rows {
+		out[row.Silo] = row.N
+	}
+	return out, nil
+}
+
 // Thin is a last-known-good whose deltas fewer than dr.DeltaCopies active silos hold.
 type Thin struct {
 	ServerID    string

@@ -419,7 +419,7 @@ func (p *placing) wait(w Work) Waiting {
 	case out.Never && takes == 0 && active > 0:
 		out.Why = "every silo is reserved for other customers"
 	case out.Never:
-		out.Why = "no silo has what it needs"
+		out.Why = fmt.Sprintf("no silo that it may use has %d MiB of memory and %d MiB free on disk", w.Memory, w.Space>>20)
 	case active == 0:
 		out.Why = "no silo is active"
 	default:

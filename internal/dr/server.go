@@ -13,8 +13,9 @@ import (
 // Server is a protected machine. Its definition is kept in the catalog and, so that a lost catalog can be rebuilt,
 // as a record in the store. It holds no secret: an SSH key is named by its path.
 type Server struct {
-	ID         string     `json:"id"`   // opaque, never reused
-	Name       string     `json:"name"` // what people call it; see ValidateName
+	ID         string     `json:"id"`                 // opaque, never reused
+	Name       string     `json:"name"`               // what people call it; see ValidateName
+	Customer   string     `json:"customer,omitempty"` // whose it is; "": of the one customer there is
 	Source     Source     `json:"source"`
 	Schedule   Schedule   `json:"schedule"`
 	Tier       Tier       `json:"tier,omitempty"`    // "": TierImage

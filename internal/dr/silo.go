@@ -113,8 +113,8 @@ func (s Silo) Describe() string {
 
 // Validate says what is wrong with what a silo says of itself.
 func (s Silo) Validate() error {
-	if !nameRE.MatchString(s.Name) {
-		return fmt.Errorf("silo name %q: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'", s.Name)
+	if !nameRE.MatchString(s.Name) || len(s.Name) > MaxSiloName {
+		return fmt.Errorf("silo name %q: use 1 to %d of a-z, 0-9 and '-', not starting or ending with '-'", s.Name, MaxSiloName)
 	}
 	if s.Memory < 0 || s.Cores < 0 || s.Space < 0 || s.Tests < 0 {
 		return fmt.Errorf("silo %s: memory, cores, space and tests must not be negative", s.Name)
@@ -132,4 +132,5 @@ func (s Silo) Validate() error {
 const (
 	MaxNetworks = 256
 	MaxReserved = 256
+	MaxSiloName = 40 // bytes: it becomes part of identifiers
 )

@@ -39,6 +39,7 @@ import (
 
 const (
 	password    = "the lab's"
+	home        = "local" // the silo of the lab's own process
 	catalogFile = "catalog.db"
 	engineFile  = "engine.db"
 )
@@ -129,15 +130,14 @@ func (l *Lab) open() error {
 	closes = append(closes, func() { cat.Close() })
 	hv := l.Host.Open()
 	closes = append(closes, func() { hv.Close() })
-	s, err := silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: tree.Opener{System: l.system}, Networks: l.networks,
+	s, err := silo.Open(ctx, silo.Config{Name: home, Stores: silo.Own{Store: st}, Tests: 1, Hypervisor: hv, Opener: tree.Opener{System: l.system}, Networks: l.networks,
 		Exporter: l.exports, GuestAgent: l.path("muster-guest"), Dir: l.path("silo"), Run: l.path("run"), SocketGID: -1, NewLayer: newLayer,
 		Limits: boottest.Limits{Sample: 10 * time.Millisecond}})
 	if err != nil {
 		return err
 	}
 	closes = append(closes, func() { s.Close() })
-	eng, err := engine.Open(ctx, engine.Config{DSN: l.path(engineFile), Version: master.Shape,
-		Resources: map[string]int{master.ResourceTest: 1}, Logger: quiet})
+	eng, err := engine.Open(ctx, engine.Config{DSN: l.path(engineFile), Version: master.Shape, Logger: quiet})
 	if err != nil {
 		return err
 	}
@@ -146,8 +146,8 @@ func (l *Lab) open() error {
 	closes = append(closes, func() { browser.Close() })
 	app := &appliance.Appliance{Store: st, Open: l.openSource, Browser: browser}
 	l.Store = st
-	l.Master = master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silo: faultySilo{s, l},
-		Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now})
+	l.Master = master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silos: master.SiloSet{home: faultySilo{s, l}},
+		Home: home, Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now})
 	listener, err := net.Listen("unix", l.path("api.sock"))
 	if err != nil {
 		return err
@@ -260,7 +260,7 @@ type exporter struct {
 	running map[string]func()
 }
 
-func (e *exporter) Start(ctx context.Context, snapshot, socket string) error {
+func (e *exporter) Start(ctx context.Context, _ *api.Access, snapshot, socket string) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.running[socket] != nil {

@@ -6,6 +6,9 @@
 //
 //	KIND.SERVER.SUBJECT    protect.shop.snap-20260101t020000-k3mq2a7x
 //
+// What a silo is to do waits until one has room for it, and is done under a lease (farm.go). Which silo that is, is dr.Place's to
+// say; a silo that is not heard of loses what it has to another (beat.go), but for invoked machines.
+//
 // Runs of one server wait for each other. Each step of a run may be repeated after a crash: everything asked of an
 // appliance or a silo is asked under an identifier chosen before the run began.
 //
@@ -44,7 +47,8 @@ type Config struct {
 	Engine    *engine.Engine // not launched yet
 	Store     *store.Store
 	Appliance api.Appliance
-	Silo      api.Silo
+	Silos     Silos
+	Home      string // the silo that is part of this process; "" none
 	Log       *slog.Logger
 	Version   string
 	Data      string           // folder of the installation, for people
@@ -52,6 +56,10 @@ type Config struct {
 	Now       func() time.Time // nil: time.Now
 	Tick      time.Duration    // how often the scheduler looks; 0: DefaultTick
 	Grace     time.Duration    // how long a snapshot may stay untested; 0: DefaultGrace
+	// Access gives what a silo elsewhere needs to open the store of a server's customer; nil: silos have it.
+	Access func(ctx context.Context, server dr.Server) (*api.Access, error)
+	// Lease is how long leases of silos last unless they are renewed, and LeaseGrace how much later their work is given away; 0: dr's.
+	Lease, LeaseGrace time.Duration
 }
 
 // Defaults of Config.
@@ -64,6 +72,7 @@ const (
 type Master struct {
 	Config
 	started time.Time
+	farm    *farm
 
 	mu       sync.Mutex
 	results  map[string]json.RawMessage // of finished verify, collect and adopt operations of this process
@@ -85,7 +94,10 @@ func Open(config Config) *Master {
 	if config.Grace == 0 {
 		config.Grace = DefaultGrace
 	}
-	m := &Master{Config: config, started: config.Now(),
+	if config.Lease == 0 {
+		config.Lease, config.LeaseGrace = dr.LeaseTime, dr.LeaseGrace
+	}
+	m := &Master{Config: config, started: config.Now(), farm: newFarm(),
 		results: map[string]json.RawMessage{}, attempts: map[string]attempt{}, warned: map[string]bool{}, collect: config.Now()}
 	engine.Register(m.Engine, kindProtect, m.protect)
 	engine.Register(m.Engine, kindPreRecover, m.prerecover)
@@ -101,10 +113,7 @@ func Open(config Config) *Master {
 
 // Shape names the form of the runs below: it changes when a step is added, removed, renamed or moved, so that a run begun
 // by an older release is failed and started anew rather than carried on wrongly. The program gives it to the engine.
-const Shape = "2"
-
-// ResourceTest is what boot tests need; the program tells the engine how many this host can hold at once.
-const ResourceTest = "boot-test place"
+const Shape = "3"
 
 // The kinds of operation.
 const (
@@ -120,27 +129,21 @@ const (
 )
 
 // Start makes the platform whole again after whatever ended the last process: machines and layers nobody owns are
-// removed, invocations are tended, and unfinished operations go on.
+// removed, invocations are tended, and unfinished operations go on. Until ctx ends it keeps in touch with the silos.
 func (m *Master) Start(ctx context.Context) error {
-	active, err := m.Catalog.Invocations(ctx, false)
-	if err != nil {
+	for _, name := range m.Silos.Names() {
+		if _, err := m.hear(ctx, name); err != nil {
+			m.Log.Error("silo does not answer", "silo", name, "error", err)
+		}
+	}
+	if err := m.adoptInvocations(ctx); err != nil {
 		return fmt.Errorf("start master: %w", err)
-	}
-	var alive []string
-	for _, inv := range active {
-		alive = append(alive, inv.ID)
-	}
-	removed, err := m.Silo.Reap(ctx, alive)
-	if err != nil {
-		m.Log.Error("remove what a crash left", "error", err)
-	}
-	for _, what := range removed {
-		m.event(ctx, "silo.reaped", "", what, "removed "+what+", left by a process that ended")
 	}
 	if err := m.Engine.Launch(ctx); err != nil {
 		return fmt.Errorf("resume operations: %w", err)
 	}
 	m.tend(ctx)
+	go m.beat(ctx)
 	return nil
 }
 
@@ -148,9 +151,6 @@ func (m *Master) Start(ctx context.Context) error {
 func (m *Master) Version(context.Context) (api.Version, error) {
 	return api.Version{Version: m.Config.Version, Started: m.started, Data: m.Data}, nil
 }
-
-// Doctor implements api.Operator.
-func (m *Master) Doctor(ctx context.Context) ([]api.Finding, error) { return m.Silo.Diagnose(ctx), nil }
 
 // event writes an event that no other transaction writes; its loss is not worth failing for.
 func (m *Master) event(ctx context.Context, kind, server, subject, message string) {
@@ -199,9 +199,6 @@ func (m *Master) view(s engine.Status) api.Operation {
 	if p := s.Progress; p != nil {
 		op.Part, op.Done, op.Total, op.Unit = p.Part, p.Done, p.Total, p.Unit
 	}
-	if s.Waiting != "" {
-		op.Part = "waiting for a free " + s.Waiting
-	}
 	if op.State.Finished() {
 		finished := s.Finished
 		op.Finished = &finished
@@ -209,6 +206,7 @@ func (m *Master) view(s engine.Status) api.Operation {
 	m.mu.Lock()
 	op.Result = m.results[s.ID]
 	m.mu.Unlock()
+	op.Silo = m.siloOfRun(s.ID)
 	op.Seen = fingerprint(op)
 	return op
 }
@@ -216,7 +214,7 @@ func (m *Master) view(s engine.Status) api.Operation {
 // fingerprint changes whenever an operation does.
 func fingerprint(op api.Operation) int64 {
 	h := uint64(14695981039346656037)
-	for _, b := range fmt.Appendf(nil, "%s|%s|%s|%d|%d|%s", op.State, op.Step, op.Part, op.Done, op.Total, op.Error) {
+	for _, b := range fmt.Appendf(nil, "%s|%s|%s|%d|%d|%s|%s", op.State, op.Step, op.Part, op.Done, op.Total, op.Error, op.Silo) {
 		h = (h ^ uint64(b)) * 1099511628211
 	}
 	return int64(h >> 1)
