@@ -30,13 +30,30 @@ func (m *Master) beat(ctx context.Context) {
 		}
 		for _, name := range m.Silos.Names() {
 			under.Go(func() {
-				if _, err := m.hear(ctx, name); err != nil && ctx.Err() == nil {
-					m.Log.Warn("silo does not answer", "silo", name, "error", err)
+				_, err := m.hear(ctx, name)
+				if !errors.Is(err, errAsking) && ctx.Err() == nil {
+					m.tellAway(name, err)
 				}
 			})
 		}
 		m.judge(ctx)
 		m.place(ctx)
+	}
+}
+
+var errAsking = errors.New("it is being asked")
+
+// tellAway logs that a silo went away, or answers again, once each time.
+func (m *Master) tellAway(name string, err error) {
+	m.farm.mu.Lock()
+	defer m.farm.mu.Unlock()
+	if away := err != nil; away != m.farm.away[name] {
+		m.farm.away[name] = away
+		if away {
+			m.Log.Warn("silo does not answer", "silo", name, "error", err)
+		} else {
+			m.Log.Info("silo answers again", "silo", name)
+		}
 	}
 }
 
@@ -49,7 +66,7 @@ func (m *Master) hear(ctx context.Context, name string) (pulse, error) {
 	asking := m.farm.asking[name]
 	m.farm.mu.Unlock()
 	if !asking.TryLock() {
-		return pulse{}, errors.New("it is being asked") // one that hangs is asked once
+		return pulse{}, errAsking // one that hangs is asked once
 	}
 	defer asking.Unlock()
 	s, err := m.Silos.Silo(name)
@@ -90,7 +107,13 @@ func (m *Master) hear(ctx context.Context, name string) (pulse, error) {
 	m.farm.mu.Lock()
 	m.farm.pulses[name] = now
 	m.farm.mu.Unlock()
-	if back && !started {
+	m.farm.mu.Lock()
+	suspect := m.farm.suspect[name]
+	if len(answer.Doing) == 0 { // else it is asked again: what it is at just now would be spared
+		delete(m.farm.suspect, name)
+	}
+	m.farm.mu.Unlock()
+	if (back || suspect) && !started {
 		m.reap(ctx, name, s)
 	}
 	m.change()
@@ -211,7 +234,7 @@ func (m *Master) judge(ctx context.Context) {
 		m.Log.Error("look at silos", "error", err)
 		return
 	}
-	for _, s := range silos {
+	for i, s := range silos {
 		m.farm.mu.Lock()
 		last, ok := m.farm.seen[s.Name]
 		if !ok || last.beats != s.Beats {
@@ -227,6 +250,7 @@ func (m *Master) judge(ctx context.Context) {
 			m.Log.Error("lose silo", "silo", s.Name, "error", err)
 			continue
 		}
+		silos[i].State = dr.SiloLost
 		m.Log.Error("silo lost", "silo", s.Name, "taken", len(taken), "left", len(left))
 		for _, l := range left {
 			m.machineLost(ctx, l)

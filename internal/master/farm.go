@@ -66,6 +66,8 @@ type farm struct {
 	seen    map[string]sighting
 	asking  map[string]*sync.Mutex // one heartbeat of a silo at a time
 	fencing map[string]bool        // invocations whose machines are being stopped
+	away    map[string]bool        // silos that did not answer the last time
+	suspect map[string]bool        // silos that may have what was given to another since: they are asked to remove it
 }
 
 type waiter struct {
@@ -99,7 +101,7 @@ type sighting struct {
 
 func newFarm() *farm {
 	return &farm{changed: make(chan struct{}), waiting: map[string]*waiter{}, calls: map[string]*call{},
-		pulses: map[string]pulse{}, seen: map[string]sighting{}, asking: map[string]*sync.Mutex{}, fencing: map[string]bool{}}
+		pulses: map[string]pulse{}, seen: map[string]sighting{}, asking: map[string]*sync.Mutex{}, fencing: map[string]bool{}, away: map[string]bool{}, suspect: map[string]bool{}}
 }
 
 // change wakes whoever waits for one.

@@ -57,19 +57,54 @@ func (m *Master) startMachine(ctx context.Context, r *engine.Run, inv *dr.Invoca
 	}
 	w := invokeWork(*inv, task)
 	w.Since = m.Now()
-	l, err := m.lease(ctx, r, w, invokeLimit)
-	if err != nil {
-		return err
-	}
-	inv.Silo = l.Silo
-	return m.under(ctx, r, l, bootLimit, task.Server, func(ctx context.Context, silo api.Silo, l dr.Lease, g api.Grant) error {
-		task.Grant = g
-		started, err := silo.Invoke(ctx, task, r.Report)
-		if err == nil {
-			inv.Machine, inv.Addresses, inv.Network.Bridge = started.Machine, started.Addresses, started.Bridge
+	for moves := 0; ; moves++ {
+		if err := m.freeToMove(ctx, *inv); err != nil {
+			return err
 		}
-		return err
-	})
+		l, err := m.lease(ctx, r, w, invokeLimit)
+		if err != nil {
+			return err
+		}
+		inv.Silo = l.Silo
+		err = m.under(ctx, r, l, bootLimit, task.Server, func(ctx context.Context, silo api.Silo, _ dr.Lease, g api.Grant) error {
+			task.Grant = g
+			started, err := silo.Invoke(ctx, task, r.Report)
+			if err == nil {
+				inv.Machine, inv.Addresses, inv.Network.Bridge = started.Machine, started.Addresses, started.Bridge
+			}
+			return err
+		})
+		if err == nil || api.KindOf(err) != api.Unavailable || ctx.Err() != nil || !mayMove(*inv) || moves >= maxMoves {
+			return err
+		}
+		m.Log.Warn("silo went away", "silo", l.Silo, "work", inv.ID, "error", err)
+		m.moveAway(ctx, l)
+		w.Avoid = append(w.Avoid, l.Silo)
+	}
+}
+
+// mayMove says whether an invocation that is still beginning may be begun again on another silo although nobody knows whether the
+// first one has started its machine. Nobody was told of that machine and, unless it was to be on a bridge that leads anywhere, nobody
+// but its own host could reach it: there are no two truths. When its silo is heard of again it is removed there.
+func mayMove(inv dr.Invocation) bool {
+	return inv.State == dr.Invoking && inv.Network.Kind != dr.NetworkBridge
+}
+
+// freeToMove gives back the lease that an earlier start of the run had from a silo that is lost by now.
+func (m *Master) freeToMove(ctx context.Context, inv dr.Invocation) error {
+	l, had, err := m.Catalog.LeaseOf(ctx, inv.ID)
+	if err == nil && had && mayMove(inv) && m.lost(ctx, l.Silo) {
+		m.moveAway(ctx, l)
+	}
+	return err
+}
+
+func (m *Master) moveAway(ctx context.Context, l dr.Lease) {
+	m.farm.mu.Lock()
+	m.farm.suspect[l.Silo] = true
+	m.farm.mu.Unlock()
+	m.event(ctx, "invocation.moved", l.Work.Server, l.Work.ID, "silo "+l.Silo+" went away while it started the machine: another one does")
+	m.endLease(ctx, l)
 }
 
 // machine gives the silo that has an invocation's machine, and what to ask it with.

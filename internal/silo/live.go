@@ -245,7 +245,7 @@ func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error
 			return "", fmt.Errorf("keep disk %d: %w", n, err)
 		}
 		layers := []vm.Layer{{Path: live, Format: "qcow2"}, {Path: deltas[n], Format: "qcow2"}, base[n]}
-		if err := vm.Flatten(ctx, layers, dst, nil); err != nil {
+		if err := s.Flatten(ctx, layers, dst, nil); err != nil {
 			return "", fmt.Errorf("keep disk %d: %w", n, err)
 		}
 	}

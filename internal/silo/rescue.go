@@ -211,6 +211,11 @@ func (s *Silo) deltas(ctx context.Context, st *store.Store, snap dr.Snapshot, pr
 	}
 	for n, path := range paths {
 		err := fetch(ctx, st, snap.ID, DeltaName(pre.ID, n), path)
+		if errors.Is(err, store.ErrNotFound) { // kept by another silo a moment ago, perhaps
+			if err = st.Refresh(ctx); err == nil {
+				err = fetch(ctx, st, snap.ID, DeltaName(pre.ID, n), path)
+			}
+		}
 		if errors.Is(err, store.ErrNotFound) {
 			return nil, errors.Join(api.Errorf(api.NotFound, "find delta of %s: %w; run 'muster prerecover %s --snapshot %s' to make it anew", snap.ID, err, snap.Server, snap.ID), os.RemoveAll(dir))
 		}

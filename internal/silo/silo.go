@@ -34,6 +34,7 @@ import (
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/boottest"
+	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/image"
 	"github.com/musterdr/muster/internal/prerecover"
 	"github.com/musterdr/muster/internal/store"
@@ -60,9 +61,10 @@ type Config struct {
 	Version    string          // of the program, for people
 	Bridges    func() []string // of the host, that a machine can be plugged into; nil: none
 	Diagnose   func(ctx context.Context) []api.Finding
-	Limits     boottest.Limits                                                          // of boot tests and of the checks of invocations
-	NewLayer   func(ctx context.Context, path string, below vm.Layer) (vm.Layer, error) // nil: vm.NewLayer
-	Clock      func() time.Duration                                                     // that nobody sets; nil: the host's since it started
+	Limits     boottest.Limits                                                                    // of boot tests and of the checks of invocations
+	NewLayer   func(ctx context.Context, path string, below vm.Layer) (vm.Layer, error)           // nil: vm.NewLayer
+	Flatten    func(ctx context.Context, layers []vm.Layer, dst string, report dr.Progress) error // nil: vm.Flatten
+	Clock      func() time.Duration                                                               // that nobody sets; nil: the host's since it started
 }
 
 // Stores opens the store of the customer that a piece of work is for.
@@ -127,6 +129,9 @@ func Open(ctx context.Context, config Config) (*Silo, error) {
 	}
 	if config.NewLayer == nil {
 		config.NewLayer = vm.NewLayer
+	}
+	if config.Flatten == nil {
+		config.Flatten = vm.Flatten
 	}
 	if config.Diagnose == nil {
 		config.Diagnose = func(context.Context) []api.Finding { return nil }
