@@ -28,15 +28,23 @@ import (
 	"github.com/musterdr/muster/internal/master"
 	"github.com/musterdr/muster/internal/prerecover/guestfs"
 	"github.com/musterdr/muster/internal/silo"
-	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/vm/libvirt"
 )
 
 func serveCommand() *cobra.Command {
-	return &cobra.Command{Use: "serve", Short: "Run master, appliance and silo in this process", Args: cobra.NoArgs,
+	cmd := &cobra.Command{Use: "serve", Short: "Run master, appliance and silo in this process", Args: cobra.NoArgs,
 		Long: `Run the whole platform on this machine until interrupted: it takes snapshots when they are due, tests each one, and answers
-the command line. Work that is under way when it ends goes on when it is started again; invoked machines do not notice.`,
-		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd, installation(cmd)) }}
+the command line. Work that is under way when it ends goes on when it is started again; invoked machines do not notice.
+
+After 'muster master init' it listens for appliances and silos of other machines as well.`,
+		Example: `  muster serve
+  muster serve --listen 10.0.0.1:7443`}
+	listen := cmd.Flags().String("listen", "", "address for nodes to connect to (default: as 'muster master init' was told)")
+	passphraseFile := cmd.Flags().String("passphrase-file", "", "file with the master's passphrase, if it has one (default: ask)")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		return serve(cmd, installation(cmd), *listen, *passphraseFile)
+	}
+	return cmd
 }
 
 // platform is everything that serve opens, closed in reverse.
@@ -65,7 +73,7 @@ func (p *platform) close() {
 // closeLimit is how long work under way may take to let go when the process ends.
 const closeLimit = 20 * time.Second
 
-func serve(cmd *cobra.Command, i install) error {
+func serve(cmd *cobra.Command, i install, listen, passphraseFile string) error {
 	ctx := cmd.Context()
 	p := &platform{log: slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))}
 	defer p.close()
@@ -78,7 +86,12 @@ func serve(cmd *cobra.Command, i install) error {
 	if err := p.lock(i); err != nil {
 		return err
 	}
-	m, app, err := p.open(ctx, cmd, i)
+	nodes, err := i.openNodePort(cmd, listen, passphraseFile, p.log)
+	if err != nil {
+		return err
+	}
+	p.onClose("port for nodes", nodes.close)
+	m, app, handlers, err := p.open(ctx, cmd, i, nodes)
 	if err != nil {
 		return err
 	}
@@ -87,11 +100,18 @@ func serve(cmd *cobra.Command, i install) error {
 		return err
 	}
 	server := &http.Server{Handler: api.Handler(m, app, version), ReadHeaderTimeout: 10 * time.Second}
-	served := make(chan error, 1)
+	served := make(chan error, 2)
 	go func() { served <- server.Serve(listener) }()
 	if err := m.Start(ctx); err != nil {
 		return err
 	}
+	noded := make(chan struct{})
+	go func() {
+		defer close(noded)
+		if err := nodes.serve(ctx, handlers); err != nil {
+			served <- err
+		}
+	}()
 	p.log.Info("muster serves", "version", version, "dir", i.Dir, "socket", apiSocket(i))
 	scheduled := make(chan struct{})
 	go func() { defer close(scheduled); m.Run(ctx) }()
@@ -102,6 +122,7 @@ func serve(cmd *cobra.Command, i install) error {
 	}
 	p.log.Info("muster stops; work under way goes on at the next start")
 	<-scheduled
+	<-noded
 	limit, cancel := context.WithTimeout(context.Background(), closeLimit)
 	defer cancel()
 	return server.Shutdown(limit)
@@ -134,25 +155,29 @@ func (p *platform) listen(i install) (net.Listener, error) {
 	return l, nil
 }
 
-// open opens the parts in the order in which they need each other.
-func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*master.Master, *appliance.Appliance, error) {
+// open opens the parts in the order in which they need each other. handlers are what nodes may ask of this master.
+func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, nodes *nodePort) (_ *master.Master, _ *appliance.Appliance, handlers map[string]http.Handler, err error) {
 	st, set, err := i.openStore(cmd)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
+	}
+	password, err := i.password()
+	if err != nil {
+		return nil, nil, nil, err
 	}
 	p.onClose("store", func() error { return st.Close(context.Background()) })
 	cat, err := catalog.Open(ctx, i.path("catalog.db"))
 	if err != nil {
-		return nil, nil, fmt.Errorf("open catalog: %w", err)
+		return nil, nil, nil, fmt.Errorf("open catalog: %w", err)
 	}
 	p.onClose("catalog", cat.Close)
-	s, kvm, err := p.openSilo(ctx, i, set, st)
+	s, kvm, err := p.openSilo(ctx, i, set, silo.Config{Name: homeSilo, Stores: silo.Own{Store: st}, Tests: max(set.Tests, 1)}, false)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, nil, err
 	}
 	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: master.Shape, Logger: p.log})
 	if err != nil {
-		return nil, nil, fmt.Errorf("open engine: %w", err)
+		return nil, nil, nil, fmt.Errorf("open engine: %w", err)
 	}
 	p.onClose("engine", func() error {
 		limit, cancel := context.WithTimeout(context.Background(), closeLimit)
@@ -162,14 +187,22 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 	browser := files.New(st, filesguestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, i.Run)
 	p.onClose("files", browser.Close)
 	app := &appliance.Appliance{Store: st, Open: i.openSource, Browser: browser}
-	return master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app,
-		Silos: master.SiloSet{homeSilo: s}, Home: homeSilo, Log: p.log, Version: version, Data: i.Dir, Location: set.Store}), app, nil
+	silos := silosOf{home: master.SiloSet{homeSilo: s}}
+	if nodes != nil {
+		silos.hub = nodes.hub
+		served := storeForSilos(set.Store)
+		p.onClose("store for silos", func() error { return served.Close(context.Background()) })
+		handlers = map[string]http.Handler{storePlace + "/": http.StripPrefix(storePlace, served)}
+	}
+	return master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app, Silos: silos, Home: homeSilo, Access: i.accessFor(password),
+		Log: p.log, Version: version, Data: i.Dir, Location: set.Store}), app, handlers, nil
 }
 
 // homeSilo is what the silo of this process is called.
 const homeSilo = "local"
 
-func (p *platform) openSilo(ctx context.Context, i install, set settings, st *store.Store) (s *silo.Silo, kvm bool, err error) {
+// openSilo adds to what is said of a silo what its host has. leased: its stores come with leases.
+func (p *platform) openSilo(ctx context.Context, i install, set settings, c silo.Config, leased bool) (s *silo.Silo, kvm bool, err error) {
 	hv, err := libvirt.Open(ctx, libvirt.Config{Socket: set.Libvirt, ProbeFile: probeFile(i)})
 	if err != nil {
 		return nil, false, withCode(exitUnavailable, fmt.Errorf("reach libvirt: %w; 'muster doctor' says what is missing", err))
@@ -188,9 +221,11 @@ func (p *platform) openSilo(ctx context.Context, i install, set settings, st *st
 	if err != nil {
 		return nil, false, err
 	}
-	s, err = silo.Open(ctx, silo.Config{Name: homeSilo, Stores: silo.Own{Store: st}, Tests: max(set.Tests, 1), Version: version, Bridges: bridges, Hypervisor: hv, Opener: guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, Networks: hostNetworks{},
-		Exporter: exporter{install: i, group: gid}, GuestAgent: guest, Dir: i.path("silo"), Run: i.Run, SocketGID: gid,
-		MaxMemory: set.MaxMemory, MaxCPUs: set.MaxCPUs, Diagnose: func(ctx context.Context) []api.Finding { return diagnose(ctx, i, set, hv, nil) }})
+	c.Hypervisor, c.Opener, c.Networks, c.Bridges = hv, guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, hostNetworks{}, bridges
+	c.Exporter, c.GuestAgent, c.SocketGID = exporter{install: i, group: gid, leased: leased}, guest, gid
+	c.Dir, c.Run, c.Version, c.MaxMemory, c.MaxCPUs = i.path("silo"), i.Run, version, set.MaxMemory, set.MaxCPUs
+	c.Diagnose = func(ctx context.Context) []api.Finding { return diagnose(ctx, i, set, hv, nil) }
+	s, err = silo.Open(ctx, c)
 	if err != nil {
 		return nil, false, err
 	}

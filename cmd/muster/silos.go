@@ -8,17 +8,20 @@ import (
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/trust"
 )
 
 func siloCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "silo", Short: "Look at silos, and take them out of work and back",
+	cmd := &cobra.Command{Use: "silo", Short: "Make this machine a silo; look at silos, take them out of work and back",
 		Long: `A silo is a host that makes rescue images, boot-tests them and runs them on the day. 'muster serve' has one of its own, called
 "` + homeSilo + `". Work goes to whichever has room for it. One that is not heard of is lost: its tests are held by another, and what runs
 there for real stays where it is until a person decides.`,
-		Example: `  muster silo list
+		Example: `  muster silo join --file silo-1.token             # once, on the silo
+  muster silo serve                                # leave it running there
+  muster silo list                                 # on the master, as all that follows
   muster silo drain silo-1 --reason "new disks"    # it finishes what it has and takes nothing new
   muster silo resume silo-1`}
-	cmd.AddCommand(siloListCommand(), siloShowCommand(),
+	cmd.AddCommand(joinCommand(trust.Silo, "  muster silo join muster1.silo.-.silo-1.…\n  muster silo join --file silo-1.token"), siloServeCommand(), siloListCommand(), siloShowCommand(),
 		siloDrainCommand("drain", "Have a silo take no new work; what it has it finishes", true),
 		siloDrainCommand("resume", "Have a silo that was drained work again", false), siloRemoveCommand())
 	return cmd

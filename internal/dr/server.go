@@ -218,9 +218,12 @@ var nameRE = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 
 // ValidateName accepts what is also a DNS label, because a server's name becomes part of machine, file and export
 // names: 1 to 63 of a-z, 0-9 and -, with no - at either end.
-func ValidateName(name string) error {
+func ValidateName(name string) error { return ValidateLabel("server", name) }
+
+// ValidateLabel does the same for the name of something else, which the error calls by its kind.
+func ValidateLabel(kind, name string) error {
 	if !nameRE.MatchString(name) {
-		return fmt.Errorf("server name %q: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'", name)
+		return fmt.Errorf("%s name %q: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'", kind, name)
 	}
 	return nil
 }

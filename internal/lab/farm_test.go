@@ -484,3 +484,35 @@ func TestAServerThatNoSiloCouldHoldRaisesATicket(t *testing.T) {
 		t.Errorf("tickets %+v", open)
 	}
 }
+
+// A silo that has joined with a token is asked down its own connection, and has a customer's key only while it works for it.
+func TestASiloOnAnotherMachineDoesTheWholeRoad(t *testing.T) {
+	t.Parallel()
+	l, p := farm(t, "a")
+	l.Crash()
+	node := l.Nodes["a"]
+	node.Kill()
+	node.Link = l.Connect(t, "a")
+	node.Start()
+	l.Open()
+	until(t, "it is heard of", func() bool {
+		s, err := l.ShowSilo(ctx, "a")
+		return err == nil && s.Silo.State == dr.SiloActive && s.Silo.Beats > 1
+	})
+	p.let("a")
+	op, _ := l.begun(t, p)
+	l.passedOn(t, op, "a")
+	inv := l.Finish(l.Invoke(ctx, api.InvokeRequest{Server: "shop", By: "ann", Reason: "fire"}))
+	if inv.State != api.OperationSucceeded {
+		t.Fatalf("invoke: %s", inv.Error)
+	}
+	node.Kill()
+	node.Start()
+	if end := l.Finish(l.EndInvocation(ctx, "shop", true)); end.State != api.OperationSucceeded {
+		t.Errorf("end: %s", end.Error)
+	}
+	if got, err := l.Invocation(ctx, inv.Subject); err != nil || got.State != dr.Ended || !got.Kept {
+		t.Errorf("%+v, %v", got, err)
+	}
+	l.clean(t)
+}

@@ -152,6 +152,11 @@ func (l *Lab) open() error {
 	app := &appliance.Appliance{Store: st, Open: l.openSource, Browser: browser}
 	l.Store = st
 	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silos: silos, Home: home, Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now}
+	for _, n := range l.Nodes {
+		if n.Link != nil {
+			config.Access = n.Link.access
+		}
+	}
 	if len(l.Nodes) > 0 {
 		config.Home, config.Lease, config.LeaseGrace = "", lease, leaseGrace
 	}

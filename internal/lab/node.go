@@ -31,6 +31,8 @@ type Node struct {
 	Name string
 	Host *sim.Host
 
+	Link *Link // to a master on another machine; nil: a line of the lab's own, which can be cut
+
 	lab      *Lab
 	networks *networks
 	exports  *exporter
@@ -70,7 +72,11 @@ func (n *Node) open() error {
 		return err
 	}
 	hv := n.Host.Open()
-	s, err := silo.Open(ctx, silo.Config{Name: n.Name, Stores: silo.Own{Store: st}, Hypervisor: hv, Opener: tree.Opener{System: n.lab.system},
+	var stores silo.Stores = silo.Own{Store: st}
+	if n.Link != nil {
+		stores = n.Link.stores()
+	}
+	s, err := silo.Open(ctx, silo.Config{Name: n.Name, Stores: stores, Hypervisor: hv, Opener: tree.Opener{System: n.lab.system},
 		Networks: n.networks, Exporter: n.exports, GuestAgent: n.lab.path("muster-guest"), Dir: n.dir(), Run: n.lab.path("run-" + n.Name),
 		SocketGID: -1, NewLayer: newLayer, Flatten: flatten, Limits: boottest.Limits{Sample: 10 * time.Millisecond}, Clock: n.clock})
 	if err != nil {
@@ -80,12 +86,20 @@ func (n *Node) open() error {
 	server := httptest.NewUnstartedServer(n.line.serve(ctx, api.SiloHandler(s)))
 	server.EnableHTTP2 = true
 	server.StartTLS()
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		if n.Link != nil {
+			n.Link.Node.Serve(ctx, api.SiloHandler(s))
+		}
+	}()
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	n.server = server
 	n.stop = func() {
 		hv.Close() // first: a process that is killed tidies nothing up
 		cancel()
+		<-served
 		server.CloseClientConnections()
 		server.Close()
 		s.Close()
@@ -163,6 +177,9 @@ func (n *Node) Deltas() (files []string) {
 
 // reached is the silo as the master sees it.
 func (n *Node) reached() api.Silo {
+	if n.Link != nil {
+		return n.Link.silo(n.Name)
+	}
 	return api.RemoteSilo(&http.Client{Transport: n}, "https://"+n.Name)
 }
 

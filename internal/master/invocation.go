@@ -274,7 +274,7 @@ func (m *Master) startedAlready(ctx context.Context, inv dr.Invocation) error {
 }
 
 func (m *Master) end(r *engine.Run, in invocationWork) error {
-	_, err := engine.Step(r, "end", engine.StepOptions{Limit: endLimit, Attempts: 2}, func(ctx context.Context) (string, error) {
+	_, err := engine.Step(r, "end", engine.StepOptions{Limit: endLimit, Attempts: 5}, func(ctx context.Context) (string, error) {
 		inv, err := m.Catalog.Invocation(ctx, in.ID)
 		if err != nil {
 			return "", err
