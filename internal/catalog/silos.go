@@ -201,7 +201,7 @@ func (c *Catalog) Where(ctx context.Context, pres ...string) (map[string]map[str
 	out := map[string]map[string]string{}
 	for part := range slices.Chunk(pres, MaxList) {
 		var rows []struct{ PreRecovery, Silo, Digest string }
-		err := c.db.NewRaw(`SELECT pre_recovery, silo, digest FROM deltas WHERE pre_recovery IN (?)`, bun.In(part)).Scan(ctx, &rows)
+		err := c.db.NewRaw(`SELECT pre_recovery, silo, digest FROM deltas WHERE pre_recovery IN (?)`, bun.List(part)).Scan(ctx, &rows)
 		if err != nil {
 			return nil, fmt.Errorf("look for deltas: %w", err)
 		}

@@ -434,7 +434,9 @@ func TestAnInvocationDoesNotWaitForTests(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	l.Nodes["a"].Kill()
 	l.Nodes["a"].Host.Memory = int64(rec.PreRecovery.Hardware.Memory) << 20 * 3 / 2 // room for one, seven eighths of that
+	l.Nodes["a"].Start()
 	until(t, "the silo says how much it has", func() bool {
 		s, err := l.ShowSilo(ctx, "a")
 		return err == nil && s.Silo.Memory < 2*rec.PreRecovery.Hardware.Memory
@@ -471,7 +473,9 @@ func TestAServerThatNoSiloCouldHoldRaisesATicket(t *testing.T) {
 	t.Parallel()
 	l, p := farm(t, "a")
 	p.let("a")
+	l.Nodes["a"].Kill()
 	l.Nodes["a"].Host.Memory = 512 << 20
+	l.Nodes["a"].Start()
 	until(t, "the silo says how much it has", func() bool {
 		s, err := l.ShowSilo(ctx, "a")
 		return err == nil && s.Silo.Memory == 448
