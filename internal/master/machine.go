@@ -117,7 +117,11 @@ func (m *Master) machine(ctx context.Context, id string) (api.Silo, api.InvokeTa
 	if err != nil {
 		return nil, task, err
 	}
-	if !had {
+	switch {
+	case had:
+	case m.Home != "": // begun by a release that knew only this one
+		l.Silo, l.Work.Kind = m.Home, dr.WorkInvocation
+	default:
 		return nil, task, api.Errorf(api.NotFound, "no silo has the machine of %s", id)
 	}
 	access, err := m.access(ctx, task.Server)
@@ -135,13 +139,15 @@ func (m *Master) endMachine(ctx context.Context, inv dr.Invocation, run int64, k
 	if err != nil {
 		return "", err
 	}
-	if had {
-		if m.lost(ctx, before.Silo) {
+	if had || m.Home != "" {
+		l := before
+		if had && m.lost(ctx, before.Silo) {
 			return "", engine.Permanent(api.Errorf(api.Unavailable, "silo %s is lost, and with it the machine of %s: bring it back, or make sure that it cannot run and say so with 'muster invocation end %s --abandon --reason …'", before.Silo, inv.Server, inv.Server))
 		}
-		l, err := m.Catalog.Grant(ctx, before.Work, before.Silo, max(run, before.Run), time.Time{})
-		if err != nil {
-			return "", err
+		if had {
+			if l, err = m.Catalog.Grant(ctx, before.Work, before.Silo, max(run, before.Run), time.Time{}); err != nil {
+				return "", err
+			}
 		}
 		silo, task, err := m.machine(ctx, inv.ID)
 		if err != nil {
@@ -150,7 +156,9 @@ func (m *Master) endMachine(ctx context.Context, inv dr.Invocation, run int64, k
 		if kept, err = silo.EndInvocation(ctx, task, keep); err != nil {
 			return "", err
 		}
-		m.endLease(ctx, l)
+		if had {
+			m.endLease(ctx, l)
+		}
 	}
 	return kept, m.Store.Unhold(ctx, inv.SnapshotID, inv.ID)
 }
