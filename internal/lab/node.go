@@ -21,8 +21,8 @@ import (
 
 // How leases run where silos are elsewhere: long enough for a busy machine, short enough for a test.
 const (
-	lease      = 1500 * time.Millisecond
-	leaseGrace = 500 * time.Millisecond
+	lease      = 3 * time.Second
+	leaseGrace = time.Second
 )
 
 // Node is a silo on a make-believe host of its own, which the master reaches over HTTP. Its process can be killed and started
