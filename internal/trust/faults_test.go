@@ -67,7 +67,7 @@ func (s *stallConn) Close() error {
 }
 
 func TestACableThatIsPulledIsNoticedAtBothEnds(t *testing.T) {
-	m := newMaster(t)
+	m := newMasterWith(t, touchy)
 	n := m.node(office)
 	m.stop()
 	var cable *stalling
@@ -194,8 +194,9 @@ func TestALineThatIsCutAtAnyByteIsMadeAgain(t *testing.T) {
 }
 
 func TestStrangersCannotShutNodesOut(t *testing.T) {
-	m := newMaster(t)
-	m.hub.timing.stranger = time.Second
+	pace := hasty
+	pace.stranger = time.Second
+	m := newMasterWith(t, pace)
 	n := m.node(office)
 	n.client.CloseIdleConnections()
 	var held []net.Conn

@@ -55,7 +55,7 @@ func (h *Hub) Serve(ctx context.Context, listener net.Listener, handlers map[str
 	}
 	ready := &queue{address: listener.Addr(), conns: make(chan net.Conn), done: make(chan struct{})}
 	server := &http.Server{Handler: h.guard(mux), Protocols: plainHTTP2(), HTTP2: h.timing.http2(), ReadHeaderTimeout: h.timing.dial,
-		MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelDebug),
+		MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(h.log.Handler(), slog.LevelWarn),
 		ConnContext: func(ctx context.Context, c net.Conn) context.Context { return context.WithValue(ctx, connKey{}, c) }}
 	var work sync.WaitGroup
 	work.Go(func() { _ = server.Serve(ready) }) // ends when the queue does, with nothing to say

@@ -273,7 +273,7 @@ func (m *testMaster) hubDown(ctx context.Context, p Peer) (string, error) {
 
 // serveNode is a node in a process of its own: what this test program does when it is told to.
 func serveNode(dir string) {
-	n := newNodeWith(dir, hasty)
+	n := newNodeWith(dir, touchy)
 	if _, err := n.load(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -313,7 +313,7 @@ func startProcess(t *testing.T, n *Node, how *syscall.SysProcAttr) *os.Process {
 }
 
 func TestANodeThatStandsStillIsNoticedAndComesBack(t *testing.T) {
-	m := newMaster(t)
+	m := newMasterWith(t, touchy)
 	n := m.node(office)
 	p := process(t, n)
 	m.waitConnected(office)
@@ -322,7 +322,7 @@ func TestANodeThatStandsStillIsNoticedAndComesBack(t *testing.T) {
 	}
 	began := time.Now()
 	until(t, "the master notices", func() bool { return len(m.hub.Connected()) == 0 })
-	if took := time.Since(began); took > hasty.idle+hasty.ping+5*time.Second {
+	if took := time.Since(began); took > touchy.idle+touchy.ping+5*time.Second {
 		t.Errorf("that took %s", took)
 	}
 	if err := p.Signal(syscall.SIGCONT); err != nil {

@@ -19,7 +19,7 @@ const maxClockGap = 5 * time.Minute
 // goes on without its master, and a Join of another process into the same folder is noticed.
 func (n *Node) Serve(ctx context.Context, handler http.Handler) {
 	server := &http.Server{Handler: handler, Protocols: plainHTTP2(), HTTP2: n.timing.http2(), ReadHeaderTimeout: n.timing.dial,
-		MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(n.Log.Handler(), slog.LevelDebug)}
+		MaxHeaderBytes: maxHeader, ErrorLog: slog.NewLogLogger(n.Log.Handler(), slog.LevelWarn)}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	var work sync.WaitGroup
@@ -49,6 +49,7 @@ func (n *Node) keepRenewed(ctx context.Context) {
 	defer tick.Stop()
 	pause := n.pauses()
 	var next time.Time
+	var told string // the error that was logged last
 	for {
 		select {
 		case <-ctx.Done():
@@ -60,14 +61,15 @@ func (n *Node) keepRenewed(ctx context.Context) {
 			continue
 		}
 		if err := n.renew(ctx); err != nil {
-			if ctx.Err() == nil {
-				n.Log.Warn("renew the certificate", "expires", s.cert.NotAfter, "error", err)
+			if text := err.Error(); ctx.Err() == nil && text != told {
+				told = text
+				n.Log.Warn("the certificate is due and was not renewed; trying again", "expires", s.cert.NotAfter, "error", err)
 			}
 			wait, _ := pause.Next()
 			next = time.Now().Add(wait)
 			continue
 		}
-		pause = n.pauses()
+		pause, told = n.pauses(), ""
 		n.Log.Info("the certificate was renewed", "expires", n.Expires())
 	}
 }

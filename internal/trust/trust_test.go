@@ -25,12 +25,22 @@ func TestMain(m *testing.M) {
 		serveNode(dir)
 		return
 	}
+	if dir := os.Getenv("TRUST_TEST_MASTER"); dir != "" {
+		serveMaster(dir, os.Getenv("TRUST_TEST_LISTEN"))
+		return
+	}
 	goleak.VerifyTestMain(m)
 }
 
 // hasty is timing for tests: what takes minutes takes seconds.
-var hasty = timing{dial: 10 * time.Second, idle: 300 * time.Millisecond, ping: 700 * time.Millisecond, stranger: 5 * time.Second, look: 5 * time.Millisecond,
+var hasty = timing{dial: 10 * time.Second, idle: 10 * time.Second, ping: 10 * time.Second, stranger: 5 * time.Second, look: 5 * time.Millisecond,
 	backoff: 5 * time.Millisecond, backoffTo: 50 * time.Millisecond, settled: time.Minute, shutdown: 20 * time.Millisecond}
+
+// touchy is hasty timing that takes a second of silence for death, which on a busy machine it need not be.
+var touchy = func(t timing) timing {
+	t.idle, t.ping = 300*time.Millisecond, 700*time.Millisecond
+	return t
+}(hasty)
 
 // clock is a clock that a test sets.
 type clock struct{ ahead atomic.Int64 }
@@ -45,7 +55,7 @@ type testMaster struct {
 	dir     string
 	address string
 	clock   clock
-	timing  timing // zero: hasty
+	timing  timing
 	hub     *Hub
 	wire    func(net.Listener) net.Listener // what is between the port and the hub, nil for nothing
 	long    atomic.Pointer[func(http.ResponseWriter, *http.Request)]
@@ -64,9 +74,11 @@ func newAuthority(t testing.TB) (dir string) {
 	return dir
 }
 
-func newMaster(t testing.TB) *testMaster {
+func newMaster(t testing.TB) *testMaster { return newMasterWith(t, hasty) }
+
+func newMasterWith(t testing.TB, pace timing) *testMaster {
 	t.Helper()
-	m := &testMaster{t: t, dir: newAuthority(t)}
+	m := &testMaster{t: t, dir: newAuthority(t), timing: pace}
 	m.start()
 	t.Cleanup(func() { m.stop() })
 	return m
@@ -94,9 +106,6 @@ func (m *testMaster) start() {
 		listener = m.wire(listener)
 	}
 	m.hub = NewHub(a, quiet)
-	if m.timing == (timing{}) {
-		m.timing = hasty
-	}
 	m.hub.timing = m.timing
 	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
@@ -147,11 +156,13 @@ func (m *testMaster) node(who Peer) *Node {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	return hurried(m.t, n)
+	return paced(m.t, n, m.timing)
 }
 
-func hurried(t testing.TB, n *Node) *Node {
-	fast := newNodeWith(n.dir, hasty)
+func hurried(t testing.TB, n *Node) *Node { return paced(t, n, hasty) }
+
+func paced(t testing.TB, n *Node, pace timing) *Node {
+	fast := newNodeWith(n.dir, pace)
 	if _, err := fast.load(); err != nil {
 		t.Fatal(err)
 	}
