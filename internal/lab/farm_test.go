@@ -319,7 +319,7 @@ func TestLosingASiloLeavesAnInstantBoot(t *testing.T) {
 	if n := len(l.Nodes[other(first)].Deltas()); n != 1 {
 		t.Errorf("the other silo has %d deltas", n)
 	}
-	l.told(t, "deltas.held")
+	until(t, "it is told", func() bool { return l.count(t, "deltas.held") == 1 })
 	l.Nodes[first].Kill()
 	l.Finish(l.Invoke(ctx, api.InvokeRequest{Server: "shop", By: "ann", Reason: "fire"}))
 	if inv, err := l.Invocation(ctx, "shop"); err != nil || inv.State != dr.Running || inv.Silo != other(first) || inv.Failure != "" {
@@ -510,8 +510,16 @@ func TestASiloOnAnotherMachineDoesTheWholeRoad(t *testing.T) {
 	if inv.State != api.OperationSucceeded {
 		t.Fatalf("invoke: %s", inv.Error)
 	}
+	before, err := l.ShowSilo(ctx, "a")
+	if err != nil {
+		t.Fatal(err)
+	}
 	node.Kill()
 	node.Start()
+	until(t, "it is heard of again", func() bool {
+		s, err := l.ShowSilo(ctx, "a")
+		return err == nil && s.Silo.State == dr.SiloActive && s.Silo.Beats > before.Silo.Beats+1
+	})
 	if end := l.Finish(l.EndInvocation(ctx, "shop", true)); end.State != api.OperationSucceeded {
 		t.Errorf("end: %s", end.Error)
 	}
