@@ -230,7 +230,7 @@ func serveAppliance(cmd *cobra.Command, i install) error {
 // openNode opens the parts of an appliance in the order in which they need each other.
 func (p *platform) openNode(ctx context.Context, i install, set applianceSettings, line *trust.Node) (*appliance.Node, error) {
 	far := func(ctx context.Context) (*store.Store, error) {
-		st, err := store.Open(ctx, remote.New(line.Client(), masterURL+farPath), line.CustomerKey())
+		st, err := store.Open(ctx, remote.New(line.Client(), masterURL+storePlace), line.CustomerKey())
 		if err != nil {
 			return nil, fmt.Errorf("open far store: %w", err)
 		}

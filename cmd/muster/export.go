@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
@@ -34,10 +36,18 @@ need run. SNAPSHOT is an identifier, "newest" (default) or "lkg".`,
 	socket := cmd.Flags().String("socket", "", "path of the unix socket (at most 107 bytes)")
 	disk := cmd.Flags().Int("disk", -1, "only this disk, counted from 0; without it all disks, as SNAPSHOT/0, SNAPSHOT/1, …")
 	group := cmd.Flags().Int("group", -1, "group that may connect, by number; without it only this user")
+	leased := cmd.Flags().Bool("leased", false, "the store is at this silo's master, and what opens it comes on standard input")
 	_ = cmd.Flags().MarkHidden("group")
+	_ = cmd.Flags().MarkHidden("leased")
 	_ = cmd.MarkFlagRequired("socket")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		st, _, err := installation(cmd).openStore(cmd)
+		var st *store.Store
+		var err error
+		if *leased {
+			st, err = installation(cmd).openLeased(cmd.Context(), cmd.InOrStdin())
+		} else {
+			st, _, err = installation(cmd).openStore(cmd)
+		}
 		if err != nil {
 			return err
 		}
@@ -144,7 +154,8 @@ func export(cmd *cobra.Command, st *store.Store, snap dr.Snapshot, socket string
 // is restarted. It implements silo.Exporter.
 type exporter struct {
 	install install
-	group   int // under which the hypervisor runs machines
+	group   int  // under which the hypervisor runs machines
+	leased  bool // the store is a customer's, and what opens it comes with a lease: the process keeps that in memory
 }
 
 // Limits of starting and stopping an exporter.
@@ -155,7 +166,7 @@ const (
 )
 
 // Start implements silo.Exporter.
-func (e exporter) Start(ctx context.Context, snapshot, socket string) error {
+func (e exporter) Start(ctx context.Context, access *api.Access, snapshot, socket string) error {
 	if answers(socket) {
 		return nil
 	}
@@ -171,6 +182,16 @@ func (e exporter) Start(ctx context.Context, snapshot, socket string) error {
 	c := exec.Command(self, "export", "--dir", e.install.Dir, snapshot, "--socket", socket, "--group", strconv.Itoa(e.group))
 	// Its temporary files must not lie in a /tmp that systemd made for this process and removes with it.
 	c.Env = append(os.Environ(), "GOMEMLIMIT=120MiB", "TMPDIR="+e.install.Run)
+	if e.leased {
+		if access == nil {
+			return errors.New("start exporter: the lease says nothing of a store")
+		}
+		told, err := json.Marshal(access)
+		if err != nil {
+			return fmt.Errorf("start exporter: %w", err)
+		}
+		c.Args, c.Stdin = append(c.Args, "--leased"), bytes.NewReader(told)
+	}
 	c.Stdout, c.Stderr = logFile, logFile
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := c.Start(); err != nil {

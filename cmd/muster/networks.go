@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"os"
+	"path/filepath"
 
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/vm/network"
@@ -20,3 +22,14 @@ func (hostNetworks) Remove(ctx context.Context, name string) error { return netw
 
 // List implements silo.Networks.
 func (hostNetworks) List(ctx context.Context) ([]string, error) { return network.List(ctx) }
+
+// bridges lists the bridges of this host that a machine can be plugged into.
+func bridges() (names []string) {
+	entries, _ := os.ReadDir("/sys/class/net") // a host without them has none
+	for _, e := range entries {
+		if _, err := os.Stat(filepath.Join("/sys/class/net", e.Name(), "bridge")); err == nil {
+			names = append(names, e.Name())
+		}
+	}
+	return names
+}

@@ -13,7 +13,6 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/master"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/folder"
 	"github.com/musterdr/muster/internal/store/remote"
 	"github.com/musterdr/muster/internal/trust"
 )
@@ -58,16 +57,17 @@ func (i install) openAuthority(cmd *cobra.Command, passphraseFile string) (*trus
 
 // nodeHandlers are what nodes may ask of this master besides enrolment, by the beginning of the path (patterns of
 // http.ServeMux). They are called only for nodes that are let in; trust.PeerOf says which. The function that is given too ends them.
-func nodeHandlers(m *master.Master, set settings) (map[string]http.Handler, func() error) {
+func nodeHandlers(m *master.Master, set settings, drv store.Driver) (map[string]http.Handler, func() error) {
 	far := remote.NewServer(func(r *http.Request) (store.Driver, remote.Rights, error) {
 		peer, ok := trust.PeerOf(r.Context())
 		switch {
+		case ok && peer.Role == trust.Silo: // what opens it comes with its leases, and it adds deltas
 		case !ok || peer.Role != trust.Appliance:
-			return nil, remote.None, errors.New("only an appliance sends into a far store")
+			return nil, remote.None, errors.New("only nodes have to do with this store")
 		case peer.Customer != set.Customer:
 			return nil, remote.None, fmt.Errorf("customer %s has no far store on this master: its own is that of %s; see 'muster master customer'", peer.Customer, orDash(set.Customer))
 		}
-		return folder.Driver{Path: set.Store}, remote.Append, nil
+		return drv, remote.Append, nil
 	})
 	home := api.HomeHandler(m, func(ctx context.Context) (string, error) {
 		peer, ok := trust.PeerOf(ctx)
@@ -76,12 +76,12 @@ func nodeHandlers(m *master.Master, set settings) (map[string]http.Handler, func
 		}
 		return peer.Name, nil
 	})
-	return map[string]http.Handler{farPath + "/": http.StripPrefix(farPath, far), "/home/": home},
+	return map[string]http.Handler{storePlace + "/": http.StripPrefix(storePlace, far), "/home/": home},
 		func() error { return far.Close(context.Background()) }
 }
 
-// farPath is where a master serves the far store of a customer.
-const farPath = "/store"
+// storePlace is where a master serves its store, which is the far one of its customer, sealed as it lies there.
+const storePlace = "/store"
 
 // site gives an appliance that is connected.
 func (n *nodePort) site(name string) (api.Site, error) {
@@ -92,7 +92,9 @@ func (n *nodePort) site(name string) (api.Site, error) {
 	return api.RemoteSite(c, "http://appliance", name), nil
 }
 
-// serve lets nodes in until the context ends, if there is a port.
+// serve lets nodes in until the context ends, if there is a port. handlers are what they may ask of this master besides
+// enrolment, by the beginning of the path (patterns of http.ServeMux). They are called only for nodes that are let in;
+// trust.PeerOf says which.
 func (n *nodePort) serve(ctx context.Context, handlers map[string]http.Handler) error {
 	if n == nil {
 		return nil

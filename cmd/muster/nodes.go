@@ -351,12 +351,6 @@ func applianceCommand() *cobra.Command {
 	return cmd
 }
 
-func siloCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "silo", Short: "Make this machine a silo of a master"}
-	cmd.AddCommand(joinCommand(trust.Silo, "  muster silo join muster1.silo.-.silo-1.…\n  muster silo join --file silo-1.token"))
-	return cmd
-}
-
 // maxTokenFile bounds a file with a token in bytes.
 const maxTokenFile = 4096
 

@@ -150,7 +150,7 @@ func printVerdict(w io.Writer, v dr.Verdict) {
 	}
 	fmt.Fprintf(w, ": %s\n", tame(v.Summary))
 	if v.Rung != "" {
-		fmt.Fprintf(w, "ran on       %s, %s\n", v.Rung, v.Accelerator)
+		fmt.Fprintf(w, "ran on       %s, %s%s\n", v.Rung, v.Accelerator, strings.Replace(onSilo(v.Silo), " on ", ", ", 1))
 	}
 	var phases []string
 	for _, p := range v.Phases {

@@ -29,7 +29,6 @@ import (
 	"github.com/musterdr/muster/internal/metrics"
 	"github.com/musterdr/muster/internal/prerecover/guestfs"
 	"github.com/musterdr/muster/internal/silo"
-	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/vm/libvirt"
 )
 
@@ -128,7 +127,11 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 	if err := m.Start(ctx); err != nil {
 		return err
 	}
-	handlers, end := nodeHandlers(m, set)
+	driver, err := i.driver(set)
+	if err != nil {
+		return err
+	}
+	handlers, end := nodeHandlers(m, set, driver)
 	p.onClose("far store of nodes", end)
 	noded := make(chan struct{})
 	go func() {
@@ -187,6 +190,10 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	if err != nil {
 		return nil, nil, set, err
 	}
+	password, err := i.password()
+	if err != nil {
+		return nil, nil, set, err
+	}
 	p.onClose("store", func() error { return st.Close(context.Background()) })
 	cat, err := catalog.Open(ctx, i.path("catalog.db"))
 	if err != nil {
@@ -194,12 +201,11 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	}
 	cat.Told = tell(p.log)
 	p.onClose("catalog", cat.Close)
-	s, kvm, err := p.openSilo(ctx, i, set, st)
+	s, kvm, err := p.openSilo(ctx, i, set, silo.Config{Name: homeSilo, Stores: silo.Own{Store: st}, Tests: max(set.Tests, 1)}, false)
 	if err != nil {
 		return nil, nil, set, err
 	}
-	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: master.Shape,
-		Resources: map[string]int{master.ResourceTest: max(set.Tests, 1)}, Logger: p.log})
+	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: master.Shape, Logger: p.log})
 	if err != nil {
 		return nil, nil, set, fmt.Errorf("open engine: %w", err)
 	}
@@ -211,15 +217,22 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	browser := files.New(st, filesguestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, i.Run)
 	p.onClose("files", browser.Close)
 	app := &appliance.Appliance{Store: st, Open: i.openSource, Browser: browser}
-	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app,
-		Silo: s, Log: p.log, Version: version, Data: i.Dir, Location: set.Store}
+	silos := silosOf{home: master.SiloSet{homeSilo: s}}
+	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app, Silos: silos, Home: homeSilo, Access: i.accessFor(password),
+		Log: p.log, Version: version, Data: i.Dir, Location: set.Store}
 	if nodes != nil {
 		config.Sites = nodes.site
+		silos.hub = nodes.hub
+		config.Silos = silos
 	}
 	return master.Open(config), app, set, nil
 }
 
-func (p *platform) openSilo(ctx context.Context, i install, set settings, st *store.Store) (s *silo.Silo, kvm bool, err error) {
+// homeSilo is what the silo of this process is called.
+const homeSilo = "local"
+
+// openSilo adds to what is said of a silo what its host has. leased: its stores come with leases.
+func (p *platform) openSilo(ctx context.Context, i install, set settings, c silo.Config, leased bool) (s *silo.Silo, kvm bool, err error) {
 	hv, err := libvirt.Open(ctx, libvirt.Config{Socket: set.Libvirt, ProbeFile: probeFile(i)})
 	if err != nil {
 		return nil, false, withCode(exitUnavailable, fmt.Errorf("reach libvirt: %w; 'muster doctor' says what is missing", err))
@@ -238,9 +251,11 @@ func (p *platform) openSilo(ctx context.Context, i install, set settings, st *st
 	if err != nil {
 		return nil, false, err
 	}
-	s, err = silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, Networks: hostNetworks{},
-		Exporter: exporter{install: i, group: gid}, GuestAgent: guest, Dir: i.path("silo"), Run: i.Run, SocketGID: gid,
-		MaxMemory: set.MaxMemory, MaxCPUs: set.MaxCPUs, Diagnose: func(ctx context.Context) []api.Finding { return diagnose(ctx, i, set, hv, nil) }})
+	c.Hypervisor, c.Opener, c.Networks, c.Bridges = hv, guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, hostNetworks{}, bridges
+	c.Exporter, c.GuestAgent, c.SocketGID = exporter{install: i, group: gid, leased: leased}, guest, gid
+	c.Dir, c.Run, c.Version, c.MaxMemory, c.MaxCPUs = i.path("silo"), i.Run, version, set.MaxMemory, set.MaxCPUs
+	c.Diagnose = func(ctx context.Context) []api.Finding { return diagnose(ctx, i, set, hv, nil) }
+	s, err = silo.Open(ctx, c)
 	if err != nil {
 		return nil, false, err
 	}

@@ -374,15 +374,20 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	fmt.Fprintf(out, "tampering    %s\n", howWatched(s.Server.Signs))
 	fmt.Fprintf(out, "tickets      %d open\n", s.Tickets)
 	if s.Operation != nil {
-		fmt.Fprintf(out, "doing        %s: %s %s\n", s.Operation.Kind, s.Operation.Step, s.Operation.Part)
+		fmt.Fprintf(out, "doing        %s: %s%s %s\n", s.Operation.Kind, s.Operation.Step, onSilo(s.Operation.Silo), tame(s.Operation.Part))
 	}
 	if s.Invocation != nil {
-		fmt.Fprintf(out, "invoked      %s, %s, at %s\n", s.Invocation.ID, s.Invocation.State, strings.Join(s.Invocation.Addresses, ", "))
+		fmt.Fprintf(out, "invoked      %s, %s%s, at %s\n", s.Invocation.ID, s.Invocation.State, onSilo(s.Invocation.Silo), strings.Join(s.Invocation.Addresses, ", "))
 	}
 	if s.LKG == nil {
 		fmt.Fprintln(out, "\nNo snapshot of it has passed a test yet.")
 	} else {
 		fmt.Fprintln(out, "\nLast-known-good:")
+		if len(s.Holders) > 0 {
+			fmt.Fprintf(out, "at once on   silo %s\n", tame(strings.Join(s.Holders, ", ")))
+		} else {
+			fmt.Fprintln(out, "at once on   no silo: its deltas are fetched from the store first")
+		}
 		printRecord(out, *s.LKG)
 	}
 	if s.Newest != nil && !s.Newest.LKG {

@@ -306,6 +306,14 @@ func whoami() string {
 	return name
 }
 
+// onSilo names where something is; nothing where there was only one place.
+func onSilo(name string) string {
+	if name == "" {
+		return ""
+	}
+	return " on silo " + tame(name)
+}
+
 func printInvocation(cmd *cobra.Command, inv dr.Invocation) {
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "invocation   %s of %s: %s\n", inv.ID, inv.Server, inv.State)
@@ -316,7 +324,7 @@ func printInvocation(cmd *cobra.Command, inv dr.Invocation) {
 	}
 	fmt.Fprintln(out)
 	if inv.Machine != "" {
-		fmt.Fprintf(out, "machine      %s, %s\n", inv.Machine, inv.Network.Kind)
+		fmt.Fprintf(out, "machine      %s%s, %s\n", inv.Machine, onSilo(inv.Silo), inv.Network.Kind)
 	}
 	if len(inv.Addresses) > 0 {
 		fmt.Fprintf(out, "reach it at  %s\n", strings.Join(inv.Addresses, ", "))
@@ -386,19 +394,37 @@ func invocationCommand() *cobra.Command {
 }
 
 func invocationEndCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "end NAME (--keep | --discard)", Short: "Stop an invoked machine, keeping or discarding what it wrote", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers,
+	cmd := &cobra.Command{Use: "end NAME (--keep | --discard | --abandon --reason TEXT)", Short: "Stop an invoked machine, keeping or discarding what it wrote", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers,
 		Long: `Stop an invoked machine. With --keep it is shut down cleanly and each of its disks, with everything it wrote, is written to one
-qcow2 file that needs nothing else. With --discard the plug is pulled and what it wrote is gone.`}
+qcow2 file that needs nothing else. With --discard the plug is pulled and what it wrote is gone.
+
+Where the silo that it runs on is lost, neither can be done, and nobody can know from here whether the machine still runs. If you have
+made sure that it does not, or that nobody reaches it (the power is off, its port is closed), say so with --abandon: the server may
+then be invoked again elsewhere, from last-known-good. Should the silo come back, the machine is stopped and what it wrote is kept there.`,
+		Example: `  muster invocation end shop --keep
+  muster invocation end shop --abandon --reason "silo-1 is switched off"`}
 	keep := cmd.Flags().Bool("keep", false, "keep what the machine wrote")
 	cmd.Flags().Bool("discard", false, "throw away what the machine wrote")
-	cmd.MarkFlagsMutuallyExclusive("keep", "discard")
-	cmd.MarkFlagsOneRequired("keep", "discard")
+	abandon := cmd.Flags().Bool("abandon", false, "give up a machine whose silo is lost, and which cannot run any more")
+	reason := cmd.Flags().String("reason", "", "with --abandon: how that was made sure")
+	cmd.MarkFlagsMutuallyExclusive("keep", "discard", "abandon")
+	cmd.MarkFlagsOneRequired("keep", "discard", "abandon")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		c := client(cmd)
 		defer c.Close()
 		inv, err := c.Invocation(cmd.Context(), args[0])
 		if err != nil {
 			return err
+		}
+		if *abandon {
+			if inv, err = c.AbandonInvocation(cmd.Context(), inv.ID, api.AbandonRequest{By: whoami(), Reason: *reason}); err != nil {
+				return err
+			}
+			if wantJSON(cmd) {
+				return printJSON(cmd, inv)
+			}
+			printInvocation(cmd, inv)
+			return nil
 		}
 		op, err := c.EndInvocation(cmd.Context(), inv.ID, *keep)
 		if err != nil {

@@ -228,6 +228,32 @@ func (c *Client) Invocation(ctx context.Context, id string) (dr.Invocation, erro
 	return call[dr.Invocation](ctx, c, "GET", "/v1/invocations/"+seg(id), nil, nil)
 }
 
+// AbandonInvocation implements Operator.
+func (c *Client) AbandonInvocation(ctx context.Context, id string, request AbandonRequest) (dr.Invocation, error) {
+	return call[dr.Invocation](ctx, c, "POST", "/v1/invocations/"+seg(id)+"/abandon", nil, request)
+}
+
+// ListSilos implements Operator.
+func (c *Client) ListSilos(ctx context.Context) ([]SiloStatus, error) {
+	return call[[]SiloStatus](ctx, c, "GET", "/v1/silos", nil, nil)
+}
+
+// ShowSilo implements Operator.
+func (c *Client) ShowSilo(ctx context.Context, name string) (SiloStatus, error) {
+	return call[SiloStatus](ctx, c, "GET", "/v1/silos/"+seg(name), nil, nil)
+}
+
+// DrainSilo implements Operator.
+func (c *Client) DrainSilo(ctx context.Context, name string, request DrainRequest) (SiloStatus, error) {
+	return call[SiloStatus](ctx, c, "POST", "/v1/silos/"+seg(name)+"/drain", nil, request)
+}
+
+// RemoveSilo implements Operator.
+func (c *Client) RemoveSilo(ctx context.Context, name string) error {
+	_, err := c.do(ctx, "DELETE", "/v1/silos/"+seg(name), nil, nil)
+	return err
+}
+
 // Tickets implements Operator.
 func (c *Client) Tickets(ctx context.Context, all bool) ([]dr.Ticket, error) {
 	return call[[]dr.Ticket](ctx, c, "GET", "/v1/tickets", url.Values{"all": {strconv.FormatBool(all)}}, nil)

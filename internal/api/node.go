@@ -39,16 +39,22 @@ type Contact struct {
 	Inventory   dr.Inventory `json:"inventory"`
 }
 
-// Silo is what a master asks of a silo. Every call is idempotent under its identifier and carries a fencing number:
-// a silo refuses work of a lower term than it has seen for the same identifier.
+// Silo is what a master asks of a silo. Every call is idempotent under its identifier and comes with a Grant: a silo refuses
+// work of a lower term than it has seen for the same identifier, and ends by itself what it has no lease for any more.
 type Silo interface {
+	// Beat renews the leases of a silo, and asks how it stands.
+	Beat(ctx context.Context, beat Beat) (Pulse, error)
 	// PreRecover makes a rescue image of a snapshot. An error of type *Rejected means that the snapshot itself is at
 	// fault and trying again would not help.
 	PreRecover(ctx context.Context, task PreRecoverTask, report dr.Progress) (dr.PreRecovery, error)
-	// KeepDeltas puts a pre-recovery's deltas into the store beside their snapshot, so that a lost silo costs nothing.
-	KeepDeltas(ctx context.Context, snap dr.Snapshot, pre dr.PreRecovery) error
+	// KeepDeltas puts a pre-recovery's deltas into the store beside their snapshot, so that a lost silo costs nothing. It
+	// returns the digest of what they hold.
+	KeepDeltas(ctx context.Context, task DeltasTask) (digest string, err error)
+	// HoldDeltas makes sure that the silo has them at hand, fetched from the store if need be, and proves it by their digest.
+	HoldDeltas(ctx context.Context, task DeltasTask) (digest string, err error)
 	// Test boots a rescue image, asks, and removes the machine. What the test could not decide is an INCONCLUSIVE
-	// verdict and no error; an error means that the call itself broke and may be repeated.
+	// verdict and no error; an error means that the call itself broke and may be repeated. NotFound: the deltas are neither
+	// here nor in the store.
 	Test(ctx context.Context, task TestTask, report dr.Progress) (dr.Verdict, error)
 	// Invoke boots a rescue image on a live layer and returns when its processors run.
 	Invoke(ctx context.Context, task InvokeTask, report dr.Progress) (Invoked, error)
@@ -61,11 +67,51 @@ type Silo interface {
 	EndInvocation(ctx context.Context, task InvokeTask, keep bool) (kept string, err error)
 	// Discard removes the deltas and evidence of a snapshot that has expired.
 	Discard(ctx context.Context, snapshotID string) error
-	// Reap removes every machine, export, scratch layer and folder that belongs to none of the given owners. It is
-	// called when a master starts and from time to time.
+	// Reap removes every machine, export, scratch layer and folder that belongs to none of the given owners and to no call that is
+	// under way. It is called when a master or a silo has started, and when a silo is back that was lost.
 	Reap(ctx context.Context, alive []string) (removed []string, err error)
 	// Diagnose says what this host can do.
 	Diagnose(ctx context.Context) []Finding
+}
+
+// Stamp is an instant by a silo's own clock, which no other clock is compared with. A silo gives one with each Pulse, the master
+// gives it back with what it grants, and the silo counts the lease's time from there: an instant before the master
+// granted it. A message that lay about, or a silo that was stopped, cannot make a lease last longer.
+type Stamp struct {
+	Boot string        `json:"boot,omitempty"` // the silo's process
+	At   time.Duration `json:"at,omitempty"`
+}
+
+// Grant is the lease under which a silo is asked for something.
+type Grant struct {
+	Term   int64         `json:"term"`
+	Stamp  Stamp         `json:"stamp,omitzero"`
+	For    time.Duration `json:"for,omitempty"`    // from Stamp on, if it is not renewed; 0: until it is ended
+	Access *Access       `json:"access,omitempty"` // how the customer's store is opened; nil: the silo's own
+}
+
+// Access opens a customer's store. A silo keeps it in memory only, as long as the work lasts.
+type Access struct {
+	Customer string `json:"customer"`
+	Place    string `json:"place"` // of the store, below the master's address
+	Password string `json:"password"`
+}
+
+// String leaves out the password, for logs.
+func (a Access) String() string { return "store of " + a.Customer }
+
+// Beat is a master's heartbeat to one silo.
+type Beat struct {
+	Stamp  Stamp         `json:"stamp,omitzero"`   // of the silo's last pulse; zero: there was none
+	For    time.Duration `json:"for"`              // how long leases last from there
+	Leases []int64       `json:"leases,omitempty"` // that it has, by their terms
+}
+
+// Pulse is how a silo stands. Of Silo the master takes everything but state, beats and time.
+type Pulse struct {
+	Stamp Stamp    `json:"stamp"`
+	Silo  dr.Silo  `json:"silo"`
+	Doing []string `json:"doing,omitempty"` // identifiers of the work under way
 }
 
 // Rejected is an answer about a snapshot, not a fault on the way: no rescue image can be made of it.
@@ -79,7 +125,7 @@ func (r *Rejected) Error() string { return r.Reason }
 // PreRecoverTask asks for a rescue image.
 type PreRecoverTask struct {
 	ID       string      `json:"id"` // of the pre-recovery
-	Term     int64       `json:"term"`
+	Grant    Grant       `json:"grant"`
 	Server   dr.Server   `json:"server"`
 	Snapshot dr.Snapshot `json:"snapshot"`
 }
@@ -87,17 +133,24 @@ type PreRecoverTask struct {
 // TestTask asks for a boot test.
 type TestTask struct {
 	ID          string         `json:"id"` // of the verdict
-	Term        int64          `json:"term"`
+	Grant       Grant          `json:"grant"`
 	Server      dr.Server      `json:"server"`
 	Snapshot    dr.Snapshot    `json:"snapshot"`
 	PreRecovery dr.PreRecovery `json:"pre_recovery"`
 	Asked       time.Time      `json:"asked"`
 }
 
+// DeltasTask names deltas.
+type DeltasTask struct {
+	Grant       Grant          `json:"grant"`
+	Snapshot    dr.Snapshot    `json:"snapshot"`
+	PreRecovery dr.PreRecovery `json:"pre_recovery"`
+}
+
 // InvokeTask asks for, or names, an invoked machine.
 type InvokeTask struct {
 	ID          string           `json:"id"` // of the invocation
-	Term        int64            `json:"term"`
+	Grant       Grant            `json:"grant"`
 	Server      dr.Server        `json:"server"`
 	Snapshot    dr.Snapshot      `json:"snapshot"`
 	PreRecovery dr.PreRecovery   `json:"pre_recovery"`

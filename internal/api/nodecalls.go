@@ -14,7 +14,9 @@ const (
 	procForget   procedure[dr.Source, nothing]        = "/appliance/Forget"
 
 	procPreRecover   procedure[PreRecoverTask, dr.PreRecovery] = "/silo/PreRecover"
-	procKeepDeltas   procedure[keepDeltas, nothing]            = "/silo/KeepDeltas"
+	procBeat         procedure[Beat, Pulse]                    = "/silo/Beat"
+	procKeepDeltas   procedure[DeltasTask, string]             = "/silo/KeepDeltas"
+	procHoldDeltas   procedure[DeltasTask, string]             = "/silo/HoldDeltas"
 	procTest         procedure[TestTask, dr.Verdict]           = "/silo/Test"
 	procInvoke       procedure[InvokeTask, Invoked]            = "/silo/Invoke"
 	procCheckInvoked procedure[InvokeTask, []dr.CheckResult]   = "/silo/CheckInvoked"
@@ -24,11 +26,6 @@ const (
 	procReap         procedure[[]string, []string]             = "/silo/Reap"
 	procDiagnose     procedure[nothing, []Finding]             = "/silo/Diagnose"
 )
-
-type keepDeltas struct {
-	Snapshot    dr.Snapshot    `json:"snapshot"`
-	PreRecovery dr.PreRecovery `json:"pre_recovery"`
-}
 
 type endInvocation struct {
 	Task InvokeTask `json:"task"`
@@ -71,9 +68,9 @@ func (r remoteAppliance) Forget(ctx context.Context, source dr.Source) error {
 func SiloHandler(s Silo) http.Handler {
 	mux := http.NewServeMux()
 	procPreRecover.serve(mux, s.PreRecover)
-	procKeepDeltas.serve(mux, func(ctx context.Context, in keepDeltas, _ dr.Progress) (nothing, error) {
-		return nothing{}, s.KeepDeltas(ctx, in.Snapshot, in.PreRecovery)
-	})
+	procBeat.serve(mux, func(ctx context.Context, in Beat, _ dr.Progress) (Pulse, error) { return s.Beat(ctx, in) })
+	procKeepDeltas.serve(mux, func(ctx context.Context, in DeltasTask, _ dr.Progress) (string, error) { return s.KeepDeltas(ctx, in) })
+	procHoldDeltas.serve(mux, func(ctx context.Context, in DeltasTask, _ dr.Progress) (string, error) { return s.HoldDeltas(ctx, in) })
 	procTest.serve(mux, s.Test)
 	procInvoke.serve(mux, s.Invoke)
 	procCheckInvoked.serve(mux, s.CheckInvoked)
@@ -101,9 +98,16 @@ func (r remoteSilo) PreRecover(ctx context.Context, task PreRecoverTask, report 
 	return procPreRecover.ask(ctx, r.c, r.base, task, report)
 }
 
-func (r remoteSilo) KeepDeltas(ctx context.Context, snap dr.Snapshot, pre dr.PreRecovery) error {
-	_, err := procKeepDeltas.ask(ctx, r.c, r.base, keepDeltas{snap, pre}, nil)
-	return err
+func (r remoteSilo) Beat(ctx context.Context, beat Beat) (Pulse, error) {
+	return procBeat.ask(ctx, r.c, r.base, beat, nil)
+}
+
+func (r remoteSilo) KeepDeltas(ctx context.Context, task DeltasTask) (string, error) {
+	return procKeepDeltas.ask(ctx, r.c, r.base, task, nil)
+}
+
+func (r remoteSilo) HoldDeltas(ctx context.Context, task DeltasTask) (string, error) {
+	return procHoldDeltas.ask(ctx, r.c, r.base, task, nil)
 }
 
 func (r remoteSilo) Test(ctx context.Context, task TestTask, report dr.Progress) (dr.Verdict, error) {

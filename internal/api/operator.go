@@ -48,6 +48,17 @@ type Operator interface {
 	Invocations(ctx context.Context, all bool) ([]dr.Invocation, error)
 	Invocation(ctx context.Context, id string) (dr.Invocation, error) // by identifier, or the active one of a server by its name
 
+	// AbandonInvocation gives up a machine whose silo is lost. A person says that it cannot run any more; should its silo come
+	// back, the machine is stopped there, and what it wrote is kept.
+	AbandonInvocation(ctx context.Context, id string, request AbandonRequest) (dr.Invocation, error)
+
+	ListSilos(ctx context.Context) ([]SiloStatus, error)
+	ShowSilo(ctx context.Context, name string) (SiloStatus, error)
+	// DrainSilo has a silo take no new work, or work again.
+	DrainSilo(ctx context.Context, name string, request DrainRequest) (SiloStatus, error)
+	// RemoveSilo forgets a silo that is drained or lost and has nothing left.
+	RemoveSilo(ctx context.Context, name string) error
+
 	Tickets(ctx context.Context, all bool) ([]dr.Ticket, error)
 	CloseTicket(ctx context.Context, id, reason string) error
 	Events(ctx context.Context, after int64, limit int, server string) ([]dr.Event, error)
@@ -115,6 +126,7 @@ type ServerStatus struct {
 	Near       *SiteServer    `json:"near,omitempty"`    // what its appliance last said of it
 	Operation  *Operation     `json:"operation,omitempty"`
 	Invocation *dr.Invocation `json:"invocation,omitempty"`
+	Holders    []string       `json:"holders,omitempty"` // silos on which last-known-good would boot at once
 }
 
 // RuleRequest says what a person decides about a held snapshot.
@@ -122,6 +134,26 @@ type RuleRequest struct {
 	Accept bool   `json:"accept"`
 	By     string `json:"by"`
 	Reason string `json:"reason,omitempty"` // needed to accept
+}
+
+// AbandonRequest says who gives a machine up, and how it was made sure that it cannot run.
+type AbandonRequest struct {
+	By     string `json:"by"`
+	Reason string `json:"reason"`
+}
+
+// DrainRequest says whether a silo is to take no new work, and why.
+type DrainRequest struct {
+	Drain  bool   `json:"drain"`
+	Reason string `json:"reason,omitempty"`
+}
+
+// SiloStatus is a silo with what it has.
+type SiloStatus struct {
+	Silo      dr.Silo    `json:"silo"`
+	Connected bool       `json:"connected"`
+	Leases    []dr.Lease `json:"leases,omitempty"` // its work
+	Held      int        `json:"held"`             // last-known-goods that would boot at once there
 }
 
 // InvokeRequest asks for a server's last-known-good to be run for real.
@@ -140,6 +172,7 @@ type Operation struct {
 	Subject  string          `json:"subject,omitempty"` // what it is about: a snapshot, verdict or invocation
 	State    OperationState  `json:"state"`
 	Step     string          `json:"step,omitempty"` // what it is doing now, for people
+	Silo     string          `json:"silo,omitempty"` // that does it
 	Part     string          `json:"part,omitempty"`
 	Done     int64           `json:"done,omitempty"`
 	Total    int64           `json:"total,omitempty"`

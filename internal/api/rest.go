@@ -28,6 +28,7 @@ func Handler(op Operator, files Files, version string) http.Handler {
 	a := humago.New(mux, restConfig(version))
 	registerServers(a, op)
 	registerWork(a, op)
+	registerSilos(a, op)
 	registerRecord(a, op)
 	registerFiles(a, files)
 	return http.MaxBytesHandler(mux, maxBody)
@@ -181,6 +182,12 @@ func registerWork(a huma.API, op Operator) {
 	}) (*body[Operation], error) {
 		return answer(op.EndInvocation(ctx, in.Name, in.Body.Keep))
 	})
+	huma.Post(a, "/v1/invocations/{name}/abandon", func(ctx context.Context, in *struct {
+		Named
+		Body AbandonRequest
+	}) (*body[dr.Invocation], error) {
+		return answer(op.AbandonInvocation(ctx, in.Name, in.Body))
+	})
 	huma.Get(a, "/v1/store", func(ctx context.Context, _ *nothing) (*body[StoreUsage], error) { return answer(op.StoreUsage(ctx)) })
 	huma.Get(a, "/v1/meter/{month}", func(ctx context.Context, in *struct {
 		Month    string `path:"month" maxLength:"7"`
@@ -197,6 +204,23 @@ func registerWork(a huma.API, op Operator) {
 		return answer(op.CollectStore(ctx, in.Body.Alone))
 	})
 	huma.Post(a, "/v1/store/adopt", func(ctx context.Context, _ *nothing) (*body[Operation], error) { return answer(op.AdoptStore(ctx)) })
+}
+
+func registerSilos(a huma.API, op Operator) {
+	huma.Get(a, "/v1/silos", func(ctx context.Context, _ *nothing) (*body[[]SiloStatus], error) { return list(op.ListSilos(ctx)) })
+	huma.Get(a, "/v1/silos/{name}", func(ctx context.Context, in *Named) (*body[SiloStatus], error) {
+		return answer(op.ShowSilo(ctx, in.Name))
+	})
+	huma.Post(a, "/v1/silos/{name}/drain", func(ctx context.Context, in *struct {
+		Named
+		Body DrainRequest
+	}) (*body[SiloStatus], error) {
+		return answer(op.DrainSilo(ctx, in.Name, in.Body))
+	})
+	huma.Delete(a, "/v1/silos/{name}", func(ctx context.Context, in *Named) (*nothing, error) {
+		_, err := answer(nothing{}, op.RemoveSilo(ctx, in.Name))
+		return nil, err
+	})
 }
 
 func registerRecord(a huma.API, op Operator) {

@@ -32,8 +32,9 @@ type Catalog struct {
 	// verb. It is set before the first verb, and must not call the catalog.
 	Told func(ctx context.Context, e dr.Event)
 
-	db   *bun.DB
-	lock string
+	db    *bun.DB
+	lock  string
+	under *dr.Lease // see Under
 }
 
 // Open opens the catalog in a SQLite file, given by its path, or in a PostgreSQL database, given by its postgres:// URL.
@@ -74,6 +75,11 @@ func (c *Catalog) write(ctx context.Context, what string, verb func(t *tx) error
 		}
 		if err := t.NewRaw(`SELECT value FROM counters WHERE name = 'event'`).Scan(ctx, &t.seq); err != nil {
 			return err
+		}
+		if c.under != nil {
+			if err := t.holds(*c.under); err != nil {
+				return err
+			}
 		}
 		before := t.seq
 		if err := verb(t); err != nil {

@@ -82,6 +82,7 @@ const (
 type PreRecovery struct {
 	ID         string      `json:"id"`
 	SnapshotID string      `json:"snapshot_id"`
+	Silo       string      `json:"silo,omitempty"` // that made it
 	Hardware   Hardware    `json:"hardware"`
 	Overlays   []string    `json:"overlays"` // "name@version" applied, in order
 	Edits      []Edit      `json:"edits"`

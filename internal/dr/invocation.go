@@ -14,6 +14,7 @@ type Invocation struct {
 	Reason      string          `json:"reason"` // why, in their words
 	State       InvocationState `json:"state"`
 	Network     NetworkChoice   `json:"network"`
+	Silo        string          `json:"silo,omitempty"`    // where its machine is
 	Machine     string          `json:"machine,omitempty"` // hypervisor's name for it
 	Addresses   []string        `json:"addresses,omitempty"`
 	Steps       []StepRecord    `json:"steps,omitempty"`

@@ -44,6 +44,7 @@ type Verdict struct {
 	ID          string        `json:"id"`
 	SnapshotID  string        `json:"snapshot_id"`
 	PreRecovery string        `json:"pre_recovery"`
+	Silo        string        `json:"silo,omitempty"` // that held the test, and has its evidence; "" of releases with only one
 	Outcome     Outcome       `json:"outcome"`
 	Code        Code          `json:"code,omitempty"`
 	Summary     string        `json:"summary"` // one sentence for people
@@ -226,11 +227,12 @@ const (
 	ProblemInvoked     Problem = "invocation-checks"  // it runs, and does not pass its checks
 	ProblemStopped     Problem = "invocation-stopped" // its machine is gone
 	ProblemHost        Problem = "host-not-ready"
-	ProblemArrival     Problem = "arrival-missing"    // a snapshot of an appliance that should have arrived did not
-	ProblemSend        Problem = "replication-failed" // an appliance cannot send a snapshot
-	ProblemNearFull    Problem = "near-store-full"    // an appliance has no room to capture; one for each
-	ProblemAway        Problem = "appliance-away"     // one for each
-	ProblemClock       Problem = "clock-wrong"        // one for each appliance
+	ProblemArrival     Problem = "arrival-missing"      // a snapshot of an appliance that should have arrived did not
+	ProblemSend        Problem = "replication-failed"   // an appliance cannot send a snapshot
+	ProblemNearFull    Problem = "near-store-full"      // an appliance has no room to capture; one for each
+	ProblemAway        Problem = "appliance-away"       // one for each
+	ProblemClock       Problem = "clock-wrong"          // one for each appliance
+	ProblemSiloLost    Problem = "invocation-silo-lost" // nobody knows whether its machine runs
 )
 
 // ClosedByPass lists the kinds of problem that a passing test proves gone.

@@ -51,9 +51,8 @@ func (f faultySilo) Test(ctx context.Context, task api.TestTask, report dr.Progr
 	return around(ctx, f.lab, "test", func() (dr.Verdict, error) { return f.Silo.Test(ctx, task, report) })
 }
 
-func (f faultySilo) KeepDeltas(ctx context.Context, snap dr.Snapshot, pre dr.PreRecovery) error {
-	_, err := around(ctx, f.lab, "keep deltas", func() (bool, error) { return true, f.Silo.KeepDeltas(ctx, snap, pre) })
-	return err
+func (f faultySilo) KeepDeltas(ctx context.Context, task api.DeltasTask) (string, error) {
+	return around(ctx, f.lab, "keep deltas", func() (string, error) { return f.Silo.KeepDeltas(ctx, task) })
 }
 
 func (f faultySilo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progress) (api.Invoked, error) {

@@ -25,6 +25,7 @@ import (
 	"github.com/musterdr/muster/internal/appliance"
 	"github.com/musterdr/muster/internal/boottest"
 	"github.com/musterdr/muster/internal/catalog"
+	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/files"
 	"github.com/musterdr/muster/internal/image"
@@ -42,6 +43,7 @@ const Password = password
 
 const (
 	password    = "the lab's"
+	home        = "local" // the silo of the lab's own process
 	catalogFile = "catalog.db"
 	engineFile  = "engine.db"
 )
@@ -58,6 +60,8 @@ type Lab struct {
 	// makes a step fail, or the process die in it: then it calls Crash from another goroutine and waits for ctx.
 	Fault func(ctx context.Context, call string) error
 
+	Nodes map[string]*Node // silos elsewhere; without any, this process has one of its own
+
 	t        testing.TB
 	system   *tree.System
 	networks *networks
@@ -69,18 +73,22 @@ type Lab struct {
 	Reach func(name string) (api.Site, error)
 }
 
-// New makes an installation on which every machine is the given guest and every image holds a small Debian.
-func New(t testing.TB, guest func(spec vm.Spec) sim.Guest) *Lab {
+// New makes an installation on which every machine is the given guest and every image holds a small Debian. silos names those
+// that live elsewhere, each a node of its own with its host; with none the installation's own process is the silo.
+func New(t testing.TB, guest func(spec vm.Spec) sim.Guest, silos ...string) *Lab {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "lab") // a test's own folder has too long a name for sockets
 	if err != nil {
 		t.Fatal(err)
 	}
 	l := &Lab{t: t, Dir: dir, Host: &sim.Host{Boot: guest}, system: Debian(), networks: &networks{made: map[string]bool{}},
-		Clock: &Clock{}}
+		Clock: &Clock{}, Nodes: map[string]*Node{}}
 	l.exports = &exporter{lab: l, running: map[string]func(){}}
 	t.Cleanup(func() {
 		l.Crash()
+		for _, n := range l.Nodes {
+			n.remove()
+		}
 		l.exports.stopAll()
 		if err := l.Host.Close(); err != nil {
 			t.Error(err)
@@ -96,6 +104,9 @@ func New(t testing.TB, guest func(spec vm.Spec) sim.Guest) *Lab {
 	}
 	if err := os.CopyFS(dir, made); err != nil {
 		t.Fatal(err)
+	}
+	for _, name := range silos {
+		l.Nodes[name] = newNode(l, name, guest)
 	}
 	l.Open()
 	return l
@@ -134,17 +145,11 @@ func (l *Lab) open() error {
 	}
 	cat.Now = l.Clock.Now
 	closes = append(closes, func() { cat.Close() })
-	hv := l.Host.Open()
-	closes = append(closes, func() { hv.Close() })
-	s, err := silo.Open(ctx, silo.Config{Store: st, Hypervisor: hv, Opener: tree.Opener{System: l.system}, Networks: l.networks,
-		Exporter: l.exports, GuestAgent: l.path("muster-guest"), Dir: l.path("silo"), Run: l.path("run"), SocketGID: -1, NewLayer: newLayer,
-		Limits: boottest.Limits{Sample: 10 * time.Millisecond}})
+	silos, err := l.openSilos(ctx, st, &closes)
 	if err != nil {
 		return err
 	}
-	closes = append(closes, func() { s.Close() })
-	eng, err := engine.Open(ctx, engine.Config{DSN: l.path(engineFile), Version: master.Shape,
-		Resources: map[string]int{master.ResourceTest: 1}, Logger: quiet})
+	eng, err := engine.Open(ctx, engine.Config{DSN: l.path(engineFile), Version: master.Shape, Logger: quiet})
 	if err != nil {
 		return err
 	}
@@ -153,8 +158,17 @@ func (l *Lab) open() error {
 	closes = append(closes, func() { browser.Close() })
 	app := &appliance.Appliance{Store: st, Open: l.openSource, Browser: browser}
 	l.Store = st
-	l.Master = master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silo: faultySilo{s, l}, Sites: l.reach,
-		Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now})
+	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silos: silos, Home: home, Sites: l.reach,
+		Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now}
+	for _, n := range l.Nodes {
+		if n.Link != nil {
+			config.Access = n.Link.access
+		}
+	}
+	if len(l.Nodes) > 0 {
+		config.Home, config.Lease, config.LeaseGrace = "", lease, leaseGrace
+	}
+	l.Master = master.Open(config)
 	listener, err := net.Listen("unix", l.path("api.sock"))
 	if err != nil {
 		return err
@@ -168,6 +182,28 @@ func (l *Lab) open() error {
 		site.atHome()
 	}
 	return l.Master.Start(ctx)
+}
+
+// openSilos gives the silos that the master has: its own, or those elsewhere.
+func (l *Lab) openSilos(ctx context.Context, st *store.Store, closes *[]func()) (master.SiloSet, error) {
+	set := master.SiloSet{}
+	for name, n := range l.Nodes {
+		set[name] = n.reached()
+	}
+	if len(set) > 0 {
+		return set, nil
+	}
+	hv := l.Host.Open()
+	*closes = append(*closes, func() { hv.Close() })
+	s, err := silo.Open(ctx, silo.Config{Name: home, Stores: silo.Own{Store: st}, Tests: 1, Hypervisor: hv, Opener: tree.Opener{System: l.system}, Networks: l.networks,
+		Exporter: l.exports, GuestAgent: l.path("muster-guest"), Dir: l.path("silo"), Run: l.path("run"), SocketGID: -1, NewLayer: newLayer,
+		Flatten: flatten, Limits: boottest.Limits{Sample: 10 * time.Millisecond}})
+	if err != nil {
+		return nil, err
+	}
+	*closes = append(*closes, func() { s.Close() })
+	set[home] = faultySilo{s, l}
+	return set, nil
 }
 
 // Crash ends the present process: whatever is under way ends where it is. Machines and exporters run on.
@@ -233,6 +269,15 @@ func newLayer(_ context.Context, path string, _ vm.Layer) (vm.Layer, error) {
 	return vm.Layer{Path: path, Format: "qcow2"}, f.Close()
 }
 
+// flatten stands for qemu-img too.
+func flatten(_ context.Context, layers []vm.Layer, dst string, _ dr.Progress) error {
+	top, err := os.ReadFile(layers[0].Path)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(dst, top, 0o600)
+}
+
 // networks remembers which bridges there would be.
 type networks struct {
 	mu   sync.Mutex
@@ -270,7 +315,7 @@ type exporter struct {
 	running map[string]func()
 }
 
-func (e *exporter) Start(ctx context.Context, snapshot, socket string) error {
+func (e *exporter) Start(ctx context.Context, _ *api.Access, snapshot, socket string) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.running[socket] != nil {
@@ -327,29 +372,36 @@ func (e *exporter) stopAll() {
 
 // Left lists what there is besides the store and the catalog: machines, exporters, bridges, layers and folders of tests.
 func (l *Lab) Left() []string {
-	var left []string
-	hv := l.Host.Open()
+	left := leftOn(l.t, l.Host, l.exports, l.networks, l.path("silo"))
+	for _, n := range l.Nodes {
+		left = append(left, n.Left()...)
+	}
+	return left
+}
+
+func leftOn(t testing.TB, host *sim.Host, exports *exporter, networks *networks, dir string) (left []string) {
+	hv := host.Open()
 	defer hv.Close()
 	machines, err := hv.List(context.Background())
 	if err != nil {
-		l.t.Fatal(err)
+		t.Fatal(err)
 	}
 	for _, m := range machines {
 		left = append(left, "machine "+m.Name)
 	}
-	l.exports.mu.Lock()
-	for socket := range l.exports.running {
+	exports.mu.Lock()
+	for socket := range exports.running {
 		left = append(left, "exporter "+socket)
 	}
-	l.exports.mu.Unlock()
-	bridges, _ := l.networks.List(context.Background())
+	exports.mu.Unlock()
+	bridges, _ := networks.List(context.Background())
 	for _, b := range bridges {
 		left = append(left, "bridge "+b)
 	}
-	for _, dir := range []string{"scratch", "live"} {
-		list, _ := os.ReadDir(l.path("silo/" + dir))
+	for _, sub := range []string{"scratch", "live"} {
+		list, _ := os.ReadDir(filepath.Join(dir, sub))
 		for _, e := range list {
-			left = append(left, fmt.Sprintf("%s/%s", dir, e.Name()))
+			left = append(left, fmt.Sprintf("%s/%s", sub, e.Name()))
 		}
 	}
 	return left

@@ -36,7 +36,7 @@ type Site struct {
 
 	lab  *Lab
 	name string
-	line *line
+	line *siteLine
 	stop func()
 }
 
@@ -44,8 +44,8 @@ type Site struct {
 var SiteSteps = []string{"before open source", "after open source", "before far store", "after far store", "in the middle of sending", "before hello",
 	"after hello", "before arrived", "after arrived"}
 
-// line is the way between a site and the lab, both directions.
-type line struct {
+// siteLine is the way between a site and the lab, both directions.
+type siteLine struct {
 	cut  atomic.Bool
 	down atomic.Pointer[httptest.Server] // the site, as the master reaches it
 	up   *httptest.Server                // the master and the far store, as the site reaches them
@@ -57,7 +57,7 @@ type line struct {
 var errCut = errors.New("the line is cut")
 
 // RoundTrip carries one request over the line.
-func (w *line) RoundTrip(r *http.Request) (*http.Response, error) {
+func (w *siteLine) RoundTrip(r *http.Request) (*http.Response, error) {
 	if w.cut.Load() {
 		return nil, errCut
 	}
@@ -77,7 +77,7 @@ func (w *line) RoundTrip(r *http.Request) (*http.Response, error) {
 // NewSite makes an appliance and starts it. The lab learns of it.
 func (l *Lab) NewSite(name string) *Site {
 	l.t.Helper()
-	s := &Site{lab: l, name: name, Dir: filepath.Join(l.Dir, "site-"+name), Clock: &Clock{}, line: &line{}}
+	s := &Site{lab: l, name: name, Dir: filepath.Join(l.Dir, "site-"+name), Clock: &Clock{}, line: &siteLine{}}
 	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
 		l.t.Fatal(err)
 	}

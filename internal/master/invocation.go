@@ -57,7 +57,7 @@ func (m *Master) Invoke(ctx context.Context, request api.InvokeRequest) (api.Ope
 }
 
 // invocationTask gathers what a silo needs to know of an invocation.
-func (m *Master) invocationTask(ctx context.Context, id string, term int64) (dr.Invocation, api.InvokeTask, error) {
+func (m *Master) invocationTask(ctx context.Context, id string) (dr.Invocation, api.InvokeTask, error) {
 	inv, err := m.Catalog.Invocation(ctx, id)
 	if err != nil {
 		return inv, api.InvokeTask{}, err
@@ -75,25 +75,23 @@ func (m *Master) invocationTask(ctx context.Context, id string, term int64) (dr.
 		return inv, api.InvokeTask{}, err
 	}
 	snap, err := m.whole(ctx, rec.Snapshot)
-	return inv, api.InvokeTask{ID: id, Term: term, Server: s, Snapshot: snap, PreRecovery: pre, Network: inv.Network}, err
+	return inv, api.InvokeTask{ID: id, Server: s, Snapshot: snap, PreRecovery: pre, Network: inv.Network}, err
 }
 
 // invoke runs an invocation. Until the machine runs, whatever goes wrong is undone. Once it runs it is never taken
 // away again: on the day of a disaster a machine with a failing check is better than none.
 func (m *Master) invoke(r *engine.Run, in invocationWork) error {
 	r.OnUndo("undo boot", func(ctx context.Context) error { return m.undoBoot(ctx, in, r.Term()) })
-	_, err := engine.Step(r, "boot", engine.StepOptions{Limit: bootLimit, Attempts: 3}, func(ctx context.Context) (string, error) {
+	_, err := engine.Step(r, "boot", engine.StepOptions{Limit: invokeLimit + bootLimit, Attempts: 3}, func(ctx context.Context) (string, error) {
 		return m.journal(ctx, in.ID, "boot", func(inv *dr.Invocation) (string, error) {
-			_, task, err := m.invocationTask(ctx, in.ID, r.Term())
+			_, task, err := m.invocationTask(ctx, in.ID)
 			if err != nil {
 				return "", err
 			}
-			started, err := m.Silo.Invoke(ctx, task, r.Report)
-			if err != nil {
+			if err := m.startMachine(ctx, r, inv, task); err != nil {
 				return "", err
 			}
-			inv.Machine, inv.Addresses, inv.Network.Bridge = started.Machine, started.Addresses, started.Bridge
-			return "machine " + started.Machine + " runs from " + inv.SnapshotID, nil
+			return "machine " + inv.Machine + " runs on silo " + inv.Silo + " from " + inv.SnapshotID, nil
 		})
 	})
 	if err != nil {
@@ -106,11 +104,11 @@ func (m *Master) invoke(r *engine.Run, in invocationWork) error {
 }
 
 func (m *Master) check(ctx context.Context, r *engine.Run, in invocationWork, inv *dr.Invocation) (string, error) {
-	_, task, err := m.invocationTask(ctx, in.ID, r.Term())
+	silo, task, err := m.machine(ctx, in.ID)
 	if err != nil {
 		return "", err
 	}
-	results, err := m.Silo.CheckInvoked(ctx, task, r.Report)
+	results, err := silo.CheckInvoked(ctx, task, r.Report)
 	if err != nil {
 		return "", err
 	}
@@ -139,7 +137,7 @@ func (m *Master) handOver(r *engine.Run, in invocationWork, checkErr error) erro
 			return "", err
 		}
 		if inv.Failure == "" {
-			err = m.closeTickets(ctx, inv, dr.ProblemInvocation, dr.ProblemInvoked)
+			err = m.closeTickets(ctx, inv, shownOtherwise(inv), dr.ProblemInvocation, dr.ProblemInvoked)
 		} else {
 			_, err = m.Catalog.OpenTicket(ctx, inv.ServerID, dr.ProblemInvoked, "the invoked machine does not pass its checks", inv.Failure, inv.SnapshotID, m.Now())
 		}
@@ -148,15 +146,17 @@ func (m *Master) handOver(r *engine.Run, in invocationWork, checkErr error) erro
 	return err
 }
 
-// closeTickets closes what an invocation that went well proves gone.
-func (m *Master) closeTickets(ctx context.Context, inv dr.Invocation, problems ...dr.Problem) error {
+func shownOtherwise(inv dr.Invocation) string { return "invocation " + inv.ID + " has shown otherwise" }
+
+// closeTickets closes what is proven gone.
+func (m *Master) closeTickets(ctx context.Context, inv dr.Invocation, why string, problems ...dr.Problem) error {
 	open, err := m.Catalog.Tickets(ctx, catalog.TicketFilter{ServerID: inv.ServerID})
 	if err != nil {
 		return err
 	}
 	for _, t := range open {
 		if slices.Contains(problems, t.Problem) {
-			if err := m.Catalog.CloseTicket(ctx, t.ID, "invocation "+inv.ID+" has shown otherwise", m.Now()); err != nil && !errors.Is(err, catalog.ErrNotFound) {
+			if err := m.Catalog.CloseTicket(ctx, t.ID, why, m.Now()); err != nil && !errors.Is(err, catalog.ErrNotFound) {
 				return err
 			}
 		}
@@ -183,12 +183,13 @@ func (m *Master) journal(ctx context.Context, id, name string, do func(inv *dr.I
 	return detail, err
 }
 
-func (m *Master) undoBoot(ctx context.Context, in invocationWork, term int64) error {
-	inv, task, err := m.invocationTask(ctx, in.ID, term)
+// undoBoot takes back a machine that was not handed over.
+func (m *Master) undoBoot(ctx context.Context, in invocationWork, run int64) error {
+	inv, err := m.Catalog.Invocation(ctx, in.ID)
 	if err != nil || inv.State != dr.Invoking {
 		return err // a machine that was handed over is never taken away
 	}
-	if _, err := m.Silo.EndInvocation(ctx, task, false); err != nil {
+	if err := m.stopMachine(ctx, inv, run); err != nil {
 		return err
 	}
 	inv.State = dr.Failed
@@ -255,25 +256,33 @@ func (m *Master) EndInvocation(ctx context.Context, id string, keep bool) (api.O
 	if !inv.Active() {
 		return api.Operation{}, api.Errorf(api.Conflict, "invocation %s has %s already", inv.ID, inv.State)
 	}
-	op, err := m.Operation(ctx, operationID(kindInvoke, inv.Server, inv.ID), 0, 0)
-	if err == nil && !op.State.Finished() {
-		return api.Operation{}, api.Errorf(api.Conflict, "invocation %s is still starting: wait for it, or cancel it with 'muster operation cancel %s'", inv.ID, op.ID)
+	if err := m.startedAlready(ctx, inv); err != nil {
+		return api.Operation{}, err
 	}
 	// Each wish to end is an operation of its own: one that failed may be repeated.
 	subject := inv.ID + "." + dr.NewID("end")
 	return begin(ctx, m, kindEnd, inv.Server, subject, invocationWork{ID: inv.ID, Keep: keep}, engine.StartOptions{Key: "invocation/" + inv.ID, Refuse: true})
 }
 
+// startedAlready refuses to end what is still beginning.
+func (m *Master) startedAlready(ctx context.Context, inv dr.Invocation) error {
+	op, err := m.Operation(ctx, operationID(kindInvoke, inv.Server, inv.ID), 0, 0)
+	if err == nil && !op.State.Finished() {
+		return api.Errorf(api.Conflict, "invocation %s is still starting: wait for it, or cancel it with 'muster operation cancel %s'", inv.ID, op.ID)
+	}
+	return nil
+}
+
 func (m *Master) end(r *engine.Run, in invocationWork) error {
-	_, err := engine.Step(r, "end", engine.StepOptions{Limit: endLimit, Attempts: 2}, func(ctx context.Context) (string, error) {
-		inv, task, err := m.invocationTask(ctx, in.ID, r.Term())
+	_, err := engine.Step(r, "end", engine.StepOptions{Limit: endLimit, Attempts: 5}, func(ctx context.Context) (string, error) {
+		inv, err := m.Catalog.Invocation(ctx, in.ID)
 		if err != nil {
 			return "", err
 		}
 		if !inv.Active() {
 			return inv.KeptAt, nil
 		}
-		kept, err := m.Silo.EndInvocation(ctx, task, in.Keep)
+		kept, err := m.endMachine(ctx, inv, r.Term(), in.Keep)
 		if err != nil {
 			return "", err
 		}
@@ -282,7 +291,7 @@ func (m *Master) end(r *engine.Run, in invocationWork) error {
 		if err := m.Catalog.RecordInvocation(ctx, inv); err != nil {
 			return "", err
 		}
-		return kept, m.closeTickets(ctx, inv, dr.ProblemInvoked, dr.ProblemStopped)
+		return kept, m.closeTickets(ctx, inv, shownOtherwise(inv), dr.ProblemInvoked, dr.ProblemStopped)
 	})
 	return err
 }
@@ -304,12 +313,12 @@ func (m *Master) tend(ctx context.Context) {
 		if _, busy := running[inv.Server]; busy || inv.State != dr.Running {
 			continue
 		}
-		_, task, err := m.invocationTask(ctx, inv.ID, 0)
+		silo, task, err := m.machine(ctx, inv.ID)
 		if err != nil {
 			m.Log.ErrorContext(ctx, "tend invocation", "invocation", inv.ID, "server", inv.Server, "snapshot", inv.SnapshotID, "error", err)
 			continue
 		}
-		running, err := m.Silo.Tend(ctx, task)
+		running, err := silo.Tend(ctx, task)
 		if err != nil {
 			m.Log.ErrorContext(ctx, "tend invocation", "invocation", inv.ID, "server", inv.Server, "snapshot", inv.SnapshotID, "error", err)
 			continue

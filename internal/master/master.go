@@ -6,6 +6,9 @@
 //
 //	KIND.SERVER.SUBJECT    protect.shop.snap-20260101t020000-k3mq2a7x
 //
+// What a silo is to do waits until one has room for it, and is done under a lease (farm.go). Which silo that is, is dr.Place's to
+// say; a silo that is not heard of loses what it has to another (beat.go), but for invoked machines.
+//
 // Runs of one server wait for each other. Each step of a run may be repeated after a crash: everything asked of an
 // appliance or a silo is asked under an identifier chosen before the run began.
 //
@@ -52,7 +55,8 @@ type Config struct {
 	// Far makes sure that a snapshot, of which an appliance says that it was replicated, is in the far store. nil: that store is Store.
 	// An error of kind api.Refused is for good.
 	Far      func(ctx context.Context, server dr.Server, snapshot string) error
-	Silo     api.Silo
+	Silos    Silos
+	Home     string // the silo that is part of this process; "" none
 	Log      *slog.Logger
 	Version  string
 	Data     string           // folder of the installation, for people
@@ -61,6 +65,10 @@ type Config struct {
 	Tick     time.Duration    // how often the scheduler looks; 0: DefaultTick
 	Grace    time.Duration    // how long a snapshot may stay untested; 0: DefaultGrace
 	Away     time.Duration    // how long an appliance may be silent; 0: DefaultAway
+	// Access gives what a silo elsewhere needs to open the store of a server's customer; nil: silos have it.
+	Access func(ctx context.Context, server dr.Server) (*api.Access, error)
+	// Lease is how long leases of silos last unless they are renewed, and LeaseGrace how much later their work is given away; 0: dr's.
+	Lease, LeaseGrace time.Duration
 }
 
 // Defaults of Config.
@@ -73,6 +81,7 @@ const (
 type Master struct {
 	Config
 	started time.Time
+	farm    *farm
 
 	mu       sync.Mutex
 	results  map[string]json.RawMessage // of finished verify, collect and adopt operations of this process
@@ -106,7 +115,10 @@ func Open(config Config) *Master {
 	if config.Away == 0 {
 		config.Away = DefaultAway
 	}
-	m := &Master{Config: config, started: config.Now(), sites: map[string]siteSeen{}, said: map[string]bool{},
+	if config.Lease == 0 {
+		config.Lease, config.LeaseGrace = dr.LeaseTime, dr.LeaseGrace
+	}
+	m := &Master{Config: config, started: config.Now(), farm: newFarm(), sites: map[string]siteSeen{}, said: map[string]bool{},
 		results: map[string]json.RawMessage{}, attempts: map[string]dr.Attempt{}, warned: map[string]bool{}, collect: config.Now(), woke: config.Now()}
 	if m.Far == nil {
 		m.Far = m.inStore
@@ -126,10 +138,7 @@ func Open(config Config) *Master {
 
 // Shape names the form of the runs below: it changes when a step is added, removed, renamed or moved, so that a run begun
 // by an older release is failed and started anew rather than carried on wrongly. The program gives it to the engine.
-const Shape = "3"
-
-// ResourceTest is what boot tests need; the program tells the engine how many this host can hold at once.
-const ResourceTest = "boot-test place"
+const Shape = "4"
 
 // The kinds of operation.
 const (
@@ -148,25 +157,18 @@ const (
 var kinds = []string{kindProtect, kindPreRecover, kindTest, kindRule, kindInvoke, kindEnd, kindVerify, kindCollect, kindAdopt}
 
 // Start makes the platform whole again after whatever ended the last process: machines and layers nobody owns are
-// removed, invocations are tended, and unfinished operations go on.
+// removed, invocations are tended, and unfinished operations go on. Until ctx ends it keeps in touch with the silos.
 func (m *Master) Start(ctx context.Context) error {
 	if err := m.loadSites(ctx); err != nil {
 		return fmt.Errorf("start master: %w", err)
 	}
-	active, err := m.Catalog.Invocations(ctx, false)
-	if err != nil {
+	for _, name := range m.Silos.Names() {
+		if _, err := m.hear(ctx, name); err != nil {
+			m.Log.ErrorContext(ctx, "silo does not answer", "silo", name, "error", err)
+		}
+	}
+	if err := m.adoptInvocations(ctx); err != nil {
 		return fmt.Errorf("start master: %w", err)
-	}
-	var alive []string
-	for _, inv := range active {
-		alive = append(alive, inv.ID)
-	}
-	removed, err := m.Silo.Reap(ctx, alive)
-	if err != nil {
-		m.Log.ErrorContext(ctx, "remove what a crash left", "error", err)
-	}
-	for _, what := range removed {
-		m.event(ctx, "silo.reaped", "", what, "removed "+what+", left by a process that ended")
 	}
 	if err := m.Engine.Launch(ctx); err != nil {
 		return fmt.Errorf("resume operations: %w", err)
@@ -174,6 +176,7 @@ func (m *Master) Start(ctx context.Context) error {
 	m.tend(ctx)
 	seq, err := m.Catalog.LastEvent(ctx)
 	m.observed.tally.Seq = seq // what is counted happened since
+	go m.beat(ctx)
 	return err
 }
 
@@ -181,9 +184,6 @@ func (m *Master) Start(ctx context.Context) error {
 func (m *Master) Version(context.Context) (api.Version, error) {
 	return api.Version{Version: m.Config.Version, Started: m.started, Data: m.Data}, nil
 }
-
-// Doctor implements api.Operator.
-func (m *Master) Doctor(ctx context.Context) ([]api.Finding, error) { return m.Silo.Diagnose(ctx), nil }
 
 // event writes an event that no other transaction writes; its loss is not worth failing for.
 func (m *Master) event(ctx context.Context, kind, server, subject, message string) {
@@ -232,9 +232,6 @@ func (m *Master) view(s engine.Status) api.Operation {
 	if p := s.Progress; p != nil {
 		op.Part, op.Done, op.Total, op.Unit = p.Part, p.Done, p.Total, p.Unit
 	}
-	if s.Waiting != "" {
-		op.Part = "waiting for a free " + s.Waiting
-	}
 	if op.State.Finished() {
 		finished := s.Finished
 		op.Finished = &finished
@@ -242,6 +239,7 @@ func (m *Master) view(s engine.Status) api.Operation {
 	m.mu.Lock()
 	op.Result = m.results[s.ID]
 	m.mu.Unlock()
+	op.Silo = m.siloOfRun(s.ID)
 	op.Seen = fingerprint(op)
 	return op
 }
@@ -249,7 +247,7 @@ func (m *Master) view(s engine.Status) api.Operation {
 // fingerprint changes whenever an operation does.
 func fingerprint(op api.Operation) int64 {
 	h := uint64(14695981039346656037)
-	for _, b := range fmt.Appendf(nil, "%s|%s|%s|%d|%d|%s", op.State, op.Step, op.Part, op.Done, op.Total, op.Error) {
+	for _, b := range fmt.Appendf(nil, "%s|%s|%s|%d|%d|%s|%s", op.State, op.Step, op.Part, op.Done, op.Total, op.Error, op.Silo) {
 		h = (h ^ uint64(b)) * 1099511628211
 	}
 	return int64(h >> 1)

@@ -166,7 +166,7 @@ func (m *Master) protect(r *engine.Run, in work) error {
 		return err
 	}
 	if in.Appliance != "" {
-		_, err := engine.Step(r, "replicate", remote(sendLimit), func(ctx context.Context) (string, error) { return m.send(ctx, r, in, in.SnapshotID) })
+		_, err := engine.Step(r, "replicate", remote(sendLimit), func(ctx context.Context) (string, error) { return m.replicated(ctx, r, in, in.SnapshotID) })
 		if err != nil {
 			return m.ticket(r, in, dr.ProblemSend, "a snapshot did not come into the far store", err)
 		}
@@ -269,21 +269,37 @@ func (m *Master) prepare(r *engine.Run, in work) (*api.Rejected, error) {
 	if in.Data {
 		limit = mergeLimit
 	}
-	return engine.Step(r, "pre-recover", engine.StepOptions{Limit: limit, Attempts: 2}, func(ctx context.Context) (*api.Rejected, error) {
+	return engine.Step(r, "pre-recover", engine.StepOptions{Limit: waitLimit + limit, Attempts: 2}, func(ctx context.Context) (rejected *api.Rejected, err error) {
 		s, rec, err := m.load(ctx, in)
 		if err != nil {
 			return nil, err
 		}
-		pre, err := m.Silo.PreRecover(ctx, api.PreRecoverTask{ID: in.PreRecovery, Term: r.Term(), Server: s, Snapshot: rec.Snapshot}, r.Report)
-		var rejected *api.Rejected
-		if errors.As(err, &rejected) {
-			return rejected, nil
-		}
-		if err != nil {
-			return nil, err
-		}
-		return nil, m.Catalog.RecordPreRecovery(ctx, pre)
+		err = m.send(ctx, r, m.preRecoverWork(ctx, in.PreRecovery, s), waitLimit, limit, s, func(ctx context.Context, silo api.Silo, l dr.Lease, g api.Grant) error {
+			rejected, err = m.preRecover(ctx, r, silo, l, api.PreRecoverTask{ID: in.PreRecovery, Grant: g, Server: s, Snapshot: rec.Snapshot})
+			return err
+		})
+		return rejected, err
 	})
+}
+
+// preRecover has a silo make a rescue image, and records it. Each silo makes its own under an identifier of its own: of the deltas of
+// one identifier there is only one content, whoever wakes late.
+func (m *Master) preRecover(ctx context.Context, r *engine.Run, silo api.Silo, l dr.Lease, task api.PreRecoverTask) (*api.Rejected, error) {
+	if l.Silo != m.Home {
+		task.ID += "-" + l.Silo
+	}
+	pre, err := silo.PreRecover(ctx, task, r.Report)
+	var rejected *api.Rejected
+	if errors.As(err, &rejected) {
+		return rejected, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := m.Catalog.Under(l).RecordPreRecovery(ctx, pre); err != nil {
+		return nil, err
+	}
+	return nil, m.Catalog.RecordDeltas(ctx, pre.ID, pre.SnapshotID, l.Silo, "")
 }
 
 func (m *Master) load(ctx context.Context, in work) (dr.Server, dr.Record, error) {
@@ -324,7 +340,7 @@ func (m *Master) reject(r *engine.Run, in work, why api.Rejected) error {
 }
 
 func (m *Master) bootAndSettle(r *engine.Run, in work) error {
-	moved, err := engine.Step(r, "test", engine.StepOptions{Limit: testLimit, Attempts: 2, Needs: ResourceTest}, func(ctx context.Context) (bool, error) {
+	moved, err := engine.Step(r, "test", engine.StepOptions{Limit: waitLimit + testLimit, Attempts: 2}, func(ctx context.Context) (bool, error) {
 		return m.boot(ctx, r, in)
 	})
 	if err != nil {
@@ -348,19 +364,46 @@ func (m *Master) boot(ctx context.Context, r *engine.Run, in work) (moved bool, 
 	if rec.PreRecovery == nil {
 		return false, engine.Permanent(fmt.Errorf("test snapshot %s: it has no rescue image", in.SnapshotID))
 	}
-	v, err := m.Silo.Test(ctx, api.TestTask{ID: in.VerdictID, Term: r.Term(), Server: s, Snapshot: rec.Snapshot,
-		PreRecovery: *rec.PreRecovery, Asked: m.Now()}, r.Report)
+	err = m.send(ctx, r, testWork(in.VerdictID, s, *rec.PreRecovery), waitLimit, testLimit, s, func(ctx context.Context, silo api.Silo, l dr.Lease, g api.Grant) error {
+		task := api.TestTask{ID: in.VerdictID, Grant: g, Server: s, Snapshot: rec.Snapshot, PreRecovery: *rec.PreRecovery, Asked: m.Now()}
+		v, err := m.holdTest(ctx, r, silo, l, task)
+		if err != nil {
+			return err
+		}
+		judged, err := m.Catalog.Under(l).RecordVerdict(ctx, v)
+		if err == nil && v.Code == dr.CodeDiskError {
+			_, err = m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemStore, "the store is damaged", v.Summary, in.SnapshotID, m.Now())
+		}
+		moved = judged.Moved
+		return err
+	})
+	return moved, err
+}
+
+// holdTest has a silo test a rescue image. One whose deltas went with the silo that made them is made anew.
+func (m *Master) holdTest(ctx context.Context, r *engine.Run, silo api.Silo, l dr.Lease, task api.TestTask) (dr.Verdict, error) {
+	v, err := silo.Test(ctx, task, r.Report)
+	if api.KindOf(err) != api.NotFound {
+		return v, err
+	}
+	if err := m.Catalog.ForgetDeltas(ctx, task.PreRecovery.ID, l.Silo); err != nil {
+		return v, err
+	}
+	again := api.PreRecoverTask{ID: task.PreRecovery.ID + "-again", Grant: task.Grant, Server: task.Server, Snapshot: task.Snapshot}
+	rejected, err := m.preRecover(ctx, r, silo, l, again)
+	if rejected != nil {
+		return dr.Verdict{ID: task.ID, SnapshotID: task.Snapshot.ID, PreRecovery: task.PreRecovery.ID, Silo: l.Silo,
+			Outcome: dr.Fail, Code: rejected.Code, Summary: rejected.Reason, Started: task.Asked}, nil
+	}
 	if err != nil {
-		return false, err
+		return v, err
 	}
-	judged, err := m.Catalog.RecordVerdict(ctx, v)
+	rec, err := m.Catalog.Snapshot(ctx, task.Snapshot.ID)
 	if err != nil {
-		return false, err
+		return v, err
 	}
-	if v.Code == dr.CodeDiskError {
-		_, err = m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemStore, "the store is damaged", v.Summary, in.SnapshotID, m.Now())
-	}
-	return judged.Moved, err
+	task.PreRecovery = *rec.PreRecovery
+	return silo.Test(ctx, task, r.Report)
 }
 
 // settle carries what was decided into the store, so that it survives the catalog, and lets old snapshots go.
@@ -388,7 +431,7 @@ func (m *Master) settle(ctx context.Context, in work, moved bool) error {
 
 // keepLKG has the store keep what last-known-good is and needs.
 func (m *Master) keepLKG(ctx context.Context, rec dr.Record) error {
-	if err := m.Silo.KeepDeltas(ctx, rec.Snapshot, *rec.PreRecovery); err != nil {
+	if err := m.keepDeltas(ctx, rec); err != nil {
 		return err
 	}
 	if err := m.Store.SetLKG(ctx, rec.Snapshot.ServerID, rec.Snapshot.ID); err != nil {
@@ -425,7 +468,7 @@ func (m *Master) expire(ctx context.Context, s dr.Server) error {
 				return fmt.Errorf("expire snapshot %s: %w", id, err)
 			}
 		}
-		if err := m.Silo.Discard(ctx, id); err != nil {
+		if err := m.discard(ctx, id); err != nil {
 			return fmt.Errorf("expire snapshot %s: %w", id, err)
 		}
 		if err := m.Catalog.Expire(ctx, id); err != nil {

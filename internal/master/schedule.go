@@ -59,6 +59,7 @@ func (m *Master) Wake(ctx context.Context) {
 	m.watchSites(ctx, servers)
 	m.overdue(ctx, running)
 	m.tend(ctx)
+	m.spreadSoon(ctx)
 	if now := m.Now(); len(running) == 0 && now.Sub(m.collect) > collectEvery {
 		m.collect = now
 		if _, err := m.CollectStore(ctx, false); err != nil {

@@ -217,6 +217,11 @@ func (m *Master) status(ctx context.Context, s dr.Server, running map[string]api
 	if op, ok := running[s.Name]; ok {
 		out.Operation = &op
 	}
+	if out.LKG != nil && out.LKG.PreRecovery != nil {
+		if out.Holders, err = m.holders(ctx, out.LKG.PreRecovery.ID); err != nil {
+			return out, err
+		}
+	}
 	inv, active, err := m.Catalog.ActiveInvocation(ctx, s.ID)
 	if active {
 		out.Invocation = &inv

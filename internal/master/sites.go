@@ -382,7 +382,7 @@ func (m *Master) Replicate(ctx context.Context, name, snapshot string) (api.Oper
 // replicate has an appliance send a snapshot now. "" is the newest that it has.
 func (m *Master) replicate(r *engine.Run, in work) error {
 	_, err := engine.Step(r, "replicate", remote(sendLimit), func(ctx context.Context) (string, error) {
-		return m.send(ctx, r, in, in.SnapshotID)
+		return m.replicated(ctx, r, in, in.SnapshotID)
 	})
 	return err
 }
@@ -400,8 +400,8 @@ func lasting(err error) error {
 	return engine.Permanent(err)
 }
 
-// send waits until an appliance has sent a snapshot and told us so.
-func (m *Master) send(ctx context.Context, r *engine.Run, in work, snapshot string) (string, error) {
+// replicated waits until an appliance has sent a snapshot and told us so.
+func (m *Master) replicated(ctx context.Context, r *engine.Run, in work, snapshot string) (string, error) {
 	site, err := m.site(in.Appliance)
 	if err != nil {
 		return "", err

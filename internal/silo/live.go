@@ -49,9 +49,11 @@ func (s *Silo) machineDir(invocation string) string {
 
 // Invoke implements api.Silo. Asked again for an invocation whose machine runs, it answers with that machine.
 func (s *Silo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progress) (api.Invoked, error) {
-	if err := s.admit(task.ID, task.Term); err != nil {
+	ctx, end, err := s.duties.begin(ctx, task.ID, task.Grant)
+	if err != nil {
 		return api.Invoked{}, err
 	}
+	defer end()
 	plan, err := invoke.Attach(task.Network, task.PreRecovery.Hardware, task.Snapshot.Inventory)
 	if err != nil {
 		return api.Invoked{}, err
@@ -60,12 +62,8 @@ func (s *Silo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progre
 	if len(plan.Segments) > 0 {
 		out.Bridge = segmentBridge(task.ID, plan.Segments[0])
 	}
-	// What is booted must stay in the store, also while neither this process nor the exporter runs.
-	if err := s.Store.Hold(ctx, task.Snapshot.ID, task.ID); err != nil {
-		return api.Invoked{}, fmt.Errorf("hold snapshot %s: %w", task.Snapshot.ID, err)
-	}
 	report.Report("export", 0, 0, "")
-	if err := s.Exporter.Start(ctx, task.Snapshot.ImageID(), s.liveSocket(task.ID)); err != nil {
+	if err := s.Exporter.Start(ctx, task.Grant.Access, task.Snapshot.ImageID(), s.liveSocket(task.ID)); err != nil {
 		return api.Invoked{}, fmt.Errorf("export snapshot %s: %w", task.Snapshot.ID, err)
 	}
 	if _, err := s.Hypervisor.Find(ctx, out.Machine); err == nil {
@@ -88,7 +86,7 @@ func (s *Silo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progre
 	}
 	report.Report("start", 0, 0, "")
 	_, err = s.Hypervisor.Start(ctx, vm.Spec{
-		Name: out.Machine, Owner: vm.Owner{Kind: ownerInvocation, ID: task.ID, Term: task.Term},
+		Name: out.Machine, Owner: vm.Owner{Kind: ownerInvocation, ID: task.ID, Term: task.Grant.Term},
 		Hardware: task.PreRecovery.Hardware, Disks: disks, Networks: networks, Dir: dir,
 	})
 	if err != nil && !errors.Is(err, vm.ErrExists) {
@@ -99,7 +97,12 @@ func (s *Silo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progre
 
 // liveLayers makes the layers an invoked machine writes to, or finds those of an earlier attempt.
 func (s *Silo) liveLayers(ctx context.Context, task api.InvokeTask) ([]vm.Disk, error) {
-	deltas, err := s.deltas(ctx, task.Snapshot, task.PreRecovery)
+	st, closed, err := s.Stores.Open(ctx, task.Grant.Access)
+	if err != nil {
+		return nil, err
+	}
+	defer closed()
+	deltas, err := s.deltas(ctx, st, task.Snapshot, task.PreRecovery)
 	if err != nil {
 		return nil, err
 	}
@@ -169,7 +172,7 @@ func (s *Silo) Tend(ctx context.Context, task api.InvokeTask) (bool, error) {
 	if _, err := os.Stat(s.liveDir(task.ID)); err != nil {
 		return false, nil // it never started, or has ended
 	}
-	if err := s.Exporter.Start(ctx, task.Snapshot.ImageID(), s.liveSocket(task.ID)); err != nil {
+	if err := s.Exporter.Start(ctx, task.Grant.Access, task.Snapshot.ImageID(), s.liveSocket(task.ID)); err != nil {
 		return false, fmt.Errorf("export snapshot %s again: %w", task.Snapshot.ID, err)
 	}
 	m, err := s.Hypervisor.Find(ctx, machineName(task.ID))
@@ -185,9 +188,11 @@ func (s *Silo) Tend(ctx context.Context, task api.InvokeTask) (bool, error) {
 
 // EndInvocation implements api.Silo. What is kept is a qcow2 file a disk, complete in itself.
 func (s *Silo) EndInvocation(ctx context.Context, task api.InvokeTask, keep bool) (string, error) {
-	if err := s.admit(task.ID, task.Term); err != nil {
+	ctx, end, err := s.duties.begin(ctx, task.ID, task.Grant)
+	if err != nil {
 		return "", err
 	}
+	defer end()
 	if m, err := s.Hypervisor.Find(ctx, machineName(task.ID)); err == nil {
 		if keep {
 			_, err = m.Shutdown(ctx, ShutdownLimit) // clean, so that what is kept is whole
@@ -212,12 +217,17 @@ func (s *Silo) EndInvocation(ctx context.Context, task api.InvokeTask, keep bool
 
 // keepLive writes each disk, with everything the machine wrote, as one file that needs no store.
 func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error) {
-	base, _, release, err := s.exports.acquire(ctx, task.Snapshot.ImageID(), len(task.Snapshot.Disks))
+	st, closed, err := s.Stores.Open(ctx, task.Grant.Access)
+	if err != nil {
+		return "", err
+	}
+	defer closed()
+	base, _, release, err := s.exports.acquire(ctx, st, task.Snapshot.ImageID(), len(task.Snapshot.Disks))
 	if err != nil {
 		return "", err
 	}
 	defer release()
-	deltas, err := s.deltas(ctx, task.Snapshot, task.PreRecovery)
+	deltas, err := s.deltas(ctx, st, task.Snapshot, task.PreRecovery)
 	if err != nil {
 		return "", err
 	}
@@ -235,7 +245,7 @@ func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error
 			return "", fmt.Errorf("keep disk %d: %w", n, err)
 		}
 		layers := []vm.Layer{{Path: live, Format: "qcow2"}, {Path: deltas[n], Format: "qcow2"}, base[n]}
-		if err := vm.Flatten(ctx, layers, dst, nil); err != nil {
+		if err := s.Flatten(ctx, layers, dst, nil); err != nil {
 			return "", fmt.Errorf("keep disk %d: %w", n, err)
 		}
 	}
@@ -245,13 +255,6 @@ func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error
 // clearInvocation removes everything an invocation has on this host but what was kept.
 func (s *Silo) clearInvocation(ctx context.Context, id string) error {
 	var errs []error
-	holds, err := s.Store.Holds(ctx)
-	errs = append(errs, err)
-	for snapshot, owners := range holds {
-		if slices.Contains(owners, id) {
-			errs = append(errs, s.Store.Unhold(ctx, snapshot, id))
-		}
-	}
 	names, err := s.Networks.List(ctx)
 	errs = append(errs, err)
 	for _, name := range names {
@@ -260,15 +263,14 @@ func (s *Silo) clearInvocation(ctx context.Context, id string) error {
 		}
 	}
 	errs = append(errs, s.Exporter.Stop(ctx, s.liveSocket(id)), os.RemoveAll(s.liveDir(id)))
-	s.done(id)
 	return errors.Join(errs...)
 }
 
-// Reap implements api.Silo. It is called when no work is under way in this process: what boot tests and pre-recoveries
-// left that are not named alive belongs to a process that died.
+// Reap implements api.Silo. What boot tests and pre-recoveries left that are neither named alive nor under way here belongs to a
+// process that died.
 func (s *Silo) Reap(ctx context.Context, alive []string) ([]string, error) {
 	keep := map[string]bool{}
-	for _, id := range alive {
+	for _, id := range append(s.duties.doing(), alive...) {
 		keep[id] = true
 	}
 	var removed []string
@@ -287,6 +289,8 @@ func (s *Silo) Reap(ctx context.Context, alive []string) ([]string, error) {
 		}
 		removed = append(removed, "invocation "+id)
 	}
+	s.fetching.Lock() // what is being fetched has no record yet
+	defer s.fetching.Unlock()
 	for _, snap := range entries(filepath.Join(s.Dir, "images")) {
 		for _, pre := range entries(filepath.Join(s.Dir, "images", snap)) {
 			if _, err := readRecord(s.imageDir(snap, pre)); err != nil && !keep[pre] {

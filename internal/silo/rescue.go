@@ -2,6 +2,8 @@ package silo
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -26,9 +28,16 @@ const recordName = "prerecovery.json"
 // PreRecover implements api.Silo. The deltas are complete once their record is written; what an earlier attempt left
 // unfinished is thrown away first.
 func (s *Silo) PreRecover(ctx context.Context, task api.PreRecoverTask, report dr.Progress) (dr.PreRecovery, error) {
-	if err := s.admit(task.ID, task.Term); err != nil {
+	ctx, end, err := s.duties.begin(ctx, task.ID, task.Grant)
+	if err != nil {
 		return dr.PreRecovery{}, err
 	}
+	defer end()
+	pre, err := s.preRecover(ctx, task, report)
+	return pre, ended(ctx, err)
+}
+
+func (s *Silo) preRecover(ctx context.Context, task api.PreRecoverTask, report dr.Progress) (dr.PreRecovery, error) {
 	dir := s.imageDir(task.Snapshot.ID, task.ID)
 	if done, err := readRecord(dir); err == nil {
 		return done, nil
@@ -51,12 +60,17 @@ func (s *Silo) PreRecover(ctx context.Context, task api.PreRecoverTask, report d
 	if err != nil {
 		return dr.PreRecovery{}, fmt.Errorf("ask hypervisor: %w", err)
 	}
-	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ImageID(), len(task.Snapshot.Disks))
+	st, closed, err := s.Stores.Open(ctx, task.Grant.Access)
+	if err != nil {
+		return dr.PreRecovery{}, err
+	}
+	defer closed()
+	layers, fault, release, err := s.exports.acquire(ctx, st, task.Snapshot.ImageID(), len(task.Snapshot.Disks))
 	if err != nil {
 		return dr.PreRecovery{}, err
 	}
 	defer release()
-	data, done, err := s.data(ctx, task.Snapshot)
+	data, done, err := s.data(ctx, st, task.Snapshot)
 	if err != nil {
 		return dr.PreRecovery{}, err
 	}
@@ -70,23 +84,24 @@ func (s *Silo) PreRecover(ctx context.Context, task api.PreRecoverTask, report d
 		os.RemoveAll(dir)
 		return dr.PreRecovery{}, rejection(err, fault())
 	}
-	if err := writeRecord(dir, pre); err != nil {
+	if err := ctx.Err(); err != nil { // who has no lease any more finishes nothing
+		os.RemoveAll(dir)
 		return dr.PreRecovery{}, err
 	}
-	s.done(task.ID)
-	return pre, nil
+	pre.Silo = s.Name
+	return pre, writeRecord(dir, pre)
 }
 
 // data opens the files that go into an image, if the snapshot is of files; done closes them.
-func (s *Silo) data(ctx context.Context, snap dr.Snapshot) (data *prerecover.Data, done func(), err error) {
+func (s *Silo) data(ctx context.Context, st *store.Store, snap dr.Snapshot) (data *prerecover.Data, done func(), err error) {
 	if !snap.IsData() {
 		return nil, func() {}, nil
 	}
-	image, err := s.Store.Snapshot(ctx, snap.Image)
+	image, err := st.Snapshot(ctx, snap.Image)
 	if err != nil {
 		return nil, nil, fmt.Errorf("find image %s: %w", snap.Image, err)
 	}
-	files, err := s.Store.Files(ctx, snap.ID)
+	files, err := st.Files(ctx, snap.ID)
 	if errors.Is(err, store.ErrDamaged) {
 		return nil, nil, &api.Rejected{Code: dr.CodeDiskError, Reason: "the data cannot be read from the store: " + err.Error()}
 	}
@@ -175,8 +190,10 @@ func writeRecord(dir string, pre dr.PreRecovery) error {
 // DeltaName is the name under which disk n's delta is kept with its snapshot in the store.
 func DeltaName(pre string, n int) string { return fmt.Sprintf("%s-delta-%d.qcow2", pre, n) }
 
-// deltas gives the delta files of a pre-recovery, fetched back from the store if this silo has lost them.
-func (s *Silo) deltas(ctx context.Context, snap dr.Snapshot, pre dr.PreRecovery) ([]string, error) {
+// deltas gives the delta files of a pre-recovery, fetched back from the store if this silo does not have them.
+func (s *Silo) deltas(ctx context.Context, st *store.Store, snap dr.Snapshot, pre dr.PreRecovery) ([]string, error) {
+	s.fetching.Lock()
+	defer s.fetching.Unlock()
 	dir := s.imageDir(snap.ID, pre.ID)
 	_, err := readRecord(dir)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -193,35 +210,71 @@ func (s *Silo) deltas(ctx context.Context, snap dr.Snapshot, pre dr.PreRecovery)
 		return nil, fmt.Errorf("make folder for deltas: %w", err)
 	}
 	for n, path := range paths {
-		if err := s.fetch(ctx, snap.ID, DeltaName(pre.ID, n), path); err != nil {
-			return nil, fmt.Errorf("find delta of %s: %w; run 'muster prerecover %s --snapshot %s' to make it anew", snap.ID, err, snap.Server, snap.ID)
+		err := fetch(ctx, st, snap.ID, DeltaName(pre.ID, n), path)
+		if errors.Is(err, store.ErrNotFound) { // kept by another silo a moment ago, perhaps
+			if err = st.Refresh(ctx); err == nil {
+				err = fetch(ctx, st, snap.ID, DeltaName(pre.ID, n), path)
+			}
+		}
+		if errors.Is(err, store.ErrNotFound) {
+			return nil, errors.Join(api.Errorf(api.NotFound, "find delta of %s: %w; run 'muster prerecover %s --snapshot %s' to make it anew", snap.ID, err, snap.Server, snap.ID), os.RemoveAll(dir))
+		}
+		if err != nil {
+			return nil, fmt.Errorf("fetch delta of %s: %w", snap.ID, err)
 		}
 	}
 	pre.Deltas = paths
 	return paths, writeRecord(dir, pre)
 }
 
-func (s *Silo) fetch(ctx context.Context, snapshot, name, path string) error {
+func fetch(ctx context.Context, st *store.Store, snapshot, name, path string) error {
 	f, err := os.OpenFile(path, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o644)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	return s.Store.Fetch(ctx, snapshot, name, f)
+	return st.Fetch(ctx, snapshot, name, f)
 }
 
-// KeepDeltas puts a pre-recovery's deltas into the store beside their snapshot, so that a lost silo costs nothing.
-func (s *Silo) KeepDeltas(ctx context.Context, snap dr.Snapshot, pre dr.PreRecovery) error {
-	paths, err := s.deltas(ctx, snap, pre)
+// KeepDeltas implements api.Silo.
+func (s *Silo) KeepDeltas(ctx context.Context, task api.DeltasTask) (string, error) {
+	return s.handle(ctx, task, func(st *store.Store, n int, path string) error {
+		return keepFile(ctx, st, task.Snapshot.ID, DeltaName(task.PreRecovery.ID, n), path)
+	})
+}
+
+// HoldDeltas implements api.Silo.
+func (s *Silo) HoldDeltas(ctx context.Context, task api.DeltasTask) (string, error) {
+	return s.handle(ctx, task, func(*store.Store, int, string) error { return nil })
+}
+
+// handle does something with each delta, and gives their digest: SHA-256 over the names and contents of all.
+func (s *Silo) handle(ctx context.Context, task api.DeltasTask, do func(st *store.Store, n int, path string) error) (string, error) {
+	st, closed, err := s.Stores.Open(ctx, task.Grant.Access)
 	if err != nil {
-		return err
+		return "", err
 	}
+	defer closed()
+	paths, err := s.deltas(ctx, st, task.Snapshot, task.PreRecovery)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.New()
 	for n, path := range paths {
-		if err := keepFile(ctx, s.Store, snap.ID, DeltaName(pre.ID, n), path); err != nil {
-			return fmt.Errorf("keep delta of %s: %w", snap.ID, err)
+		if err := do(st, n, path); err != nil {
+			return "", fmt.Errorf("keep delta of %s: %w", task.Snapshot.ID, err)
+		}
+		f, err := os.Open(path)
+		if err != nil {
+			return "", fmt.Errorf("read delta of %s: %w", task.Snapshot.ID, err)
+		}
+		size, err := io.Copy(sum, f)
+		fmt.Fprintf(sum, "\n%d %d\n", n, size)
+		if err := errors.Join(err, f.Close()); err != nil {
+			return "", fmt.Errorf("read delta of %s: %w", task.Snapshot.ID, err)
 		}
 	}
-	return nil
+	return hex.EncodeToString(sum.Sum(nil)), nil
 }
 
 func keepFile(ctx context.Context, st *store.Store, snapshot, name, path string) error {
@@ -235,20 +288,32 @@ func keepFile(ctx context.Context, st *store.Store, snapshot, name, path string)
 
 // Test implements api.Silo. Run clears what an earlier attempt under the same identifier left.
 func (s *Silo) Test(ctx context.Context, task api.TestTask, report dr.Progress) (dr.Verdict, error) {
-	if err := s.admit(task.ID, task.Term); err != nil {
-		return dr.Verdict{}, err
-	}
-	paths, err := s.deltas(ctx, task.Snapshot, task.PreRecovery)
+	ctx, end, err := s.duties.begin(ctx, task.ID, task.Grant)
 	if err != nil {
 		return dr.Verdict{}, err
 	}
-	layers, fault, release, err := s.exports.acquire(ctx, task.Snapshot.ImageID(), len(task.Snapshot.Disks))
+	defer end()
+	v, err := s.test(ctx, task, report)
+	return v, ended(ctx, err)
+}
+
+func (s *Silo) test(ctx context.Context, task api.TestTask, report dr.Progress) (dr.Verdict, error) {
+	st, closed, err := s.Stores.Open(ctx, task.Grant.Access)
+	if err != nil {
+		return dr.Verdict{}, err
+	}
+	defer closed()
+	paths, err := s.deltas(ctx, st, task.Snapshot, task.PreRecovery)
+	if err != nil {
+		return dr.Verdict{}, err
+	}
+	layers, fault, release, err := s.exports.acquire(ctx, st, task.Snapshot.ImageID(), len(task.Snapshot.Disks))
 	if err != nil {
 		return dr.Verdict{}, err
 	}
 	defer release()
 	v, err := boottest.Run(ctx, s.Hypervisor, boottest.Request{
-		VerdictID: task.ID, Term: task.Term, Snapshot: task.Snapshot, PreRecovery: task.PreRecovery,
+		VerdictID: task.ID, Term: task.Grant.Term, Snapshot: task.Snapshot, PreRecovery: task.PreRecovery,
 		Checks: task.Server.Checks, Objectives: task.Server.Objectives, Disks: under(paths, layers),
 		ScratchDir: s.scratch(), EvidenceDir: s.evidenceDir(task.Snapshot.ID, task.ID),
 		Asked: task.Asked, DiskError: fault, NewLayer: s.NewLayer, Limits: s.Limits,
@@ -260,7 +325,7 @@ func (s *Silo) Test(ctx context.Context, task api.TestTask, report dr.Progress) 
 	if bad := fault(); bad != nil && v.Outcome == dr.Inconclusive {
 		v.Outcome, v.Code, v.Summary = dr.Fail, dr.CodeDiskError, "the snapshot cannot be read from the store: "+bad.Error()
 	}
-	s.done(task.ID)
+	v.Silo = s.Name
 	return v, nil
 }
 

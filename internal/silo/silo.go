@@ -12,6 +12,12 @@
 // A boot test reads the store through an export inside this process: if the process dies, so does the test. An invoked
 // machine reads through an exporter process of its own, so that it lives on when this process is restarted.
 //
+// # Leases
+//
+// What a silo does it does under a lease of the master's. If that is not renewed, because the master does not reach this silo, a
+// boot test or a pre-recovery is ended and its machine removed, before another silo can be given the same work. An invoked
+// machine is not: it serves people, who may reach it although the master does not.
+//
 // Knows: which stage needs what of the others; where files of a silo lie; leases by their term.
 // Must not know: the catalog, last-known-good, why it is asked.
 package silo
@@ -24,31 +30,56 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/boottest"
+	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/image"
 	"github.com/musterdr/muster/internal/prerecover"
 	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/vm"
 )
 
-// Config is what a silo is made of. All fields but Overlays are needed.
+// Config is what a silo is made of. All fields are needed but those with a default.
 type Config struct {
-	Store      *store.Store
+	Name       string // see dr.ValidateName
+	Stores     Stores
 	Hypervisor vm.Hypervisor
 	Opener     prerecover.Opener
 	Networks   Networks
 	Exporter   Exporter
-	GuestAgent string // path of the static test agent that is put into rescue images
-	Dir        string // data, see the package comment
-	Run        string // sockets; short
-	SocketGID  int    // group under which the hypervisor's machines run
-	MaxMemory  int    // MiB a rescue machine may have at most; 0: half the host's
-	MaxCPUs    int    // 0: the host's
+	GuestAgent string          // path of the static test agent that is put into rescue images
+	Dir        string          // data, see the package comment
+	Run        string          // sockets; short
+	SocketGID  int             // group under which the hypervisor's machines run
+	MaxMemory  int             // MiB a rescue machine may have at most; 0: half the host's
+	MaxCPUs    int             // 0: the host's
+	Memory     int             // MiB that rescue machines may have all together; 0: seven eighths of the host's
+	Tests      int             // boot tests at once; 0: as many as memory and processors allow
+	Reserved   []string        // customers that it is for; none: everybody's
+	Version    string          // of the program, for people
+	Bridges    func() []string // of the host, that a machine can be plugged into; nil: none
 	Diagnose   func(ctx context.Context) []api.Finding
-	Limits     boottest.Limits                                                          // of boot tests and of the checks of invocations
-	NewLayer   func(ctx context.Context, path string, below vm.Layer) (vm.Layer, error) // nil: vm.NewLayer
+	Limits     boottest.Limits                                                                    // of boot tests and of the checks of invocations
+	NewLayer   func(ctx context.Context, path string, below vm.Layer) (vm.Layer, error)           // nil: vm.NewLayer
+	Flatten    func(ctx context.Context, layers []vm.Layer, dst string, report dr.Progress) error // nil: vm.Flatten
+	Clock      func() time.Duration                                                               // that nobody sets; nil: the host's since it started
+}
+
+// Stores opens the store of the customer that a piece of work is for.
+type Stores interface {
+	// Open gives the store, which stays open until release is called. access is what came with the lease: nil means a
+	// store that the silo has without being given any.
+	Open(ctx context.Context, access *api.Access) (st *store.Store, release func(), err error)
+}
+
+// Own is the one store of a silo that is part of its master's process.
+type Own struct{ *store.Store }
+
+// Open implements Stores.
+func (o Own) Open(context.Context, *api.Access) (*store.Store, func(), error) {
+	return o.Store, func() {}, nil
 }
 
 // Networks makes and removes the bridges of rescue machines.
@@ -63,7 +94,7 @@ type Networks interface {
 // Exporter runs a process that serves a snapshot's disks on a unix socket and outlives this one.
 type Exporter interface {
 	// Start makes sure that the snapshot is served on the socket, as exports SNAPSHOT/0, SNAPSHOT/1, …
-	Start(ctx context.Context, snapshot, socket string) error
+	Start(ctx context.Context, access *api.Access, snapshot, socket string) error
 	Stop(ctx context.Context, socket string) error
 }
 
@@ -71,9 +102,9 @@ type Exporter interface {
 type Silo struct {
 	Config
 	exports *exports
+	duties  *duties
 
-	mu    sync.Mutex
-	terms map[string]int64
+	fetching sync.Mutex // of deltas: they are small, and fetched once
 }
 
 var _ api.Silo = (*Silo)(nil)
@@ -99,41 +130,27 @@ func Open(ctx context.Context, config Config) (*Silo, error) {
 	if config.NewLayer == nil {
 		config.NewLayer = vm.NewLayer
 	}
+	if config.Flatten == nil {
+		config.Flatten = vm.Flatten
+	}
 	if config.Diagnose == nil {
 		config.Diagnose = func(context.Context) []api.Finding { return nil }
 	}
-	s := &Silo{Config: config, terms: map[string]int64{}}
+	if config.Clock == nil {
+		config.Clock = sinceBoot
+	}
+	s := &Silo{Config: config, duties: newDuties(config.Clock)}
 	socket := filepath.Join(config.Run, "exports.sock")
 	l, err := image.Listen(socket, 0o660, config.SocketGID)
 	if err != nil {
 		return nil, fmt.Errorf("open silo: %w", err)
 	}
-	s.exports = serveExports(config.Store, socket, l)
+	s.exports = serveExports(socket, l)
 	return s, nil
 }
 
 // Close stops serving. Machines of boot tests that still run lose their disks; invoked machines do not notice.
 func (s *Silo) Close() error { return s.exports.close() }
-
-// ErrStale is returned to work whose lease has gone to somebody else.
-var ErrStale = errors.New("this work was given to somebody else meanwhile")
-
-// admit refuses work of a lower term than one seen for the same identifier.
-func (s *Silo) admit(id string, term int64) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if term < s.terms[id] {
-		return fmt.Errorf("admit %s in term %d: %w (term %d)", id, term, ErrStale, s.terms[id])
-	}
-	s.terms[id] = term
-	return nil
-}
-
-func (s *Silo) done(id string) {
-	s.mu.Lock()
-	delete(s.terms, id)
-	s.mu.Unlock()
-}
 
 // Diagnose implements api.Silo.
 func (s *Silo) Diagnose(ctx context.Context) []api.Finding { return s.Config.Diagnose(ctx) }
@@ -149,7 +166,6 @@ func (s *Silo) scratch() string                  { return filepath.Join(s.Run, "
 
 // exports serves snapshots' disks to machines of this process, opened once however many read them.
 type exports struct {
-	store  *store.Store
 	socket string
 	server *image.Server
 	cancel context.CancelFunc
@@ -167,9 +183,9 @@ type export struct {
 	users  int
 }
 
-func serveExports(st *store.Store, socket string, l net.Listener) *exports {
+func serveExports(socket string, l net.Listener) *exports {
 	ctx, cancel := context.WithCancel(context.Background())
-	e := &exports{store: st, socket: socket, server: image.NewServer(), cancel: cancel, served: make(chan error, 1),
+	e := &exports{socket: socket, server: image.NewServer(), cancel: cancel, served: make(chan error, 1),
 		open: map[string]*export{}, bad: map[string]error{}}
 	e.server.OnError = func(name string, err error) {
 		e.faults.Lock()
@@ -201,15 +217,15 @@ func layers(socket, snapshot string, disks int) []vm.Layer {
 	return out
 }
 
-// acquire serves a snapshot's disks until release is called. fault gives the first read error of any of them.
-func (e *exports) acquire(ctx context.Context, snapshot string, disks int) (disksOf []vm.Layer, fault func() error, release func(), err error) {
+// acquire serves a snapshot's disks out of its store, which stays open at least as long, until release is called. fault gives the first read error of any of them.
+func (e *exports) acquire(ctx context.Context, st *store.Store, snapshot string, disks int) (disksOf []vm.Layer, fault func() error, release func(), err error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	x := e.open[snapshot]
 	if x == nil {
 		x = &export{}
 		for n := range disks {
-			img, err := e.store.Image(ctx, snapshot, n)
+			img, err := st.Image(ctx, snapshot, n)
 			if err == nil {
 				x.images = append(x.images, img)
 				err = e.server.Add(ExportName(snapshot, n), img)

@@ -63,6 +63,13 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 		"a check changes nothing, and fails where writing does":             checked,
 		"whoever is told hears of what took effect, in order":               told,
 		"a month is metered from the record":                                metered,
+		"a silo joins, drains, is lost and comes back":                      siloLife,
+		"work has one lease, each new one a higher term":                    leaseGranted,
+		"what comes under an old term is refused":                           leaseFences,
+		"the work of a lost silo is taken once, but no invocation":          siloLost,
+		"a silo that is heard of keeps its leases":                          leaseRenewed,
+		"grants at once do not overcommit memory":                           grantsAtOnce,
+		"deltas are known where they are held":                              deltasHeld,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
