@@ -7,6 +7,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/musterdr/muster/internal/database/pgtest"
 	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/engine/enginetest"
 )
@@ -47,6 +48,30 @@ func sqliteFile(t *testing.T) string {
 func TestSQLite(t *testing.T) {
 	t.Parallel()
 	enginetest.Run(t, sqliteFile)
+	t.Run("a second process is kept out", func(t *testing.T) {
+		t.Parallel()
+		enginetest.Exclusive(t, sqliteFile(t))
+	})
+}
+
+func TestPostgres(t *testing.T) {
+	t.Parallel()
+	enginetest.Run(t, postgres(t))
+}
+
+// postgres starts a server and gives empty databases of runs.
+func postgres(t *testing.T) func(t *testing.T) string {
+	t.Helper()
+	server := pgtest.Start(t)
+	made := server.Database(t)
+	e, err := engine.Open(t.Context(), engine.Config{DSN: made, Version: "1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return func(t *testing.T) string { return server.Copy(t, made) }
 }
 
 func TestACancelledRunKilledAtEveryPointIsUndoneAndNothingIsRepeated(t *testing.T) {

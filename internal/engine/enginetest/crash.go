@@ -123,7 +123,7 @@ func child() {
 			select {}
 		}
 	}
-	e, err := engine.Open(context.Background(), engine.Config{DSN: os.Getenv(envDSN), Version: "1",
+	e, err := engine.Open(context.Background(), engine.Config{DSN: os.Getenv(envDSN), Version: "1", Host: "crash",
 		Logger: slog.New(slog.DiscardHandler)})
 	check(err)
 	engine.Register(e, "crash", func(r *engine.Run, _ nothing) error {

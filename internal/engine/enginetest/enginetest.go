@@ -47,7 +47,6 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 		"steps that are not those of the beginning fail the run":  changedSteps,
 		"a result is the same the first time and after a restart": results,
 		"old finished runs are pruned":                            prunes,
-		"a second process is kept out":                            locked,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
