@@ -20,3 +20,10 @@ func TestKilledAtEveryPointOfEveryMode(t *testing.T) {
 		t.Run(kind+", any instant", func(t *testing.T) { enginetest.Kills(t, dsn(), 30) })
 	}
 }
+
+func TestOneOfTwoHostsKilledAtEveryPoint(t *testing.T) {
+	if os.Getenv("MUSTER_REAL") == "" {
+		t.Skip("set MUSTER_REAL=1 to kill some dozen processes")
+	}
+	enginetest.KillOne(t, prepared(t, pgtest.Start(t)))
+}

@@ -56,13 +56,21 @@ func TestSQLite(t *testing.T) {
 
 func TestPostgres(t *testing.T) {
 	t.Parallel()
-	enginetest.Run(t, postgres(t))
+	server := pgtest.Start(t)
+	dsn := prepared(t, server)
+	enginetest.Run(t, dsn)
+	enginetest.Hosts(t, dsn, func(t *testing.T) string { return server.Database(t) })
 }
 
-// postgres starts a server and gives empty databases of runs.
-func postgres(t *testing.T) func(t *testing.T) string {
-	t.Helper()
+func TestPostgresRestartedInTheMiddle(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Start(t)
+	enginetest.Restarts(t, server.Database(t), func() { server.Restart(t) })
+}
+
+// prepared gives empty databases of runs, with their tables.
+func prepared(t *testing.T, server *pgtest.Server) func(t *testing.T) string {
+	t.Helper()
 	made := server.Database(t)
 	e, err := engine.Open(t.Context(), engine.Config{DSN: made, Version: "1"})
 	if err != nil {
