@@ -32,6 +32,10 @@ func TestPostgres(t *testing.T) {
 		t.Fatal(err)
 	}
 	catalogtest.Run(t, func(t *testing.T) string { return server.Copy(t, made) })
+	t.Run("processes that start and write at once", func(t *testing.T) {
+		t.Parallel()
+		catalogtest.Processes(t, server.Database(t))
+	})
 }
 
 func TestACatalogKilledWhileItWritesIsWhole(t *testing.T) {

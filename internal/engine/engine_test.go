@@ -62,12 +62,6 @@ func TestPostgres(t *testing.T) {
 	enginetest.Hosts(t, dsn, func(t *testing.T) string { return server.Database(t) })
 }
 
-func TestPostgresRestartedInTheMiddle(t *testing.T) {
-	t.Parallel()
-	server := pgtest.Start(t)
-	enginetest.Restarts(t, server.Database(t), func() { server.Restart(t) })
-}
-
 // prepared gives empty databases of runs, with their tables.
 func prepared(t *testing.T, server *pgtest.Server) func(t *testing.T) string {
 	t.Helper()

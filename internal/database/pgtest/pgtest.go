@@ -137,6 +137,15 @@ func (s *Server) Restart(t testing.TB) {
 	s.run(t)
 }
 
+// Clock is what the server's clock shows.
+func (s *Server) Clock(t testing.TB) (now time.Time) {
+	t.Helper()
+	if err := s.admin.QueryRow("SELECT clock_timestamp()").Scan(&now); err != nil {
+		t.Fatal(err)
+	}
+	return now
+}
+
 // Database makes an empty database and gives its address.
 func (s *Server) Database(t testing.TB) string { return s.make(t, "template1") }
 
