@@ -41,7 +41,9 @@ func newHost(name string, lease time.Duration) *host {
 }
 
 // session is what the host's sessions are called, by which the server finds them.
-func (h *host) session() string { return "muster engine " + h.id }
+func (h *host) session() string { return sessionPrefix + h.id }
+
+const sessionPrefix = "muster engine "
 
 // admit refuses a connection of a host that was fenced.
 func (h *host) admit(ctx context.Context, conn *pgx.Conn) error {
