@@ -23,7 +23,7 @@ const module = "github.com/musterdr/muster/"
 // The levels, lowest first. A part imports only parts of lower levels.
 var levels = [][]string{
 	{"dr", "database", "durable", "fileset"},
-	{"image", "store", "vm", "trust", "engine", "catalog", "api", "probe", "signs", "guestfish"},
+	{"image", "store", "vm", "trust", "engine", "catalog", "api", "probe", "signs", "guestfish", "backup"},
 	{"capture", "prerecover", "boottest", "invoke", "files", "doctor"},
 	{"agent", "appliance", "master", "silo"},
 	{"portal"},

@@ -14,6 +14,7 @@ import (
 	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
 
+	"github.com/musterdr/muster/internal/database"
 	"github.com/musterdr/muster/internal/durable"
 	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/store/folder"
@@ -24,8 +25,8 @@ import (
 //	DIR/muster.yaml   settings
 //	DIR/store.key     what opens the store; without it the store is noise
 //	DIR/store/        the store, unless settings name another place
-//	DIR/catalog.db    what is known and proven
-//	DIR/engine.db     work under way
+//	DIR/catalog.db    what is known and proven, unless settings name a database
+//	DIR/engine.db     work under way, likewise
 //	DIR/silo/         deltas, evidence, live layers
 type install struct {
 	Dir string
@@ -39,6 +40,33 @@ type settings struct {
 	MaxCPUs   int    `yaml:"max_cpus"`   // 0: this host's
 	Tests     int    `yaml:"tests"`      // boot tests at once; 0: 1
 	Libvirt   string `yaml:"libvirt"`    // libvirt's socket; "": the system's
+	// Database is where catalog and work are: a postgres:// URL, which other masters may share; "": files of the installation.
+	Database string `yaml:"database,omitempty"`
+	Host     string `yaml:"host,omitempty"` // this master's name among those that share a database; "": the host's
+}
+
+// host is the master's name among others.
+func (s settings) host() string {
+	if s.Host != "" {
+		return s.Host
+	}
+	name, _ := os.Hostname()
+	return name
+}
+
+// catalog and engine say where the databases are.
+func (i install) catalog(s settings) string {
+	if s.Database != "" {
+		return s.Database
+	}
+	return i.path("catalog.db")
+}
+
+func (i install) engine(s settings) string {
+	if s.Database != "" {
+		return s.Database
+	}
+	return i.path("engine.db")
 }
 
 func defaultDir() string {
@@ -118,9 +146,13 @@ To recover a lost installation, give the old store and the copy of its key, then
 	keyFile := cmd.Flags().String("key-file", "", "key of an existing store")
 	maxMemory := cmd.Flags().Int("max-memory", 0, "MiB a rescue machine may have; 0: half this host's")
 	libvirt := cmd.Flags().String("libvirt", "", "libvirt's socket; empty: the system's")
+	db := cmd.Flags().String("database", "", "postgres:// URL of the database for catalog and work, which several masters may share; empty: files in DIR")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		i := installation(cmd)
-		s := settings{Store: *storePath, MaxMemory: *maxMemory, Libvirt: *libvirt}
+		s := settings{Store: *storePath, MaxMemory: *maxMemory, Libvirt: *libvirt, Database: *db}
+		if *db != "" && !database.IsPostgres(*db) {
+			return withCode(exitUsage, fmt.Errorf("--database %s: give a postgres:// URL", *db))
+		}
 		if s.Store == "" {
 			s.Store = i.path("store")
 		}
@@ -177,11 +209,20 @@ func (i install) create(cmd *cobra.Command, s settings, keyFile string) error {
 			return fmt.Errorf("make store in %s: %w", s.Store, err)
 		}
 	}
+	return i.writeSettings(s)
+}
+
+// writeSettings replaces the settings. A database's URL may hold a password.
+func (i install) writeSettings(s settings) error {
 	raw, err := yaml.Marshal(s)
 	if err != nil {
 		return err
 	}
-	return durable.WriteFile(i.path("muster.yaml"), raw, 0o644)
+	mode := os.FileMode(0o644)
+	if s.Database != "" {
+		mode = 0o600
+	}
+	return durable.WriteFile(i.path("muster.yaml"), raw, mode)
 }
 
 func newKey() string {

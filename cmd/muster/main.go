@@ -133,7 +133,7 @@ newest that answered as last-known-good. On the day, it boots that one for real.
 			root.AddCommand(c)
 		}
 	}
-	in("house", initCommand(), serveCommand(), vmWatchdogCommand(), doctorCommand(), storeCommand(), versionCommand())
+	in("house", initCommand(), serveCommand(), masterCommand(), vmWatchdogCommand(), doctorCommand(), storeCommand(), versionCommand())
 	in("night", serverCommand(), snapshotCommand(), prerecoverCommand(), testCommand(), exportCommand())
 	in("record", snapshotsCommand(), historyCommand(), ticketsCommand(), eventsCommand(), operationCommand())
 	in("day", invokeCommand(), invocationCommand(), filesCommand())

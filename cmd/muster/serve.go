@@ -21,6 +21,7 @@ import (
 	captureqemu "github.com/musterdr/muster/internal/capture/qemu"
 	capturessh "github.com/musterdr/muster/internal/capture/ssh"
 	"github.com/musterdr/muster/internal/catalog"
+	"github.com/musterdr/muster/internal/database"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/files"
@@ -33,15 +34,52 @@ import (
 )
 
 func serveCommand() *cobra.Command {
-	return &cobra.Command{Use: "serve", Short: "Run master, appliance and silo in this process", Args: cobra.NoArgs,
+	cmd := &cobra.Command{Use: "serve", Short: "Run master, appliance and silo in this process", Args: cobra.NoArgs,
 		Long: `Run the whole platform on this machine until interrupted: it takes snapshots when they are due, tests each one, and answers
-the command line. Work that is under way when it ends goes on when it is started again; invoked machines do not notice.`,
-		RunE: func(cmd *cobra.Command, _ []string) error { return serve(cmd, installation(cmd)) }}
+the command line. Work that is under way when it ends goes on when it is started again; invoked machines do not notice.
+
+With --database it keeps catalog and work in PostgreSQL, and remembers that in muster.yaml. Several masters may share one: each
+carries out a part of the work, one of them looks at schedules, and what one leaves when it fails the others carry on. A master
+that was out of touch with the database for longer than a minute ends with exit code 5; started again it takes part again. What
+is in files already goes to PostgreSQL with 'muster master migrate'.`,
+		Example: `  muster serve
+  muster serve --database postgres://muster@db.example.com/muster`}
+	db := cmd.Flags().String("database", "", "postgres:// URL of the database for catalog and work; empty: what muster.yaml says, or files in DIR")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		i := installation(cmd)
+		if *db != "" {
+			if err := i.useDatabase(*db); err != nil {
+				return err
+			}
+		}
+		return serve(cmd, i)
+	}
+	return cmd
+}
+
+// useDatabase remembers where a new installation keeps its catalog. One that has a catalog is not led to another by a flag.
+func (i install) useDatabase(dsn string) error {
+	s, err := i.settings()
+	switch {
+	case err != nil:
+		return err
+	case !database.IsPostgres(dsn):
+		return withCode(exitUsage, fmt.Errorf("--database %s: give a postgres:// URL", dsn))
+	case s.Database == dsn:
+		return nil
+	case s.Database != "":
+		return withCode(exitRefused, fmt.Errorf("the catalog is in %s, as %s says: move it with 'muster master migrate'", database.Hidden(s.Database), i.path("muster.yaml")))
+	case isFile(i.path("catalog.db")):
+		return withCode(exitRefused, fmt.Errorf("the catalog is in %s: move it with 'muster master migrate --to %s'", i.path("catalog.db"), database.Hidden(dsn)))
+	}
+	s.Database = dsn
+	return i.writeSettings(s)
 }
 
 // platform is everything that serve opens, closed in reverse.
 type platform struct {
 	log    *slog.Logger
+	lost   <-chan struct{} // of the engine
 	closes []func() error
 }
 
@@ -99,6 +137,8 @@ func serve(cmd *cobra.Command, i install) error {
 	case <-ctx.Done():
 	case err = <-served:
 		return fmt.Errorf("serve: %w", err)
+	case <-p.lost:
+		return withCode(exitUnavailable, errors.New("serve: this master was out of touch with the database for too long and has stopped its work, which others carry on: start it again"))
 	}
 	p.log.Info("muster stops; work under way goes on at the next start")
 	<-scheduled
@@ -141,20 +181,24 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 		return nil, nil, err
 	}
 	p.onClose("store", func() error { return st.Close(context.Background()) })
-	cat, err := catalog.Open(ctx, i.path("catalog.db"))
+	cat, err := catalog.Open(ctx, i.catalog(set))
+	if moved := new(catalog.MovedError); errors.As(err, &moved) {
+		return nil, nil, withCode(exitRefused, fmt.Errorf("%w; %s says otherwise: if 'muster master migrate' was cut off, run it again", err, i.path("muster.yaml")))
+	}
 	if err != nil {
-		return nil, nil, fmt.Errorf("open catalog: %w", err)
+		return nil, nil, err
 	}
 	p.onClose("catalog", cat.Close)
 	s, kvm, err := p.openSilo(ctx, i, set, st)
 	if err != nil {
 		return nil, nil, err
 	}
-	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: master.Shape,
+	eng, err := engine.Open(ctx, engine.Config{DSN: i.engine(set), Version: master.Shape, Host: set.host(),
 		Resources: map[string]int{master.ResourceTest: max(set.Tests, 1)}, Logger: p.log})
 	if err != nil {
-		return nil, nil, fmt.Errorf("open engine: %w", err)
+		return nil, nil, err
 	}
+	p.lost = eng.Lost()
 	p.onClose("engine", func() error {
 		limit, cancel := context.WithTimeout(context.Background(), closeLimit)
 		defer cancel()

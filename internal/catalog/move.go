@@ -8,6 +8,8 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/uptrace/bun"
+
 	"github.com/musterdr/muster/internal/database"
 )
 
@@ -107,4 +109,58 @@ func (c *Catalog) snapshot() sql.IsolationLevel {
 		return sql.LevelRepeatableRead
 	}
 	return sql.LevelDefault
+}
+
+// MovedError says that a catalog is kept elsewhere now.
+type MovedError struct{ Place string }
+
+func (m *MovedError) Error() string { return "this catalog has moved to " + m.Place }
+
+// Leave marks a catalog as moved: Open refuses it from now on, and says where it went. Nothing else of it changes.
+func (c *Catalog) Leave(ctx context.Context, where string) error {
+	err := c.db.RunInTx(ctx, nil, func(ctx context.Context, t bun.Tx) error {
+		if _, err := t.ExecContext(ctx, `CREATE TABLE muster_moved (place TEXT NOT NULL)`); err != nil {
+			return err
+		}
+		_, err := t.NewRaw(`INSERT INTO muster_moved (place) VALUES (?)`, where).Exec(ctx)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("mark catalog as moved: %w", err)
+	}
+	return nil
+}
+
+// moved says where a catalog went, if it did.
+func moved(ctx context.Context, db *bun.DB, postgres bool) error {
+	tables, err := database.Tables(ctx, database.Side{Querier: db.DB, Postgres: postgres}, "")
+	if err != nil || !slices.Contains(tables, "muster_moved") {
+		return err
+	}
+	var m MovedError
+	if err := db.NewRaw(`SELECT place FROM muster_moved`).Scan(ctx, &m.Place); err != nil {
+		return err
+	}
+	return &m
+}
+
+// Empty says whether nothing was ever written into a catalog.
+func (c *Catalog) Empty(ctx context.Context) (bool, error) {
+	tables, err := copied(ctx, c)
+	if err != nil {
+		return false, fmt.Errorf("look into catalog: %w", err)
+	}
+	for _, name := range tables {
+		var n int
+		if name == "counters" {
+			continue
+		}
+		if err := c.db.NewRaw(`SELECT count(*) FROM ?`, bun.Ident(name)).Scan(ctx, &n); err != nil {
+			return false, fmt.Errorf("look into catalog: %w", err)
+		}
+		if n > 0 {
+			return false, nil
+		}
+	}
+	return true, nil
 }
