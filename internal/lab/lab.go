@@ -51,6 +51,8 @@ type Lab struct {
 	Host   *sim.Host
 	Dir    string
 	Clock  *Clock
+	// Database, if set, is a postgres:// URL: catalog and work are there, and not in files.
+	Database string
 	// Fault, if set, is asked before every call of an appliance or a silo, and its error is the call's. It is how a test
 	// makes a step fail, or the process die in it: then it calls Crash from another goroutine and waits for ctx.
 	Fault func(ctx context.Context, call string) error
@@ -60,10 +62,43 @@ type Lab struct {
 	networks *networks
 	exports  *exporter
 	stop     func() // ends the present process
+	store    string // folder of the store; "": below Dir
 }
 
 // New makes an installation on which every machine is the given guest and every image holds a small Debian.
 func New(t testing.TB, guest func(spec vm.Spec) sim.Guest) *Lab {
+	t.Helper()
+	l := host(t, guest)
+	made, err := fresh()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(l.Dir, made); err != nil {
+		t.Fatal(err)
+	}
+	l.Open()
+	return l
+}
+
+// Beside makes another installation, on another make-believe host, with the same store and the same PostgreSQL.
+func (l *Lab) Beside(t testing.TB, guest func(spec vm.Spec) sim.Guest) *Lab {
+	t.Helper()
+	other := host(t, guest)
+	other.Database, other.store = l.Database, l.StoreFolder()
+	other.Open()
+	return other
+}
+
+// Use has the lab use a PostgreSQL database from now on. What is in its files stays there.
+func (l *Lab) Use(database string) {
+	l.t.Helper()
+	l.Crash()
+	l.Database = database
+	l.Open()
+}
+
+// host is an empty folder on a make-believe host.
+func host(t testing.TB, guest func(spec vm.Spec) sim.Guest) *Lab {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "lab") // a test's own folder has too long a name for sockets
 	if err != nil {
@@ -83,21 +118,28 @@ func New(t testing.TB, guest func(spec vm.Spec) sim.Guest) *Lab {
 	if err := os.WriteFile(l.path("muster-guest"), []byte("\x7fELF test agent"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	made, err := fresh()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.CopyFS(dir, made); err != nil {
-		t.Fatal(err)
-	}
-	l.Open()
 	return l
 }
 
 func (l *Lab) path(name string) string    { return filepath.Join(l.Dir, name) }
-func (l *Lab) driver() folder.Driver      { return folder.Driver{Path: l.path("store")} }
-func (l *Lab) StoreFolder() string        { return l.path("store") }
+func (l *Lab) driver() folder.Driver      { return folder.Driver{Path: l.StoreFolder()} }
 func (l *Lab) CatalogFiles() (f []string) { f, _ = filepath.Glob(l.path(catalogFile + "*")); return f }
+
+// StoreFolder is where the store is.
+func (l *Lab) StoreFolder() string {
+	if l.store != "" {
+		return l.store
+	}
+	return l.path("store")
+}
+
+// dsn is where a database is that could be a file.
+func (l *Lab) dsn(file string) string {
+	if l.Database != "" {
+		return l.Database
+	}
+	return l.path(file)
+}
 
 // Open starts a process on the installation.
 func (l *Lab) Open() {
@@ -121,7 +163,7 @@ func (l *Lab) open() error {
 		return err
 	}
 	closes = append(closes, func() { st.Close(context.Background()) })
-	cat, err := catalog.Open(ctx, l.path(catalogFile))
+	cat, err := catalog.Open(ctx, l.dsn(catalogFile))
 	if err != nil {
 		return err
 	}
@@ -136,7 +178,7 @@ func (l *Lab) open() error {
 		return err
 	}
 	closes = append(closes, func() { s.Close() })
-	eng, err := engine.Open(ctx, engine.Config{DSN: l.path(engineFile), Version: master.Shape,
+	eng, err := engine.Open(ctx, engine.Config{DSN: l.dsn(engineFile), Version: master.Shape,
 		Resources: map[string]int{master.ResourceTest: 1}, Logger: quiet})
 	if err != nil {
 		return err
@@ -147,7 +189,7 @@ func (l *Lab) open() error {
 	app := &appliance.Appliance{Store: st, Open: l.openSource, Browser: browser}
 	l.Store = st
 	l.Master = master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silo: faultySilo{s, l},
-		Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now})
+		Log: quiet, Version: "lab", Data: l.Dir, Location: l.StoreFolder(), Now: l.Clock.Now})
 	listener, err := net.Listen("unix", l.path("api.sock"))
 	if err != nil {
 		return err
