@@ -107,6 +107,9 @@ func (i install) copyTo(cmd *cobra.Command, from, to settings, source *catalog.C
 		}
 	}
 	target, err := catalog.Open(ctx, i.catalog(to))
+	if moved := new(catalog.MovedError); errors.As(err, &moved) {
+		return nil, withCode(exitRefused, fmt.Errorf("%s holds a catalog that has moved to %s: give an empty database", database.Hidden(i.catalog(to)), moved.Place))
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -32,6 +32,14 @@ func TestPostgres(t *testing.T) {
 		t.Fatal(err)
 	}
 	catalogtest.Run(t, func(t *testing.T) string { return server.Copy(t, made) })
+	t.Run("it comes from SQLite in full or not at all", func(t *testing.T) {
+		t.Parallel()
+		catalogtest.Copies(t, sqliteFile(t), server.Copy(t, made))
+	})
+	t.Run("it goes to SQLite in full or not at all", func(t *testing.T) {
+		t.Parallel()
+		catalogtest.Copies(t, server.Copy(t, made), sqliteFile(t))
+	})
 	t.Run("processes that start and write at once", func(t *testing.T) {
 		t.Parallel()
 		catalogtest.Processes(t, server.Database(t))

@@ -41,7 +41,7 @@ type Server struct {
 // PostgreSQL is not installed. env is added to the environment of the server.
 func Start(t testing.TB, env ...string) *Server {
 	t.Helper()
-	bins, _ := filepath.Glob("/usr/lib/postgresql/*/bin")
+	bins := installed()
 	if len(bins) == 0 {
 		t.Skip("PostgreSQL is not installed: run scripts/deps test")
 	}
@@ -75,6 +75,14 @@ func Start(t testing.TB, env ...string) *Server {
 		}
 	})
 	return s
+}
+
+// Installed says whether Start can start a server.
+func Installed() bool { return len(installed()) > 0 }
+
+func installed() []string {
+	bins, _ := filepath.Glob("/usr/lib/postgresql/*/bin")
+	return bins
 }
 
 // tail is the end of what a server said.
