@@ -134,7 +134,7 @@ func (e *Engine) keep(ctx context.Context) {
 	tick := time.NewTicker(lease / 12)
 	defer tick.Stop()
 	w := watch{pulses: map[string]pulse{}}
-	for n := 0; ; n++ {
+	for {
 		select {
 		case <-ctx.Done():
 			return
@@ -153,7 +153,7 @@ func (e *Engine) keep(ctx context.Context) {
 			continue
 		}
 		expired.Reset(lease - time.Since(began))
-		if n%4 == 0 && e.launchedNow() {
+		if e.launchedNow() {
 			if err := e.reap(ctx, &w); err != nil && ctx.Err() == nil {
 				e.log.WarnContext(ctx, "look after the runs of other hosts", "error", err)
 			}

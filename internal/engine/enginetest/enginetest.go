@@ -56,7 +56,7 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 }
 
 // testLease is short, so that tests need not wait long for a host to be given up, and long enough for a busy machine.
-const testLease = 3 * time.Second
+const testLease = 5 * time.Second
 
 type nothing struct{}
 
