@@ -30,6 +30,7 @@ const (
 	packSize            = 20 << 20
 	compressorFast      = "zstd-fastest"
 	compressorSmall     = "zstd"
+	compressorMap       = compressorFast // identifiers do not compress: the slower one makes no less of them
 )
 
 // owner is who runs maintenance: never a stock kopia command, which does not know our locks.
@@ -143,10 +144,10 @@ func connect(ctx context.Context, st blob.Storage, dir, password string, now fun
 }
 
 // initialize writes a new repository and its parameters.
-func initialize(ctx context.Context, place Place, password string) error {
+func initialize(ctx context.Context, place Place, password string, of secrets) error {
 	err := repo.Initialize(ctx, place, &repo.NewRepositoryOptions{
 		BlockFormat: format.ContentFormat{
-			Hash: hashAlgorithm, Encryption: encryptionAlgorithm,
+			Hash: hashAlgorithm, Encryption: encryptionAlgorithm, HMACSecret: of.hash, MasterKey: of.seal,
 			MutableParameters: format.MutableParameters{MaxPackSize: packSize},
 		},
 		ObjectFormat: format.ObjectFormat{Splitter: objectSplitter},

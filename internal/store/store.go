@@ -86,6 +86,13 @@ type Place interface {
 	Sweep(ctx context.Context, age time.Duration) error
 }
 
+// Attesting is a Place that is far away: PutBlob reads back over there, from the medium, before it returns, so that nothing has
+// to be fetched once more to be compared.
+type Attesting interface {
+	// Has says whether a blob is there just as it is given. It is read from the medium for that, over there.
+	Has(ctx context.Context, id blob.ID, data Bytes) (bool, error)
+}
+
 // Limits of a store. Anything beyond is refused, on writing and on reading.
 const (
 	DefaultBlockSize = 128 << 10
@@ -122,17 +129,10 @@ type Store struct {
 // Create makes a new, empty store. The password is needed to open it ever after; nothing can replace it. A place that
 // already holds something is refused with ErrNotEmpty.
 func Create(ctx context.Context, drv Driver, password string) error {
-	if password == "" {
-		return fmt.Errorf("create store in %s: give a password", drv)
-	}
-	place, err := drv.Create(ctx)
-	if err != nil {
+	if err := create(ctx, drv, password, secrets{}); err != nil {
 		return fmt.Errorf("create store in %s: %w", drv, err)
 	}
-	if err := initialize(ctx, place, password); err != nil {
-		return errors.Join(fmt.Errorf("create store in %s: %w", drv, err), place.Close(ctx))
-	}
-	return place.Close(ctx)
+	return nil
 }
 
 // Open opens a store. A wrong password is ErrBadPassword; a place without a store is ErrNotAStore.
