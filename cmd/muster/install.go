@@ -42,16 +42,19 @@ type settings struct {
 	Libvirt   string `yaml:"libvirt"`    // libvirt's socket; "": the system's
 	// Database is where catalog and work are: a postgres:// URL, which other masters may share; "": files of the installation.
 	Database string `yaml:"database,omitempty"`
-	Host     string `yaml:"host,omitempty"` // this master's name among those that share a database; "": the host's
+	Host     string `yaml:"host,omitempty"` // this master's name among those that share a database; "": the host's and DIR
 }
 
-// host is the master's name among others.
-func (s settings) host() string {
+// host is the master's name among others. An earlier process of it is dead, because the lock is on the folder.
+func (i install) host(s settings) string {
 	if s.Host != "" {
 		return s.Host
 	}
-	name, _ := os.Hostname()
-	return name
+	name, err := os.Hostname()
+	if err != nil {
+		name = "localhost"
+	}
+	return name + ":" + i.Dir
 }
 
 // catalog and engine say where the databases are.

@@ -193,7 +193,7 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 	if err != nil {
 		return nil, nil, err
 	}
-	eng, err := engine.Open(ctx, engine.Config{DSN: i.engine(set), Version: master.Shape, Host: set.host(),
+	eng, err := engine.Open(ctx, engine.Config{DSN: i.engine(set), Version: master.Shape, Host: i.host(set),
 		Resources: map[string]int{master.ResourceTest: max(set.Tests, 1)}, Logger: p.log})
 	if err != nil {
 		return nil, nil, err
