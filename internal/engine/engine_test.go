@@ -60,6 +60,14 @@ func TestPostgres(t *testing.T) {
 	dsn := prepared(t, server)
 	enginetest.Run(t, dsn)
 	enginetest.Hosts(t, dsn, func(t *testing.T) string { return server.Database(t) })
+	t.Run("terms go on when it takes the place of a file", func(t *testing.T) {
+		t.Parallel()
+		enginetest.Moves(t, sqliteFile(t), dsn(t))
+	})
+	t.Run("terms go on when a file takes its place", func(t *testing.T) {
+		t.Parallel()
+		enginetest.Moves(t, dsn(t), sqliteFile(t))
+	})
 }
 
 // prepared gives empty databases of runs, with their tables.
