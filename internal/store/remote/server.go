@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net/http"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/zeebo/blake3"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/musterdr/muster/internal/store"
 )
@@ -27,7 +29,7 @@ import (
 type Server struct {
 	open    func(r *http.Request) (store.Driver, Rights, error)
 	mux     *http.ServeMux
-	uploads chan struct{}
+	uploads *semaphore.Weighted // bytes
 
 	mu       sync.Mutex
 	places   map[string]store.Place
@@ -45,14 +47,13 @@ type held struct {
 
 // partial is the beginning of a blob whose sender was cut off, by its digest.
 type partial struct {
-	place string
-	data  []byte
-	at    time.Time
+	data []byte
+	at   time.Time
 }
 
 // NewServer serves the places that open names for a request, to whom it gives rights. Its errors are answered with 403.
 func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server {
-	s := &Server{open: open, uploads: make(chan struct{}, uploadsAtOne), places: map[string]store.Place{}, locks: map[string]*held{},
+	s := &Server{open: open, uploads: semaphore.NewWeighted(maxUploads), places: map[string]store.Place{}, locks: map[string]*held{},
 		partials: map[string]partial{}, mux: http.NewServeMux()}
 	s.handle("POST "+pathPlace, Append, s.create)
 	s.handle("GET "+pathPlace, Read, func(*request) error { return nil })
@@ -326,12 +327,10 @@ func (s *Server) put(r *request) error {
 	if serr != nil || oerr != nil || derr != nil || len(digest) != 32 || size < 0 || size > MaxBlob || offset < 0 || offset > size {
 		return refuse(http.StatusBadRequest, "put blob %s: its size (at most %d), offset or digest is wrong", id, MaxBlob)
 	}
-	select {
-	case s.uploads <- struct{}{}:
-		defer func() { <-s.uploads }()
-	case <-r.Context().Done():
+	if err := s.uploads.Acquire(r.Context(), size); err != nil {
 		return context.Cause(r.Context())
 	}
+	defer s.uploads.Release(size)
 	data, err := s.receive(r, digest, size, offset)
 	if err != nil {
 		return err
@@ -359,7 +358,7 @@ func (s *Server) receive(r *request, digest []byte, size, offset int64) ([]byte,
 		return data, nil
 	}
 	if len(data) >= resumable {
-		s.keepPartial(key, partial{place: r.name, data: data, at: time.Now()})
+		s.keepPartial(key, partial{data: slices.Clip(slices.Clone(data)), at: time.Now()})
 	}
 	return nil, refuse(http.StatusBadRequest, "it broke off after %d of %d bytes: %w", len(data), size, err)
 }
@@ -374,22 +373,29 @@ func (s *Server) takePartial(key string) []byte {
 	return p.data
 }
 
-// keepPartial keeps the beginning of a blob, in place of the oldest if there are too many.
+// keepPartial keeps the beginning of a blob, in place of older ones if there is no room.
 func (s *Server) keepPartial(key string, p partial) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	oldest := ""
+	s.partials[key] = p
+	total := 0
 	for k, other := range s.partials {
 		if time.Since(other.at) > partialLife {
 			delete(s.partials, k)
-		} else if oldest == "" || other.at.Before(s.partials[oldest].at) {
-			oldest = k
+		} else {
+			total += cap(other.data)
 		}
 	}
-	if len(s.partials) >= maxPartials {
+	for total > maxPartials {
+		oldest := key
+		for k, other := range s.partials {
+			if other.at.Before(s.partials[oldest].at) {
+				oldest = k
+			}
+		}
+		total -= cap(s.partials[oldest].data)
 		delete(s.partials, oldest)
 	}
-	s.partials[key] = p
 }
 
 // arrived says how much of a blob is here, and whether one of a name is here just so.
