@@ -148,7 +148,7 @@ func child() {
 			select {}
 		}
 	}
-	e, err := engine.Open(context.Background(), engine.Config{DSN: os.Getenv(envDSN), Version: "1", Host: os.Getenv(envHost), Lease: testLease,
+	e, err := engine.Open(context.Background(), engine.Config{DSN: os.Getenv(envDSN), Version: "1", Host: os.Getenv(envHost), Lease: testLease / 2,
 		Logger: slog.New(slog.DiscardHandler)})
 	check(err)
 	engine.Register(e, "crash", func(r *engine.Run, _ nothing) error {
