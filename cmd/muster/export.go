@@ -169,7 +169,8 @@ func (e exporter) Start(ctx context.Context, snapshot, socket string) error {
 	}
 	defer logFile.Close()
 	c := exec.Command(self, "export", "--dir", e.install.Dir, snapshot, "--socket", socket, "--group", strconv.Itoa(e.group))
-	c.Env = append(os.Environ(), "GOMEMLIMIT=120MiB")
+	// Its temporary files must not lie in a /tmp that systemd made for this process and removes with it.
+	c.Env = append(os.Environ(), "GOMEMLIMIT=120MiB", "TMPDIR="+e.install.Run)
 	c.Stdout, c.Stderr = logFile, logFile
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := c.Start(); err != nil {

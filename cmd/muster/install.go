@@ -169,7 +169,7 @@ To recover a lost installation, give the old store and the copy of its key, then
 		if wantJSON(cmd) {
 			return printJSON(cmd, map[string]string{"dir": i.Dir, "store": s.Store, "key": i.path("store.key")})
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "Installed in %s, store in %s.\nCopy %s and %s to a safe place elsewhere NOW: without both the store cannot be read.\nNext: 'muster doctor', then 'muster serve'.\n",
+		fmt.Fprintf(cmd.OutOrStdout(), "Installed in %s, store in %s.\nCopy %s and %s to a safe place elsewhere NOW: without both the store cannot be read.\nNext: 'muster doctor', then 'muster serve', or 'systemctl start muster' where the package is installed.\n",
 			i.Dir, s.Store, i.path("store.key"), filepath.Join(s.Store, folder.FormatFile))
 		return nil
 	}

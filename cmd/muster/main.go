@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/trust"
 )
 
 // version is set when the program is built.
@@ -89,6 +90,15 @@ func exitCode(err error) int {
 			return exitUsage
 		}
 	}
+	var no *trust.Refusal
+	switch {
+	case errors.As(err, &no):
+		return exitRefused
+	case errors.Is(err, trust.ErrUnknown):
+		return exitNotFound
+	case errors.Is(err, trust.ErrNone):
+		return exitUnavailable
+	}
 	var e *api.Error
 	if errors.As(err, &e) {
 		switch e.Kind {
@@ -133,7 +143,8 @@ newest that answered as last-known-good. On the day, it boots that one for real.
 			root.AddCommand(c)
 		}
 	}
-	in("house", initCommand(), serveCommand(), masterCommand(), vmWatchdogCommand(), doctorCommand(), storeCommand(), versionCommand())
+	in("house", initCommand(), serveCommand(), masterCommand(), applianceCommand(), siloCommand(), vmWatchdogCommand(), doctorCommand(), healthCommand(),
+		metricsCommand(), meterCommand(), storeCommand(), versionCommand())
 	in("night", serverCommand(), snapshotCommand(), prerecoverCommand(), testCommand(), exportCommand())
 	in("record", snapshotsCommand(), historyCommand(), ticketsCommand(), eventsCommand(), operationCommand())
 	in("day", invokeCommand(), invocationCommand(), filesCommand())

@@ -27,7 +27,7 @@ func TestMain(m *testing.M) {
 
 // TestCommandLine types what people type. Everything that needs a hypervisor is tested with real guests elsewhere.
 func TestCommandLine(t *testing.T) {
-	cmds := map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "fill": fill, "unfinished": unfinished, "postgres": postgres(t)}
+	cmds := map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "nodeport": nodeport, "fill": fill, "unfinished": unfinished, "postgres": postgres(t)}
 	has := func(what string) (bool, error) { return what == "postgres" && pgtest.Installed(), nil }
 	testscript.Run(t, testscript.Params{Dir: "testdata", Cmds: cmds, Condition: has, Setup: func(e *testscript.Env) error {
 		e.Setenv("MUSTER_DIR", e.WorkDir+"/inst")
@@ -96,4 +96,19 @@ func exits(ts *testscript.TestScript, _ bool, args []string) {
 	if code != args[0] {
 		ts.Fatalf("exit code %s, want %s", code, args[0])
 	}
+}
+
+// nodeport serves the port for nodes of the master in a folder, as 'muster serve' does beside what needs a hypervisor,
+// until the script ends. Its address is in $ADDRESS then: nodeport DIR.
+func nodeport(ts *testscript.TestScript, _ bool, args []string) {
+	port, err := install{Dir: ts.MkAbs(args[0])}.openNodePort(serveCommand(), "127.0.0.1:0", "", slog.New(slog.DiscardHandler))
+	ts.Check(err)
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- port.serve(ctx) }()
+	ts.Defer(func() {
+		cancel()
+		ts.Check(<-ended)
+	})
+	ts.Setenv("ADDRESS", port.listener.Addr().String())
 }

@@ -19,12 +19,6 @@ import (
 	"github.com/musterdr/muster/internal/engine"
 )
 
-func masterCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "master", Short: "Move, back up and restore this master"}
-	cmd.AddCommand(migrateCommand(), backupCommand(), restoreCommand())
-	return cmd
-}
-
 // sqliteTarget is how one says that catalog and work go back into files of the installation.
 const sqliteTarget = "sqlite"
 

@@ -27,6 +27,7 @@ import (
 	"github.com/musterdr/muster/internal/files"
 	filesguestfs "github.com/musterdr/muster/internal/files/guestfs"
 	"github.com/musterdr/muster/internal/master"
+	"github.com/musterdr/muster/internal/metrics"
 	"github.com/musterdr/muster/internal/prerecover/guestfs"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/store"
@@ -41,10 +42,22 @@ the command line. Work that is under way when it ends goes on when it is started
 With --database it keeps catalog and work in PostgreSQL, and remembers that in muster.yaml. Several masters may share one: each
 carries out a part of the work, one of them looks at schedules, and what one leaves when it fails the others carry on. A master
 that was out of touch with the database for longer than a minute ends with exit code 5; started again it takes part again. What
-is in files already goes to PostgreSQL with 'muster master migrate'.`,
+is in files already goes to PostgreSQL with 'muster master migrate'.
+
+After 'muster master init' it listens for appliances and silos of other machines as well. Started by systemd it says when it serves,
+and that it lives.`,
 		Example: `  muster serve
-  muster serve --database postgres://muster@db.example.com/muster`}
-	db := cmd.Flags().String("database", "", "postgres:// URL of the database for catalog and work; empty: what muster.yaml says, or files in DIR")
+  muster serve --database postgres://muster@db.example.com/muster
+  muster serve --listen 10.0.0.1:7443
+  muster serve --metrics 127.0.0.1:9411 --log-format json`}
+	var o serveOptions
+	o.log.register(cmd)
+	fl := cmd.Flags()
+	fl.StringVar(&o.listen, "listen", "", "address for nodes to connect to (default: as 'muster master init' was told)")
+	fl.StringVar(&o.passphraseFile, "passphrase-file", "", "file with the master's passphrase, if it has one (default: ask)")
+	fl.StringVar(&o.metrics, "metrics", "", "loopback address to serve metrics and health on, as 127.0.0.1:9411; empty: only on the command line's own socket")
+	_ = cmd.RegisterFlagCompletionFunc("metrics", cobra.FixedCompletions([]string{"127.0.0.1:9411"}, cobra.ShellCompDirectiveNoFileComp))
+	db := fl.String("database", "", "postgres:// URL of the database for catalog and work; empty: what muster.yaml says, or files in DIR")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		i := installation(cmd)
 		if *db != "" {
@@ -52,9 +65,15 @@ is in files already goes to PostgreSQL with 'muster master migrate'.`,
 				return err
 			}
 		}
-		return serve(cmd, i)
+		return serve(cmd, i, o)
 	}
 	return cmd
+}
+
+// serveOptions are how serve is run, not what is installed.
+type serveOptions struct {
+	log                             logFlags
+	listen, passphraseFile, metrics string
 }
 
 // useDatabase remembers where a new installation keeps its catalog. One that has a catalog is not led to another by a flag.
@@ -103,9 +122,13 @@ func (p *platform) close() {
 // closeLimit is how long work under way may take to let go when the process ends.
 const closeLimit = 20 * time.Second
 
-func serve(cmd *cobra.Command, i install) error {
+func serve(cmd *cobra.Command, i install, o serveOptions) error {
 	ctx := cmd.Context()
-	p := &platform{log: slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))}
+	log, err := o.log.open(ctx, cmd.ErrOrStderr())
+	if err != nil {
+		return err
+	}
+	p := &platform{log: log}
 	defer p.close()
 	if _, err := i.settings(); err != nil {
 		return err
@@ -116,6 +139,11 @@ func serve(cmd *cobra.Command, i install) error {
 	if err := p.lock(i); err != nil {
 		return err
 	}
+	nodes, err := i.openNodePort(cmd, o.listen, o.passphraseFile, p.log)
+	if err != nil {
+		return err
+	}
+	p.onClose("port for nodes", nodes.close)
 	m, app, err := p.open(ctx, cmd, i)
 	if err != nil {
 		return err
@@ -124,12 +152,26 @@ func serve(cmd *cobra.Command, i install) error {
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: api.Handler(m, app, version), ReadHeaderTimeout: 10 * time.Second}
-	served := make(chan error, 1)
+	observer := metrics.Handler(m, version, p.log)
+	server := &http.Server{Handler: observed(api.Handler(m, app, version), observer), ReadHeaderTimeout: 10 * time.Second}
+	if o.metrics != "" {
+		if err := p.listenMetrics(o.metrics, observer); err != nil {
+			return err
+		}
+	}
+	served := make(chan error, 2)
 	go func() { served <- server.Serve(listener) }()
 	if err := m.Start(ctx); err != nil {
 		return err
 	}
+	noded := make(chan struct{})
+	go func() {
+		defer close(noded)
+		if err := nodes.serve(ctx); err != nil {
+			served <- err
+		}
+	}()
+	p.notify(ctx, m)
 	p.log.Info("muster serves", "version", version, "dir", i.Dir, "socket", apiSocket(i))
 	scheduled := make(chan struct{})
 	go func() { defer close(scheduled); m.Run(ctx) }()
@@ -142,6 +184,7 @@ func serve(cmd *cobra.Command, i install) error {
 	}
 	p.log.Info("muster stops; work under way goes on at the next start")
 	<-scheduled
+	<-noded
 	limit, cancel := context.WithTimeout(context.Background(), closeLimit)
 	defer cancel()
 	return server.Shutdown(limit)
@@ -188,6 +231,7 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 	if err != nil {
 		return nil, nil, err
 	}
+	cat.Told = tell(p.log)
 	p.onClose("catalog", cat.Close)
 	s, kvm, err := p.openSilo(ctx, i, set, st)
 	if err != nil {

@@ -13,8 +13,9 @@ import (
 // Server is a protected machine. Its definition is kept in the catalog and, so that a lost catalog can be rebuilt,
 // as a record in the store. It holds no secret: an SSH key is named by its path.
 type Server struct {
-	ID         string     `json:"id"`   // opaque, never reused
-	Name       string     `json:"name"` // what people call it; see ValidateName
+	ID         string     `json:"id"`                 // opaque, never reused
+	Name       string     `json:"name"`               // what people call it; see ValidateName
+	Customer   string     `json:"customer,omitempty"` // whose it is, named like a server; "": the installation's own
 	Source     Source     `json:"source"`
 	Schedule   Schedule   `json:"schedule"`
 	Tier       Tier       `json:"tier,omitempty"`    // "": TierImage
@@ -217,9 +218,12 @@ var nameRE = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 
 // ValidateName accepts what is also a DNS label, because a server's name becomes part of machine, file and export
 // names: 1 to 63 of a-z, 0-9 and -, with no - at either end.
-func ValidateName(name string) error {
+func ValidateName(name string) error { return ValidateLabel("server", name) }
+
+// ValidateLabel does the same for the name of something else, which the error calls by its kind.
+func ValidateLabel(kind, name string) error {
 	if !nameRE.MatchString(name) {
-		return fmt.Errorf("server name %q: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'", name)
+		return fmt.Errorf("%s name %q: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'", kind, name)
 	}
 	return nil
 }
@@ -240,6 +244,14 @@ func (v VMSource) validate() error {
 	return nil
 }
 
+// ValidateCustomer accepts what ValidateName does, and "" for the installation's own.
+func ValidateCustomer(name string) error {
+	if name != "" && !nameRE.MatchString(name) {
+		return fmt.Errorf("customer %q: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'", name)
+	}
+	return nil
+}
+
 // Limits on a server's definition.
 const (
 	MaxDisks  = 32
@@ -251,6 +263,9 @@ func (s Server) Validate() error {
 	var errs []error
 	add := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 	if err := ValidateName(s.Name); err != nil {
+		errs = append(errs, err)
+	}
+	if err := ValidateCustomer(s.Customer); err != nil {
 		errs = append(errs, err)
 	}
 	sources := 0

@@ -97,14 +97,18 @@ func (db *database) shared() bool { return db.host != nil }
 // prepare makes the tables, and then has the library make its own, while no other process does.
 func (db *database) prepare(ctx context.Context, library func() error) error {
 	if !db.shared() {
-		if err := db.migrate(ctx, func(statement string) error { _, err := db.sql.ExecContext(ctx, statement); return err }); err != nil {
+		if err := db.migrate(ctx, db.sql); err != nil {
 			return err
 		}
 		return library()
 	}
 	return store.Exclusive(ctx, db.dsn, preparing, func(ctx context.Context, conn *pgx.Conn) error {
-		exec := func(statement string) error { _, err := conn.Exec(ctx, statement); return err }
-		if err := db.migrate(ctx, exec); err != nil {
+		plain, err := sql.Open("pgx", db.dsn) // the host's own connections are refused until it has joined
+		if err != nil {
+			return err
+		}
+		defer plain.Close()
+		if err := db.migrate(ctx, plain); err != nil {
 			return err
 		}
 		if err := db.host.join(ctx, conn); err != nil {
@@ -122,6 +126,15 @@ func (db *database) configure(c *dbos.Config) {
 	}
 	c.SQLiteSystemDB = db.sql
 	c.ExecutorID = newHost("", 0).id // never that of an earlier process
+}
+
+// answers asks the database something that it has to look up.
+func (db *database) answers(ctx context.Context) error {
+	var term int64
+	if err := db.sql.QueryRowContext(ctx, `SELECT term FROM muster_engine_term WHERE id = 1`).Scan(&term); err != nil {
+		return fmt.Errorf("ask the database of runs: %w", err)
+	}
+	return nil
 }
 
 func (db *database) close() error {
@@ -149,9 +162,32 @@ var schema = []string{
 		lease BIGINT NOT NULL, beat BIGINT NOT NULL, fenced BIGINT NOT NULL)`,
 }
 
-func (db *database) migrate(_ context.Context, exec func(statement string) error) error {
-	for _, statement := range schema {
-		if err := exec(statement); err != nil {
+// format numbers the form of the database: these rows and the library's. It grows when a release changes either so that the one
+// before could not go on with it.
+const format = 1
+
+var formatSchema = []string{
+	`CREATE TABLE IF NOT EXISTS muster_engine_format (id INTEGER PRIMARY KEY, format BIGINT NOT NULL)`,
+	`INSERT INTO muster_engine_format (id, format) VALUES (1, 0) ON CONFLICT (id) DO NOTHING`,
+}
+
+func (db *database) migrate(ctx context.Context, handle *sql.DB) error {
+	if err := execute(ctx, handle, formatSchema...); err != nil {
+		return err
+	}
+	var has int64
+	if err := handle.QueryRowContext(ctx, `SELECT format FROM muster_engine_format WHERE id = 1`).Scan(&has); err != nil {
+		return fmt.Errorf("prepare the database of runs: %w", err)
+	}
+	if has > format {
+		return fmt.Errorf("%w: its form is number %d, and this release knows %d", ErrNewer, has, format)
+	}
+	return execute(ctx, handle, append(schema, fmt.Sprintf(`UPDATE muster_engine_format SET format = %d WHERE id = 1`, format))...)
+}
+
+func execute(ctx context.Context, handle *sql.DB, statements ...string) error {
+	for _, statement := range statements {
+		if _, err := handle.ExecContext(ctx, statement); err != nil {
 			return fmt.Errorf("prepare the database of runs: %w", err)
 		}
 	}

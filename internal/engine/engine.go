@@ -22,6 +22,7 @@ var (
 	ErrNotFound  = errors.New("no such run")
 	ErrCancelled = errors.New("the run was cancelled")
 	ErrClosed    = errors.New("the engine is closed")
+	ErrNewer     = errors.New("a newer release of Muster has written to the database of runs: install that one again, or go back to a copy from before")
 )
 
 // Limits.
@@ -83,8 +84,8 @@ type kind struct {
 	do func(r *Run, input json.RawMessage) error
 }
 
-// Open opens the database of runs, and makes it if there is none. ErrLocked if it is a file that another process has.
-// Nothing runs before Launch.
+// Open opens the database of runs, and makes it if there is none. ErrLocked if it is a file that another process has,
+// ErrNewer if a later release has changed its form. Nothing runs before Launch.
 func Open(ctx context.Context, c Config) (*Engine, error) {
 	if c.DSN == "" || c.Version == "" {
 		return nil, errors.New("open engine: it needs a DSN and a Version")
@@ -221,6 +222,20 @@ func (e *Engine) recover(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// Check says why no run is carried out: the engine was not launched, is closed, or lost its database.
+func (e *Engine) Check(ctx context.Context) error {
+	e.mu.Lock()
+	launched, closed := e.launched, e.closed
+	e.mu.Unlock()
+	switch {
+	case closed:
+		return ErrClosed
+	case !launched:
+		return errors.New("the engine was not launched")
+	}
+	return e.db.answers(ctx)
 }
 
 // Close stops the engine: the contexts of running steps end, no other step begins, and unfinished runs are left to other

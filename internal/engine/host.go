@@ -310,7 +310,7 @@ func (e *Engine) resume(ctx context.Context, id string) error {
 	if _, err := dbos.ResumeWorkflow[outcome](e.dbos, id, dbos.WithResumeQueue(queueName)); err != nil {
 		return fmt.Errorf("resume run %s: %w", id, err)
 	}
-	e.log.InfoContext(ctx, "run resumed", "run", id)
+	e.log.InfoContext(ctx, "run resumed", "operation", id)
 	return nil
 }
 

@@ -70,6 +70,9 @@ type Master struct {
 	attempts map[string]attempt         // per server: the last scheduled capture
 	warned   map[string]bool            // invocations whose machine was found dead
 	collect  time.Time                  // when the store was last collected
+	woke     time.Time                  // when the scheduler last came round
+
+	observed observed
 }
 
 var _ api.Operator = (*Master)(nil)
@@ -86,7 +89,7 @@ func Open(config Config) *Master {
 		config.Grace = DefaultGrace
 	}
 	m := &Master{Config: config, started: config.Now(),
-		results: map[string]json.RawMessage{}, attempts: map[string]attempt{}, warned: map[string]bool{}, collect: config.Now()}
+		results: map[string]json.RawMessage{}, attempts: map[string]attempt{}, warned: map[string]bool{}, collect: config.Now(), woke: config.Now()}
 	engine.Register(m.Engine, kindProtect, m.protect)
 	engine.Register(m.Engine, kindPreRecover, m.prerecover)
 	engine.Register(m.Engine, kindTest, m.test)
@@ -119,6 +122,8 @@ const (
 	kindAdopt      = "adopt"
 )
 
+var kinds = []string{kindProtect, kindPreRecover, kindTest, kindRule, kindInvoke, kindEnd, kindVerify, kindCollect, kindAdopt}
+
 // Start makes the platform whole again after whatever ended the last process: machines and layers nobody owns are
 // removed, invocations are tended, and unfinished operations go on.
 func (m *Master) Start(ctx context.Context) error {
@@ -132,7 +137,7 @@ func (m *Master) Start(ctx context.Context) error {
 	}
 	removed, err := m.Silo.Reap(ctx, alive)
 	if err != nil {
-		m.Log.Error("remove what a crash left", "error", err)
+		m.Log.ErrorContext(ctx, "remove what a crash left", "error", err)
 	}
 	for _, what := range removed {
 		m.event(ctx, "silo.reaped", "", what, "removed "+what+", left by a process that ended")
@@ -141,7 +146,9 @@ func (m *Master) Start(ctx context.Context) error {
 		return fmt.Errorf("resume operations: %w", err)
 	}
 	m.tend(ctx)
-	return nil
+	seq, err := m.Catalog.LastEvent(ctx)
+	m.observed.tally.Seq = seq // what is counted happened since
+	return err
 }
 
 // Version implements api.Operator.
@@ -155,7 +162,7 @@ func (m *Master) Doctor(ctx context.Context) ([]api.Finding, error) { return m.S
 // event writes an event that no other transaction writes; its loss is not worth failing for.
 func (m *Master) event(ctx context.Context, kind, server, subject, message string) {
 	if err := m.Catalog.AddEvent(ctx, dr.Event{At: m.Now(), Kind: kind, Server: server, Subject: subject, Message: message}); err != nil {
-		m.Log.Error("write event", "kind", kind, "error", err)
+		m.Log.ErrorContext(ctx, "write event", "kind", kind, "error", err)
 	}
 }
 

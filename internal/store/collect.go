@@ -199,7 +199,7 @@ func (s *Store) tidy(ctx context.Context) {
 		err = maintain(ctx, s.rep, maintenance.ModeQuick, maintenance.SafetyFull)
 	}
 	if err != nil {
-		slog.Warn("index blobs were not compacted", "store", s.String(), "error", s.explain(err).Error())
+		slog.WarnContext(ctx, "index blobs were not compacted", "store", s.String(), "error", s.explain(err).Error())
 	}
 }
 
@@ -237,9 +237,6 @@ func (s *Store) usage(ctx context.Context) (u Usage, err error) {
 		u.Packed += int64(c.PackedLength)
 		return ctx.Err()
 	})
-	u.Free = -1
-	if c, err := s.place.GetCapacity(ctx); err == nil {
-		u.Free = int64(c.FreeB)
-	}
+	u.Free = s.free(ctx)
 	return u, err
 }
