@@ -50,7 +50,7 @@ test: ## everything that proves it: lint, fast tests, tests with real guests
 	@echo "make test: everything passed"
 
 .PHONY: test-fast
-test-fast: ## the tests that need nothing but Go, without the race detector
+test-fast: ## the tests that need nothing but Go and PostgreSQL, without the race detector
 	scripts/deps build test
 	scripts/deps tools
 	scripts/test fast

@@ -22,8 +22,8 @@ const module = "github.com/musterdr/muster/"
 
 // The levels, lowest first. A part imports only parts of lower levels.
 var levels = [][]string{
-	{"dr", "durable", "fileset"},
-	{"image", "store", "vm", "trust", "engine", "catalog", "api", "probe", "signs", "guestfish"},
+	{"dr", "database", "durable", "fileset"},
+	{"image", "store", "vm", "trust", "engine", "catalog", "api", "probe", "signs", "guestfish", "backup"},
 	{"capture", "prerecover", "boottest", "invoke", "files", "doctor"},
 	{"agent", "appliance", "master", "silo"},
 	{"portal", "metrics"},
@@ -32,7 +32,7 @@ var levels = [][]string{
 
 // levelWhy says what an arrow that goes sideways or up breaks, by the level of the part that imports.
 var levelWhy = []string{
-	"dr is nouns and pure rules, durable is a file on a medium, fileset describes files: they know nothing else of Muster",
+	"dr is nouns and pure rules, database and durable are what things are kept in, fileset describes files: they know nothing else of Muster",
 	"ground is ideas without policy: each stands alone over dr",
 	"a stage is one verb: stages meet in the roles, through images and records",
 	"roles never import roles: they meet through api, engine and store",

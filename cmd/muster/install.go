@@ -14,6 +14,7 @@ import (
 	"github.com/goccy/go-yaml"
 	"github.com/spf13/cobra"
 
+	"github.com/musterdr/muster/internal/database"
 	"github.com/musterdr/muster/internal/durable"
 	"github.com/musterdr/muster/internal/store"
 )
@@ -24,8 +25,8 @@ import (
 //	DIR/store.key     what opens the store; without it the store is noise
 //	DIR/store/        the store, unless settings name another place
 //	DIR/cache/        what was read of a store in a bucket
-//	DIR/catalog.db    what is known and proven
-//	DIR/engine.db     work under way
+//	DIR/catalog.db    what is known and proven, unless settings name a database
+//	DIR/engine.db     work under way, likewise
 //	DIR/silo/         deltas, evidence, live layers
 type install struct {
 	Dir string
@@ -43,6 +44,37 @@ type settings struct {
 
 	StoreCredentials string `yaml:"store_credentials,omitempty"` // file of a bucket's; "": the environment's
 	StoreCache       int    `yaml:"store_cache,omitempty"`       // GiB of a bucket kept on this host; 0: defaultCache
+
+	// Database is where catalog and work are: a postgres:// URL, which other masters may share; "": files of the installation.
+	Database string `yaml:"database,omitempty"`
+	Host     string `yaml:"host,omitempty"` // this master's name among those that share a database; "": the host's and DIR
+}
+
+// host is the master's name among others. An earlier process of it is dead, because the lock is on the folder.
+func (i install) host(s settings) string {
+	if s.Host != "" {
+		return s.Host
+	}
+	name, err := os.Hostname()
+	if err != nil {
+		name = "localhost"
+	}
+	return name + ":" + i.Dir
+}
+
+// catalog and engine say where the databases are.
+func (i install) catalog(s settings) string {
+	if s.Database != "" {
+		return s.Database
+	}
+	return i.path("catalog.db")
+}
+
+func (i install) engine(s settings) string {
+	if s.Database != "" {
+		return s.Database
+	}
+	return i.path("engine.db")
 }
 
 func defaultDir() string {
@@ -129,9 +161,13 @@ To recover a lost installation, give the old store and the copy of its key, then
 	keyFile := cmd.Flags().String("key-file", "", "key of an existing store")
 	maxMemory := cmd.Flags().Int("max-memory", 0, "MiB a rescue machine may have; 0: half this host's")
 	libvirt := cmd.Flags().String("libvirt", "", "libvirt's socket; empty: the system's")
+	db := cmd.Flags().String("database", "", "postgres:// URL of the database for catalog and work, which several masters may share; empty: files in DIR")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		i := installation(cmd)
-		s := settings{Store: *storePath, MaxMemory: *maxMemory, Libvirt: *libvirt, StoreCredentials: *credentials, StoreCache: *cache}
+		s := settings{Store: *storePath, MaxMemory: *maxMemory, Libvirt: *libvirt, StoreCredentials: *credentials, StoreCache: *cache, Database: *db}
+		if *db != "" && !database.IsPostgres(*db) {
+			return withCode(exitUsage, fmt.Errorf("--database %s: give a postgres:// URL", *db))
+		}
 		if err := s.place(i); err != nil {
 			return err
 		}
@@ -187,11 +223,20 @@ func (i install) create(cmd *cobra.Command, s settings, keyFile string) error {
 			return fmt.Errorf("make store in %s: %w", s.Store, err)
 		}
 	}
+	return i.writeSettings(s)
+}
+
+// writeSettings replaces the settings. A database's URL may hold a password.
+func (i install) writeSettings(s settings) error {
 	raw, err := yaml.Marshal(s)
 	if err != nil {
 		return err
 	}
-	return durable.WriteFile(i.path("muster.yaml"), raw, 0o644)
+	mode := os.FileMode(0o644)
+	if s.Database != "" {
+		mode = 0o600
+	}
+	return durable.WriteFile(i.path("muster.yaml"), raw, mode)
 }
 
 func newKey() string {

@@ -39,7 +39,8 @@ These commands work on the installation's folder, whether 'muster serve' runs or
   muster master enrol --customer acme --appliance office    # prints a token
   muster appliance join TOKEN                               # on the appliance
   muster master revoke office`}
-	cmd.AddCommand(masterInitCommand(), masterEnrolCommand(), masterNodesCommand(), masterRevokeCommand(), masterCustomerCommand(), masterSeedCommand())
+	cmd.AddCommand(migrateCommand(), backupCommand(), restoreCommand(), masterInitCommand(), masterEnrolCommand(), masterNodesCommand(), masterRevokeCommand(),
+		masterCustomerCommand(), masterSeedCommand())
 	return cmd
 }
 

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -21,6 +23,7 @@ import (
 	captureqemu "github.com/musterdr/muster/internal/capture/qemu"
 	capturessh "github.com/musterdr/muster/internal/capture/ssh"
 	"github.com/musterdr/muster/internal/catalog"
+	"github.com/musterdr/muster/internal/database"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/files"
@@ -37,9 +40,15 @@ func serveCommand() *cobra.Command {
 		Long: `Run the whole platform on this machine until interrupted: it takes snapshots when they are due, tests each one, and answers
 the command line. Work that is under way when it ends goes on when it is started again; invoked machines do not notice.
 
+With --database it keeps catalog and work in PostgreSQL, and remembers that in muster.yaml. Several masters may share one: each
+carries out a part of the work, one of them looks at schedules, and what one leaves when it fails the others carry on. A master
+that was out of touch with the database for longer than a minute ends with exit code 5; started again it takes part again. What
+is in files already goes to PostgreSQL with 'muster master migrate'.
+
 After 'muster master init' it listens for appliances and silos of other machines as well. Started by systemd it says when it serves,
 and that it lives.`,
 		Example: `  muster serve
+  muster serve --database postgres://muster@db.example.com/muster
   muster serve --listen 10.0.0.1:7443
   muster serve --metrics 127.0.0.1:9411 --log-format json`}
 	var o serveOptions
@@ -49,7 +58,16 @@ and that it lives.`,
 	fl.StringVar(&o.passphraseFile, "passphrase-file", "", "file with the master's passphrase, if it has one (default: ask)")
 	fl.StringVar(&o.metrics, "metrics", "", "loopback address to serve metrics and health on, as 127.0.0.1:9411; empty: only on the command line's own socket")
 	_ = cmd.RegisterFlagCompletionFunc("metrics", cobra.FixedCompletions([]string{"127.0.0.1:9411"}, cobra.ShellCompDirectiveNoFileComp))
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return serve(cmd, installation(cmd), o) }
+	db := fl.String("database", "", "postgres:// URL of the database for catalog and work; empty: what muster.yaml says, or files in DIR")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		i := installation(cmd)
+		if *db != "" {
+			if err := i.useDatabase(*db); err != nil {
+				return err
+			}
+		}
+		return serve(cmd, i, o)
+	}
 	return cmd
 }
 
@@ -59,9 +77,29 @@ type serveOptions struct {
 	listen, passphraseFile, metrics string
 }
 
+// useDatabase remembers where a new installation keeps its catalog. One that has a catalog is not led to another by a flag.
+func (i install) useDatabase(dsn string) error {
+	s, err := i.settings()
+	switch {
+	case err != nil:
+		return err
+	case !database.IsPostgres(dsn):
+		return withCode(exitUsage, fmt.Errorf("--database %s: give a postgres:// URL", dsn))
+	case s.Database == dsn:
+		return nil
+	case s.Database != "":
+		return withCode(exitRefused, fmt.Errorf("the catalog is in %s, as %s says: move it with 'muster master migrate'", database.Hidden(s.Database), i.path("muster.yaml")))
+	case isFile(i.path("catalog.db")):
+		return withCode(exitRefused, fmt.Errorf("the catalog is in %s: move it with 'muster master migrate --to %s'", i.path("catalog.db"), database.Hidden(dsn)))
+	}
+	s.Database = dsn
+	return i.writeSettings(s)
+}
+
 // platform is everything that serve opens, closed in reverse.
 type platform struct {
 	log    *slog.Logger
+	lost   <-chan struct{} // of the engine
 	closes []func() error
 }
 
@@ -148,6 +186,8 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 	case <-ctx.Done():
 	case err = <-served:
 		return fmt.Errorf("serve: %w", err)
+	case <-p.lost:
+		return withCode(exitUnavailable, errors.New("serve: this master was out of touch with the database for too long and has stopped its work, which others carry on: start it again"))
 	}
 	p.log.Info("muster stops; work under way goes on at the next start")
 	<-scheduled
@@ -195,20 +235,24 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 		return nil, nil, set, err
 	}
 	p.onClose("store", func() error { return st.Close(context.Background()) })
-	cat, err := catalog.Open(ctx, i.path("catalog.db"))
+	cat, err := catalog.Open(ctx, i.catalog(set))
+	if moved := new(catalog.MovedError); errors.As(err, &moved) {
+		return nil, nil, set, withCode(exitRefused, fmt.Errorf("%w; %s says otherwise: if 'muster master migrate' was cut off, run it again", err, i.path("muster.yaml")))
+	}
 	if err != nil {
 		return nil, nil, set, fmt.Errorf("open catalog: %w", err)
 	}
 	cat.Told = tell(p.log)
 	p.onClose("catalog", cat.Close)
-	s, kvm, err := p.openSilo(ctx, i, set, silo.Config{Name: homeSilo, Stores: silo.Own{Store: st}, Tests: max(set.Tests, 1)}, false)
+	s, kvm, err := p.openSilo(ctx, i, set, silo.Config{Name: i.homeSilo(set), Stores: silo.Own{Store: st}, Tests: max(set.Tests, 1)}, false)
 	if err != nil {
 		return nil, nil, set, err
 	}
-	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: master.Shape, Logger: p.log})
+	eng, err := engine.Open(ctx, engine.Config{DSN: i.engine(set), Version: master.Shape, Host: i.host(set), Logger: p.log})
 	if err != nil {
 		return nil, nil, set, fmt.Errorf("open engine: %w", err)
 	}
+	p.lost = eng.Lost()
 	p.onClose("engine", func() error {
 		limit, cancel := context.WithTimeout(context.Background(), closeLimit)
 		defer cancel()
@@ -217,8 +261,8 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	browser := files.New(st, filesguestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, i.Run)
 	p.onClose("files", browser.Close)
 	app := &appliance.Appliance{Store: st, Open: i.openSource, Browser: browser}
-	silos := silosOf{home: master.SiloSet{homeSilo: s}}
-	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app, Silos: silos, Home: homeSilo, Access: i.accessFor(password),
+	silos := silosOf{home: master.SiloSet{i.homeSilo(set): s}}
+	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app, Silos: silos, Home: i.homeSilo(set), Access: i.accessFor(password),
 		Log: p.log, Version: version, Data: i.Dir, Location: set.Store}
 	if nodes != nil {
 		config.Sites = nodes.site
@@ -228,8 +272,17 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	return master.Open(config), app, set, nil
 }
 
-// homeSilo is what the silo of this process is called.
+// homeSilo is what the silo of the only master is called.
 const homeSilo = "local"
+
+// homeSilo is what the silo of this process is called: by its host's name where other masters have theirs in the same catalog.
+func (i install) homeSilo(s settings) string {
+	if s.Database == "" {
+		return homeSilo
+	}
+	sum := sha256.Sum256([]byte(i.host(s)))
+	return homeSilo + "-" + hex.EncodeToString(sum[:4])
+}
 
 // openSilo adds to what is said of a silo what its host has. leased: its stores come with leases.
 func (p *platform) openSilo(ctx context.Context, i install, set settings, c silo.Config, leased bool) (s *silo.Silo, kvm bool, err error) {

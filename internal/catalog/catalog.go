@@ -38,7 +38,8 @@ type Catalog struct {
 }
 
 // Open opens the catalog in a SQLite file, given by its path, or in a PostgreSQL database, given by its postgres:// URL.
-// It makes or updates the tables; ErrNewer if a later release has updated them further.
+// It makes or updates the tables; ErrNewer if a later release has updated them further, a *MovedError if it is kept
+// elsewhere now.
 func Open(ctx context.Context, dsn string) (*Catalog, error) {
 	if dsn == "" {
 		return nil, errors.New("open catalog: give the path of a file or a postgres:// URL")
@@ -46,6 +47,9 @@ func Open(ctx context.Context, dsn string) (*Catalog, error) {
 	db, lock, err := openDatabase(ctx, dsn)
 	if err != nil {
 		return nil, fmt.Errorf("open catalog: %w", err)
+	}
+	if err := moved(ctx, db, lock != ""); err != nil {
+		return nil, errors.Join(fmt.Errorf("open catalog: %w", err), db.Close())
 	}
 	return &Catalog{Now: time.Now, db: db, lock: lock}, nil
 }

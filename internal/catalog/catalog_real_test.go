@@ -5,20 +5,13 @@ import (
 	"testing"
 
 	"github.com/musterdr/muster/internal/catalog/catalogtest"
+	"github.com/musterdr/muster/internal/database/pgtest"
 )
 
-func TestPostgres(t *testing.T) {
-	if os.Getenv("MUSTER_REAL") == "" {
-		t.Skip("set MUSTER_REAL=1 to run it against a real PostgreSQL")
-	}
-	dsn := catalogtest.Postgres(t)
-	catalogtest.Run(t, dsn)
-	t.Run("killed while it writes", func(t *testing.T) { catalogtest.Crash(t, dsn(t), 30) })
-}
-
-func TestSQLiteKilledOftenWhileItWrites(t *testing.T) {
+func TestCatalogsKilledOftenWhileTheyWriteAreWhole(t *testing.T) {
 	if os.Getenv("MUSTER_REAL") == "" {
 		t.Skip("set MUSTER_REAL=1 to kill some dozen processes")
 	}
-	catalogtest.Crash(t, sqliteFile(t), 60)
+	t.Run("SQLite", func(t *testing.T) { catalogtest.Crash(t, sqliteFile(t), 60) })
+	t.Run("PostgreSQL", func(t *testing.T) { catalogtest.Crash(t, pgtest.Start(t).Database(t), 30) })
 }

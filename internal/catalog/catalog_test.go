@@ -11,6 +11,7 @@ import (
 
 	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/catalog/catalogtest"
+	"github.com/musterdr/muster/internal/database/pgtest"
 )
 
 func TestMain(m *testing.M) { catalogtest.Main(m) }
@@ -20,6 +21,32 @@ func sqliteFile(t *testing.T) string { return filepath.Join(t.TempDir(), "catalo
 func TestSQLite(t *testing.T) {
 	t.Parallel()
 	catalogtest.Run(t, sqliteFile)
+}
+
+func TestPostgres(t *testing.T) {
+	t.Parallel()
+	server := pgtest.Start(t)
+	made := server.Database(t) // with its tables; making them takes longer than most tests
+	c, err := catalog.Open(context.Background(), made)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Close(); err != nil {
+		t.Fatal(err)
+	}
+	catalogtest.Run(t, func(t *testing.T) string { return server.Copy(t, made) })
+	t.Run("it comes from SQLite in full or not at all", func(t *testing.T) {
+		t.Parallel()
+		catalogtest.Copies(t, sqliteFile(t), server.Copy(t, made))
+	})
+	t.Run("it goes to SQLite in full or not at all", func(t *testing.T) {
+		t.Parallel()
+		catalogtest.Copies(t, server.Copy(t, made), sqliteFile(t))
+	})
+	t.Run("processes that start and write at once", func(t *testing.T) {
+		t.Parallel()
+		catalogtest.Processes(t, server.Database(t))
+	})
 }
 
 func TestACatalogKilledWhileItWritesIsWhole(t *testing.T) {

@@ -7,18 +7,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net/url"
-	"os"
-	"path/filepath"
-	"strings"
 	"time"
 
-	_ "github.com/jackc/pgx/v5/stdlib" // the driver "pgx"
+	"github.com/jackc/pgx/v5"
 	"github.com/pressly/goose/v3"
 	"github.com/uptrace/bun"
 	"github.com/uptrace/bun/dialect/pgdialect"
 	"github.com/uptrace/bun/dialect/sqlitedialect"
-	_ "modernc.org/sqlite" // the driver "sqlite"
+
+	"github.com/musterdr/muster/internal/database"
 )
 
 //go:embed migrations/*.sql
@@ -27,17 +24,20 @@ var migrations embed.FS
 // openDatabase is the only place that knows which database holds the catalog: a file path is SQLite, a postgres:// URL
 // is PostgreSQL. lock is the statement with which a write transaction keeps others out; "" where the database does.
 func openDatabase(ctx context.Context, dsn string) (db *bun.DB, lock string, err error) {
-	if strings.HasPrefix(dsn, "postgres://") || strings.HasPrefix(dsn, "postgresql://") {
+	if database.IsPostgres(dsn) {
 		handle, err := sql.Open("pgx", dsn)
 		if err != nil {
 			return nil, "", err
 		}
-		if err := migrate(ctx, handle, goose.DialectPostgres); err != nil {
+		err = database.Exclusive(ctx, dsn, migrating, func(ctx context.Context, _ *pgx.Conn) error {
+			return migrate(ctx, handle, goose.DialectPostgres)
+		})
+		if err != nil {
 			return nil, "", errors.Join(err, handle.Close())
 		}
 		return bun.NewDB(handle, pgdialect.New()), `SELECT value FROM counters WHERE name = 'event' FOR UPDATE`, nil
 	}
-	handle, err := openSQLite(dsn)
+	handle, err := database.SQLite(dsn) // checks may hold passwords, so the file is the owner's alone
 	if err != nil {
 		return nil, "", err
 	}
@@ -47,28 +47,8 @@ func openDatabase(ctx context.Context, dsn string) (db *bun.DB, lock string, err
 	return bun.NewDB(handle, sqlitedialect.New()), "", nil
 }
 
-// openSQLite opens a file. Without these options most contended transactions fail, and the last ones may be gone after
-// a power cut.
-func openSQLite(path string) (*sql.DB, error) {
-	path, err := filepath.Abs(path)
-	if err != nil {
-		return nil, err
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, err
-	}
-	// Checks may hold passwords, so the file is the owner's alone; what SQLite puts beside it takes after it.
-	file, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	if err := file.Close(); err != nil {
-		return nil, err
-	}
-	options := "_txlock=immediate&_pragma=busy_timeout(10000)&_pragma=journal_mode(WAL)" +
-		"&_pragma=foreign_keys(1)&_pragma=synchronous(FULL)"
-	return sql.Open("sqlite", (&url.URL{Scheme: "file", Path: path, RawQuery: options}).String())
-}
+// migrating is the number under which one master brings the tables up to date while others that start wait.
+const migrating = 0x6d75737465720002 // "muster", 2
 
 func migrate(ctx context.Context, handle *sql.DB, dialect goose.Dialect) error {
 	files, err := fs.Sub(migrations, "migrations")

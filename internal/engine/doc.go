@@ -24,8 +24,13 @@
 //
 // A run that began under one Version is not carried on by another, whose steps may be others: it fails and says so.
 //
-// One process at a time has the database; a second one is refused at Open. What a dead process left is therefore known
-// to be orphaned, and is resumed at once.
+// # Hosts
+//
+// A SQLite file is one process's; a second one is refused at Open, and what a dead process left is resumed at once. A
+// PostgreSQL database is shared by as many processes as there are, called hosts: any of them carries out any run, and all
+// see and cancel it. Each holds a lease (see host). Of one that is gone the others take over, each of its runs once; one
+// that comes back finds its sessions with the database ended and its steps' contexts too. What it still does to the world
+// meanwhile bears a term lower than that of whoever took over. Resources are counted on each host.
 //
 // Knows: steps, order, retries, exclusion, fencing, the workflow library, where its rows are kept.
 // Must not know: what any step does, what a server or a snapshot is.

@@ -31,6 +31,8 @@ const (
 	MaxRecord     = 8 << 20 // bytes of an input or of a step's result, as JSON
 	MaxRunning    = 256     // runs in progress at once; others are queued
 	MaxName       = 200     // bytes of the name of a run, key, kind or step
+	DefaultLease  = time.Minute
+	MinLease      = 200 * time.Millisecond
 	closeLimit    = 30 * time.Second
 	pollEvery     = 100 * time.Millisecond // how often the queue is looked at
 	queueName     = "runs"
@@ -46,7 +48,12 @@ type Config struct {
 	Version string
 	// Resources are what this host has a few of: a step that Needs one waits until one is free.
 	Resources map[string]int
-	Logger    *slog.Logger // nil: slog.Default()
+	// Host is what people call this process among those that share a PostgreSQL database. Of one name there is one at a
+	// time: what an earlier process of that name left is carried on at once. "": nobody's.
+	Host string
+	// Lease is how long this process may be out of touch with PostgreSQL before its runs are others'. 0: DefaultLease.
+	Lease  time.Duration
+	Logger *slog.Logger // nil: slog.Default()
 }
 
 // Engine keeps runs and carries them out. Its methods may be called from many goroutines.
@@ -59,13 +66,16 @@ type Engine struct {
 
 	starting sync.Mutex // one Start at a time, so that Refuse sees every earlier one
 
-	mu       sync.Mutex
-	kinds    map[string]kind
-	active   map[string]*Run
-	launched bool
-	closed   bool
-	stop     context.CancelFunc // ends the guard
-	guarding sync.WaitGroup
+	mu                          sync.Mutex
+	kinds                       map[string]kind
+	active                      map[string]*Run
+	entered                     map[string]struct{} // runs that the library has handed to this process
+	launching, launched, closed bool
+
+	stop    context.CancelFunc // ends keep and converse
+	keeping sync.WaitGroup
+	losing  sync.Once
+	lost    chan struct{}
 }
 
 // kind is one registered function.
@@ -74,8 +84,8 @@ type kind struct {
 	do func(r *Run, input json.RawMessage) error
 }
 
-// Open opens the database of runs, and makes it if there is none. ErrLocked if another process has it, ErrNewer if a later
-// release has changed its form. Nothing runs before Launch.
+// Open opens the database of runs, and makes it if there is none. ErrLocked if it is a file that another process has,
+// ErrNewer if a later release has changed its form. Nothing runs before Launch.
 func Open(ctx context.Context, c Config) (*Engine, error) {
 	if c.DSN == "" || c.Version == "" {
 		return nil, errors.New("open engine: it needs a DSN and a Version")
@@ -90,19 +100,49 @@ func Open(ctx context.Context, c Config) (*Engine, error) {
 	if logger == nil {
 		logger = slog.Default()
 	}
-	db, err := openDatabase(ctx, c.DSN)
+	lease := c.Lease
+	if lease == 0 {
+		lease = DefaultLease
+	}
+	if lease < MinLease || len(c.Host) > MaxName {
+		return nil, fmt.Errorf("open engine: a lease is at least %s and the name of a host at most %d bytes", MinLease, MaxName)
+	}
+	db, err := openDatabase(c.DSN, c.Host, lease)
 	if err != nil {
 		return nil, fmt.Errorf("open engine: %w", err)
 	}
 	e := &Engine{db: db, version: c.Version, log: logger, kinds: map[string]kind{}, active: map[string]*Run{},
-		resources: map[string]chan struct{}{}}
+		entered: map[string]struct{}{}, resources: map[string]chan struct{}{}, stop: func() {}, lost: make(chan struct{})}
 	for name, n := range c.Resources {
 		e.resources[name] = make(chan struct{}, max(n, 1))
 	}
-	if err := e.openLibrary(); err != nil {
+	if err := db.prepare(ctx, e.openLibrary); err != nil {
 		return nil, errors.Join(fmt.Errorf("open engine: %w", err), db.close())
 	}
+	if db.shared() {
+		kept, stop := context.WithCancel(context.WithoutCancel(ctx))
+		e.stop = stop
+		e.keeping.Go(func() { e.keep(kept) })
+		e.keeping.Go(func() { e.converse(kept) })
+	}
 	return e, nil
+}
+
+// Lost is closed when the engine has stopped by itself, because it lost its lease: other processes carry on its runs.
+// What is left to do is to end the process.
+func (e *Engine) Lost() <-chan struct{} { return e.lost }
+
+// Leads says whether this is the one of all processes with the database that does what only one must do, as looking at
+// a schedule. There is one at any time, or none while the last one's lease runs out.
+func (e *Engine) Leads(ctx context.Context) (bool, error) {
+	if !e.launchedNow() {
+		return false, ErrClosed
+	}
+	leads, err := e.db.leads(ctx)
+	if err != nil {
+		return false, fmt.Errorf("ask which host leads: %w", err)
+	}
+	return leads, nil
 }
 
 // openLibrary prepares DBOS. The engine's life is not that of the context Open was called with, so it gets its own.
@@ -111,7 +151,6 @@ func (e *Engine) openLibrary() error {
 	config := dbos.Config{
 		AppName:            "muster",
 		ApplicationVersion: libraryPinned,
-		ExecutorID:         fmt.Sprintf("%d-%d", os.Getpid(), time.Now().UnixNano()), // never that of an earlier process
 		Logger:             slog.New(quiet{e.log.Handler()}),
 	}
 	e.db.configure(&config)
@@ -133,7 +172,7 @@ func (e *Engine) openLibrary() error {
 func Register[In any](e *Engine, name string, fn func(r *Run, in In) error) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.launched || name == "" || len(name) > MaxName || e.kinds[name].do != nil {
+	if e.launching || name == "" || len(name) > MaxName || e.kinds[name].do != nil {
 		panic("engine: register " + name + ": once, with a name, before Launch")
 	}
 	e.kinds[name] = kind{in: reflect.TypeFor[In](), do: func(r *Run, input json.RawMessage) error {
@@ -145,50 +184,44 @@ func Register[In any](e *Engine, name string, fn func(r *Run, in In) error) {
 	}}
 }
 
-// Launch begins to carry out runs. What earlier processes left unfinished is resumed at once.
+// Launch begins to carry out runs. What earlier processes left unfinished is resumed at once; on PostgreSQL, if they
+// ended in order or had this one's name, and otherwise when their lease has run out.
 func (e *Engine) Launch(ctx context.Context) error {
 	e.mu.Lock()
-	defer e.mu.Unlock()
-	if e.launched || e.closed {
+	again := e.launching || e.closed
+	e.launching = true
+	e.mu.Unlock()
+	if again {
 		return errors.New("launch engine: once, before Close")
 	}
-	// Whatever is in progress before we began is of a dead process: nobody else can have the database.
-	orphans, err := dbos.ListWorkflows(e.dbos, dbos.WithFilterStatus(dbos.WorkflowStatusPending))
-	if err != nil {
-		return fmt.Errorf("launch engine: list unfinished runs: %w", err)
-	}
-	for _, o := range orphans {
-		if _, err := dbos.ResumeWorkflow[outcome](e.dbos, o.ID, dbos.WithResumeQueue(queueName)); err != nil {
-			return fmt.Errorf("launch engine: resume run %s: %w", o.ID, err)
-		}
-		e.log.InfoContext(ctx, "run resumed", "operation", o.ID)
+	if err := e.recover(ctx); err != nil {
+		return fmt.Errorf("launch engine: %w", err)
 	}
 	if err := dbos.Launch(e.dbos); err != nil {
 		return fmt.Errorf("launch engine: %w", err)
 	}
+	e.mu.Lock()
 	e.launched = true
-	guarded, stop := context.WithCancel(context.WithoutCancel(ctx))
-	e.stop = stop
-	e.guarding.Go(func() { e.guard(guarded) })
+	e.mu.Unlock()
 	return nil
 }
 
-// guard stops everything when the database is lost to this process: another may have begun to carry on our runs.
-func (e *Engine) guard(ctx context.Context) {
-	tick := time.NewTicker(guardEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			if err := e.db.held(ctx); err != nil && ctx.Err() == nil {
-				e.log.ErrorContext(ctx, "engine stops: it lost its database", "error", err)
-				go func() { _ = e.Close(context.WithoutCancel(ctx)) }()
-				return
-			}
+// recover resumes what is known to be orphaned before anything runs here.
+func (e *Engine) recover(ctx context.Context) error {
+	if e.db.shared() {
+		return e.db.again(ctx, func() error { return e.reap(ctx, &watch{}) })
+	}
+	// Whatever is in progress is of a dead process: nobody else can have the file.
+	orphans, err := dbos.ListWorkflows(e.dbos, dbos.WithFilterStatus(dbos.WorkflowStatusPending))
+	if err != nil {
+		return fmt.Errorf("list unfinished runs: %w", err)
+	}
+	for _, o := range orphans {
+		if err := e.resume(ctx, o.ID); err != nil {
+			return err
 		}
 	}
+	return nil
 }
 
 // Check says why no run is carried out: the engine was not launched, is closed, or lost its database.
@@ -205,9 +238,10 @@ func (e *Engine) Check(ctx context.Context) error {
 	return e.db.answers(ctx)
 }
 
-// Close stops the engine: the contexts of running steps end, no other step begins, and unfinished runs are left to the
-// next Launch. It waits for the steps until ctx ends, at most half a minute. If a step does not come back by then, the
-// database stays locked until the process ends, so that nobody carries on what may still be going on here.
+// Close stops the engine: the contexts of running steps end, no other step begins, and unfinished runs are left to other
+// processes and the next Launch. It waits for the steps until ctx ends, at most half a minute. If a step does not come
+// back by then, the database stays locked, or the lease is held, until the process ends, so that nobody carries on what
+// may still be going on here.
 func (e *Engine) Close(ctx context.Context) error {
 	e.mu.Lock()
 	if e.closed {
@@ -215,12 +249,7 @@ func (e *Engine) Close(ctx context.Context) error {
 		return nil
 	}
 	e.closed = true
-	stop := e.stop
 	e.mu.Unlock()
-	if stop != nil {
-		stop()
-		e.guarding.Wait()
-	}
 	limit := closeLimit
 	if deadline, ok := ctx.Deadline(); ok {
 		limit = min(limit, max(time.Until(deadline), time.Millisecond))
@@ -228,7 +257,17 @@ func (e *Engine) Close(ctx context.Context) error {
 	if err := dbos.Shutdown(e.dbos, limit); err != nil {
 		return fmt.Errorf("close engine: a step did not stop: %w", err)
 	}
-	if err := e.db.close(); err != nil {
+	e.stop()
+	e.keeping.Wait()
+	var left error
+	select {
+	case <-e.lost: // it has been given up
+	default:
+		limited, cancel := context.WithTimeout(context.WithoutCancel(ctx), limit)
+		left = e.db.leave(limited)
+		cancel()
+	}
+	if err := errors.Join(left, e.db.close()); err != nil {
 		return fmt.Errorf("close engine: %w", err)
 	}
 	return nil

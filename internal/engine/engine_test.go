@@ -9,6 +9,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/musterdr/muster/internal/database/pgtest"
 	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/engine/enginetest"
 )
@@ -49,6 +50,40 @@ func sqliteFile(t *testing.T) string {
 func TestSQLite(t *testing.T) {
 	t.Parallel()
 	enginetest.Run(t, sqliteFile)
+	t.Run("a second process is kept out", func(t *testing.T) {
+		t.Parallel()
+		enginetest.Exclusive(t, sqliteFile(t))
+	})
+}
+
+func TestPostgres(t *testing.T) {
+	t.Parallel()
+	server := pgtest.Start(t)
+	dsn := prepared(t, server)
+	enginetest.Run(t, dsn)
+	enginetest.Hosts(t, dsn, func(t *testing.T) string { return server.Database(t) })
+	t.Run("terms go on when it takes the place of a file", func(t *testing.T) {
+		t.Parallel()
+		enginetest.Moves(t, sqliteFile(t), dsn(t))
+	})
+	t.Run("terms go on when a file takes its place", func(t *testing.T) {
+		t.Parallel()
+		enginetest.Moves(t, dsn(t), sqliteFile(t))
+	})
+}
+
+// prepared gives empty databases of runs, with their tables.
+func prepared(t *testing.T, server *pgtest.Server) func(t *testing.T) string {
+	t.Helper()
+	made := server.Database(t)
+	e, err := engine.Open(t.Context(), engine.Config{DSN: made, Version: "1"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return func(t *testing.T) string { return server.Copy(t, made) }
 }
 
 func TestACancelledRunKilledAtEveryPointIsUndoneAndNothingIsRepeated(t *testing.T) {

@@ -78,7 +78,9 @@ func (e *Engine) execute(ctx dbos.Context, env envelope) (outcome, error) {
 	if err != nil {
 		return outcome{}, err
 	}
-	r, marked, err := e.begin(ctx, id)
+	e.enter(id)
+	defer e.exit(id)
+	r, marked, err := e.begin(ctx, id, env.Key)
 	if err != nil {
 		return outcome{}, e.leave(ctx, id, err)
 	}
@@ -90,14 +92,29 @@ func (e *Engine) execute(ctx dbos.Context, env envelope) (outcome, error) {
 	if r.stopped != nil || ctx.Err() != nil {
 		return outcome{}, e.leave(ctx, id, r.stopped)
 	}
+	if err := e.db.end(ctx, id, r.term); err != nil {
+		return outcome{}, e.leave(ctx, id, err)
+	}
 	e.log.InfoContext(ctx, "run over", "operation", id, "kind", env.Kind, "state", o.State, "error", o.Error)
 	return o, nil
 }
 
-// begin counts the start and makes the run known, so that Cancel finds it.
-func (e *Engine) begin(ctx dbos.Context, id string) (r *Run, marked bool, err error) {
+func (e *Engine) enter(id string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.entered[id] = struct{}{}
+}
+
+func (e *Engine) exit(id string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	delete(e.entered, id)
+}
+
+// begin waits for the run's turn, counts the start and makes the run known, so that Cancel finds it.
+func (e *Engine) begin(ctx dbos.Context, id, key string) (r *Run, marked bool, err error) {
 	r = &Run{engine: e, id: id, library: ctx}
-	if r.term, r.starts, err = e.db.begin(ctx, id); err != nil {
+	if r.term, r.starts, err = e.turn(ctx, id, key); err != nil {
 		return nil, false, fmt.Errorf("count the start: %w", err)
 	}
 	r.work, r.cancel = context.WithCancelCause(ctx)
@@ -113,6 +130,36 @@ func (e *Engine) begin(ctx dbos.Context, id string) (r *Run, marked bool, err er
 		r.cancel(ErrCancelled)
 	}
 	return r, marked, nil
+}
+
+// turn waits until no other run has the key and no other host carries out this run. Mostly the queue has seen to that;
+// but it is a row here that keeps it so when hosts look at the queue at the same instant, or one was given up.
+func (e *Engine) turn(ctx dbos.Context, id, key string) (term, starts int64, err error) {
+	tick := time.NewTicker(pollEvery)
+	defer tick.Stop()
+	for {
+		term, starts, holder, err := e.db.begin(ctx, id, key)
+		if err != nil || holder == "" {
+			return term, starts, err
+		}
+		row, err := e.row(holder)
+		switch {
+		case errors.Is(err, ErrNotFound) || err == nil && over(row.Status) && holder != id:
+			// It ended with the workflow library's own tools, and could not say so.
+			if err := e.db.end(ctx, holder, 0); err != nil {
+				return 0, 0, err
+			}
+		case err != nil:
+			return 0, 0, err
+		case over(row.Status):
+			return 0, 0, errors.New("another host has ended it")
+		}
+		select {
+		case <-ctx.Done():
+			return 0, 0, ctx.Err()
+		case <-tick.C:
+		}
+	}
 }
 
 func (e *Engine) end(r *Run) {

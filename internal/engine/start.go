@@ -70,6 +70,13 @@ func (e *Engine) start(ctx context.Context, name, id string, in reflect.Type, in
 	}
 	e.starting.Lock()
 	defer e.starting.Unlock()
+	return e.db.again(ctx, func() error {
+		return e.db.alone(ctx, "start", func() error { return e.startAlone(ctx, name, id, input, o) })
+	})
+}
+
+// startAlone starts a run while no other process does, so that Refuse sees every earlier one.
+func (e *Engine) startAlone(ctx context.Context, name, id string, input json.RawMessage, o StartOptions) error {
 	before, err := e.Status(ctx, id)
 	switch {
 	case err == nil && before.Kind == name:

@@ -37,7 +37,8 @@ type Status struct {
 	Finished   time.Time `json:"finished,omitzero"`
 	Starts     int64     `json:"starts,omitempty"`   // times it was started by a process; only from Status and Wait
 	Term       int64     `json:"term,omitempty"`     // of its last start; only from Status and Wait
-	Step       string    `json:"step,omitempty"`     // under way in this process
+	Host       string    `json:"host,omitempty"`     // that carries it out, where several may
+	Step       string    `json:"step,omitempty"`     // under way
 	Waiting    string    `json:"waiting,omitempty"`  // the resource that step waits for
 	Progress   *Progress `json:"progress,omitempty"` // of that step
 }
@@ -77,13 +78,13 @@ func (e *Engine) Status(ctx context.Context, id string) (Status, error) {
 	if err != nil {
 		return Status{}, fmt.Errorf("look at run %s: %w", id, err)
 	}
-	starts, term, err := e.db.starts(ctx, id)
+	st, err := e.db.stands(ctx, id)
 	if err != nil {
 		return Status{}, fmt.Errorf("look at run %s: %w", id, err)
 	}
-	s := e.status(row)
-	s.Starts, s.Term = starts, term
-	if s.Cancelling && s.State == Queued && starts == 0 {
+	s := e.status(row, st)
+	s.Starts, s.Term = st.starts, st.term
+	if s.Cancelling && s.State == Queued && st.starts == 0 {
 		// It will be let out of the queue in its turn and do nothing; nobody need wait for that.
 		s.State, s.Cancelling, s.Error = Cancelled, false, ErrCancelled.Error()
 	}
@@ -100,6 +101,10 @@ func (e *Engine) List(ctx context.Context, f Filter) ([]Status, error) {
 	if f.Unfinished {
 		options = append(options, dbos.WithFilterStatus(dbos.WorkflowStatusEnqueued, dbos.WorkflowStatusPending))
 	}
+	elsewhere, err := e.db.doings(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list runs: %w", err)
+	}
 	out := []Status{}
 	for offset := 0; ; offset += listPage {
 		if err := e.open(); err != nil {
@@ -111,7 +116,7 @@ func (e *Engine) List(ctx context.Context, f Filter) ([]Status, error) {
 		}
 		for _, row := range rows {
 			// The library filters by attributes on PostgreSQL only, so kind and key are compared here.
-			s := e.status(row)
+			s := e.status(row, elsewhere[row.ID])
 			if (f.Kind == "" || s.Kind == f.Kind) && (f.Key == "" || s.Key == f.Key) {
 				out = append(out, s)
 			}
@@ -241,7 +246,7 @@ func (e *Engine) row(id string) (dbos.WorkflowStatus, error) {
 
 // status reads our states out of the library's. Its ERROR, CANCELLED and MAX_RECOVERY… are none that we write; they
 // are what is left when a run's own input cannot be read, or someone used the library's tools on it.
-func (e *Engine) status(row dbos.WorkflowStatus) Status {
+func (e *Engine) status(row dbos.WorkflowStatus, st standing) Status {
 	s := Status{ID: row.ID, Created: row.CreatedAt, Started: row.StartedAt, Finished: row.CompletedAt}
 	s.Kind, _ = row.Attributes[attrKind].(string)
 	s.Key, _ = row.Attributes[attrKey].(string)
@@ -264,17 +269,19 @@ func (e *Engine) status(row dbos.WorkflowStatus) Status {
 	default:
 		s.State, s.Error = Failed, fmt.Sprintf("ended by the workflow library as %s: %v", row.Status, row.Error)
 	}
+	if s.State.Over() {
+		return s
+	}
+	s.Host = st.host
+	d := st.doing
 	e.mu.Lock()
 	r := e.active[row.ID]
 	e.mu.Unlock()
-	if r != nil && !s.State.Over() {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		s.State, s.Step, s.Waiting = Running, r.step, r.waiting
-		if r.progress != nil {
-			p := *r.progress
-			s.Progress = &p
-		}
+	if r != nil {
+		s.State, d = Running, r.doing()
+	}
+	if s.State == Running {
+		s.Step, s.Waiting, s.Progress = d.Step, d.Waiting, d.Progress
 	}
 	return s
 }

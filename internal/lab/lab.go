@@ -56,6 +56,8 @@ type Lab struct {
 	Host   *sim.Host
 	Dir    string
 	Clock  *Clock
+	// Database, if set, is a postgres:// URL: catalog and work are there, and not in files.
+	Database string
 	// Fault, if set, is asked before every call of an appliance or a silo, and its error is the call's. It is how a test
 	// makes a step fail, or the process die in it: then it calls Crash from another goroutine and waits for ctx.
 	Fault func(ctx context.Context, call string) error
@@ -68,6 +70,8 @@ type Lab struct {
 	exports  *exporter
 	stop     func() // ends the present process
 	sites    map[string]*Site
+	store    string // folder of the store; "": below Dir
+	home     string // the silo of the lab's own process
 
 	// Reach, if set, gives the appliances elsewhere that are no Site of the lab.
 	Reach func(name string) (api.Site, error)
@@ -77,11 +81,46 @@ type Lab struct {
 // that live elsewhere, each a node of its own with its host; with none the installation's own process is the silo.
 func New(t testing.TB, guest func(spec vm.Spec) sim.Guest, silos ...string) *Lab {
 	t.Helper()
+	l := host(t, guest)
+	made, err := fresh()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.CopyFS(l.Dir, made); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range silos {
+		l.Nodes[name] = newNode(l, name, guest)
+	}
+	l.Open()
+	return l
+}
+
+// Beside makes another installation, on another make-believe host, with the same store and the same PostgreSQL.
+func (l *Lab) Beside(t testing.TB, guest func(spec vm.Spec) sim.Guest) *Lab {
+	t.Helper()
+	other := host(t, guest)
+	other.Database, other.store, other.home = l.Database, l.StoreFolder(), "beside"
+	other.Open()
+	return other
+}
+
+// Use has the lab use a PostgreSQL database from now on. What is in its files stays there.
+func (l *Lab) Use(database string) {
+	l.t.Helper()
+	l.Crash()
+	l.Database = database
+	l.Open()
+}
+
+// host is an empty folder on a make-believe host.
+func host(t testing.TB, guest func(spec vm.Spec) sim.Guest) *Lab {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "lab") // a test's own folder has too long a name for sockets
 	if err != nil {
 		t.Fatal(err)
 	}
-	l := &Lab{t: t, Dir: dir, Host: &sim.Host{Boot: guest}, system: Debian(), networks: &networks{made: map[string]bool{}},
+	l := &Lab{home: home, t: t, Dir: dir, Host: &sim.Host{Boot: guest}, system: Debian(), networks: &networks{made: map[string]bool{}},
 		Clock: &Clock{}, Nodes: map[string]*Node{}}
 	l.exports = &exporter{lab: l, running: map[string]func(){}}
 	t.Cleanup(func() {
@@ -98,24 +137,28 @@ func New(t testing.TB, guest func(spec vm.Spec) sim.Guest, silos ...string) *Lab
 	if err := os.WriteFile(l.path("muster-guest"), []byte("\x7fELF test agent"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	made, err := fresh()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.CopyFS(dir, made); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range silos {
-		l.Nodes[name] = newNode(l, name, guest)
-	}
-	l.Open()
 	return l
 }
 
 func (l *Lab) path(name string) string    { return filepath.Join(l.Dir, name) }
-func (l *Lab) driver() folder.Driver      { return folder.Driver{Path: l.path("store")} }
-func (l *Lab) StoreFolder() string        { return l.path("store") }
+func (l *Lab) driver() folder.Driver      { return folder.Driver{Path: l.StoreFolder()} }
 func (l *Lab) CatalogFiles() (f []string) { f, _ = filepath.Glob(l.path(catalogFile + "*")); return f }
+
+// StoreFolder is where the store is.
+func (l *Lab) StoreFolder() string {
+	if l.store != "" {
+		return l.store
+	}
+	return l.path("store")
+}
+
+// dsn is where a database is that could be a file.
+func (l *Lab) dsn(file string) string {
+	if l.Database != "" {
+		return l.Database
+	}
+	return l.path(file)
+}
 
 // Open starts a process on the installation.
 func (l *Lab) Open() {
@@ -139,7 +182,7 @@ func (l *Lab) open() error {
 		return err
 	}
 	closes = append(closes, func() { st.Close(context.Background()) })
-	cat, err := catalog.Open(ctx, l.path(catalogFile))
+	cat, err := catalog.Open(ctx, l.dsn(catalogFile))
 	if err != nil {
 		return err
 	}
@@ -149,7 +192,7 @@ func (l *Lab) open() error {
 	if err != nil {
 		return err
 	}
-	eng, err := engine.Open(ctx, engine.Config{DSN: l.path(engineFile), Version: master.Shape, Logger: quiet})
+	eng, err := engine.Open(ctx, engine.Config{DSN: l.dsn(engineFile), Version: master.Shape, Logger: quiet})
 	if err != nil {
 		return err
 	}
@@ -158,8 +201,8 @@ func (l *Lab) open() error {
 	closes = append(closes, func() { browser.Close() })
 	app := &appliance.Appliance{Store: st, Open: l.openSource, Browser: browser}
 	l.Store = st
-	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silos: silos, Home: home, Sites: l.reach,
-		Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now}
+	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silos: silos, Home: l.home, Sites: l.reach,
+		Log: quiet, Version: "lab", Data: l.Dir, Location: l.StoreFolder(), Now: l.Clock.Now}
 	for _, n := range l.Nodes {
 		if n.Link != nil {
 			config.Access = n.Link.access
@@ -195,14 +238,14 @@ func (l *Lab) openSilos(ctx context.Context, st *store.Store, closes *[]func()) 
 	}
 	hv := l.Host.Open()
 	*closes = append(*closes, func() { hv.Close() })
-	s, err := silo.Open(ctx, silo.Config{Name: home, Stores: silo.Own{Store: st}, Tests: 1, Hypervisor: hv, Opener: tree.Opener{System: l.system}, Networks: l.networks,
+	s, err := silo.Open(ctx, silo.Config{Name: l.home, Stores: silo.Own{Store: st}, Tests: 1, Hypervisor: hv, Opener: tree.Opener{System: l.system}, Networks: l.networks,
 		Exporter: l.exports, GuestAgent: l.path("muster-guest"), Dir: l.path("silo"), Run: l.path("run"), SocketGID: -1, NewLayer: newLayer,
 		Flatten: flatten, Limits: boottest.Limits{Sample: 10 * time.Millisecond}})
 	if err != nil {
 		return nil, err
 	}
 	*closes = append(*closes, func() { s.Close() })
-	set[home] = faultySilo{s, l}
+	set[l.home] = faultySilo{s, l}
 	return set, nil
 }
 

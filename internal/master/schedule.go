@@ -33,8 +33,15 @@ func (m *Master) Run(ctx context.Context) {
 }
 
 // Wake looks at what is and what should be, once: it starts snapshots that are due and tests that are missing, tends
-// invocations and collects the store.
+// invocations and collects the store. Of several masters only the one that leads does; what one that has lost its lease
+// would still start, the engine refuses.
 func (m *Master) Wake(ctx context.Context) {
+	if leads, err := m.Engine.Leads(ctx); err != nil || !leads {
+		if err != nil && ctx.Err() == nil {
+			m.Log.Error("schedule", "error", err)
+		}
+		return
+	}
 	servers, err := m.Catalog.Servers(ctx)
 	if err != nil {
 		m.Log.ErrorContext(ctx, "schedule", "error", err)

@@ -23,12 +23,18 @@ const (
 	envMode  = "MUSTER_ENGINETEST_MODE"  // succeed, fail, cancel
 	envKill  = "MUSTER_ENGINETEST_KILL"  // the point at which to die; "" none
 	envDiary = "MUSTER_ENGINETEST_DIARY" // file in which every side effect is written down, with the term
+	envOnce  = "MUSTER_ENGINETEST_ONCE"  // file that is made by who dies, so that only one does; "" whoever comes there
+	envHost  = "MUSTER_ENGINETEST_HOST"
 )
 
 // Main runs the tests, or is the child of one. It is called by TestMain.
 func Main(m *testing.M) {
 	if os.Getenv(envDSN) != "" {
-		child()
+		if os.Getenv(envMode) == zombieMode {
+			zombie()
+		} else {
+			child()
+		}
 		os.Exit(0)
 	}
 	os.Exit(m.Run())
@@ -93,12 +99,31 @@ func checkDiary(t *testing.T, file, want string) {
 	}
 }
 
+// firstToDie says whether nobody died before.
+func firstToDie() bool {
+	name := os.Getenv(envOnce)
+	if name == "" {
+		return true
+	}
+	f, err := os.OpenFile(name, os.O_CREATE|os.O_EXCL, 0o600)
+	if err == nil {
+		check(f.Close())
+	}
+	return err == nil
+}
+
 func spawn(t *testing.T, dsn, mode, kill, diary string) ([]byte, error) {
+	t.Helper()
+	return spawnHost(t, dsn, mode, kill, diary, "crash", "")
+}
+
+// spawnHost runs a child to its end. The error says that it killed itself.
+func spawnHost(t *testing.T, dsn, mode, kill, diary, host, once string) ([]byte, error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, os.Args[0])
-	cmd.Env = append(os.Environ(), envDSN+"="+dsn, envMode+"="+mode, envKill+"="+kill, envDiary+"="+diary)
+	cmd.Env = append(os.Environ(), envDSN+"="+dsn, envMode+"="+mode, envKill+"="+kill, envDiary+"="+diary, envHost+"="+host, envOnce+"="+once)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -107,7 +132,7 @@ func spawn(t *testing.T, dsn, mode, kill, diary string) ([]byte, error) {
 		return out, err
 	}
 	if err != nil {
-		t.Fatalf("the child did not die as it was told, but of %v: %s", err, stderr.Bytes())
+		t.Errorf("the child did not die as it was told, but of %v: %s", err, stderr.Bytes())
 	}
 	return out, nil
 }
@@ -118,12 +143,12 @@ func child() {
 	diary, err := os.OpenFile(os.Getenv(envDiary), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	check(err)
 	at := func(point string) {
-		if point == kill {
+		if point == kill && firstToDie() {
 			check(syscall.Kill(os.Getpid(), syscall.SIGKILL))
 			select {}
 		}
 	}
-	e, err := engine.Open(context.Background(), engine.Config{DSN: os.Getenv(envDSN), Version: "1",
+	e, err := engine.Open(context.Background(), engine.Config{DSN: os.Getenv(envDSN), Version: "1", Host: os.Getenv(envHost), Lease: testLease / 2,
 		Logger: slog.New(slog.DiscardHandler)})
 	check(err)
 	engine.Register(e, "crash", func(r *engine.Run, _ nothing) error {

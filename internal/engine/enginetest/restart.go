@@ -312,7 +312,8 @@ func prunes(t *testing.T, dsn string) {
 	w.wait("slow", engine.Succeeded)
 }
 
-func locked(t *testing.T, dsn string) {
+// Exclusive checks that of a database that only one process may have, a second one is kept out of.
+func Exclusive(t *testing.T, dsn string) {
 	w := open(t, dsn, "1", func(*engine.Engine) {})
 	if _, err := engine.Open(context.Background(), engine.Config{DSN: dsn, Version: "1"}); !errors.Is(err, engine.ErrLocked) {
 		t.Errorf("a second process: %v", err)
