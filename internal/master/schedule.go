@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
 )
@@ -44,23 +45,14 @@ func (m *Master) Run(ctx context.Context) {
 // Wake looks at what is and what should be, once: it starts snapshots that are due and tests that are missing, tends
 // invocations and collects the store.
 func (m *Master) Wake(ctx context.Context) {
-	servers, err := m.Catalog.Servers(ctx)
-	if err != nil {
-		m.Log.Error("schedule", "error", err)
-		return
-	}
 	running, err := m.running(ctx)
 	if err != nil {
 		m.Log.Error("schedule", "error", err)
 		return
 	}
-	for _, s := range servers {
-		if _, busy := running[s.Name]; busy {
-			continue
-		}
-		if err := m.wakeServer(ctx, s); err != nil {
-			m.Log.Error("schedule server", "server", s.Name, "error", err)
-		}
+	if err := m.wakeDue(ctx, running); err != nil {
+		m.Log.Error("schedule", "error", err)
+		return
 	}
 	m.overdue(ctx, running)
 	m.tend(ctx)
@@ -75,70 +67,44 @@ func (m *Master) Wake(ctx context.Context) {
 	}
 }
 
-func (m *Master) wakeServer(ctx context.Context, s dr.Server) error {
-	if _, active, err := m.Catalog.ActiveInvocation(ctx, s.ID); err != nil || active {
-		return err // its original is gone or must not be mistaken for the truth
-	}
-	newest, err := m.newest(ctx, s)
-	if err != nil {
-		return err
-	}
+// wakeDue starts the snapshots that are due of servers nothing is done about.
+func (m *Master) wakeDue(ctx context.Context, running map[string]api.Operation) error {
 	now := m.Now()
-	due := dueOf(s, newest, now)
-	if due.next().After(now) || m.backOff(s).After(now) {
+	var last *catalog.Due
+	for {
+		page, err := m.Catalog.Due(ctx, now, last)
+		if err != nil {
+			return err
+		}
+		for _, d := range page {
+			if _, busy := running[d.Server.Name]; busy {
+				continue
+			}
+			if err := m.wakeServer(ctx, d.Server, d.Taken, now); err != nil {
+				m.Log.Error("schedule server", "server", d.Server.Name, "error", err)
+			}
+		}
+		if len(page) < catalog.MaxList {
+			return nil
+		}
+		last = &page[len(page)-1]
+	}
+}
+
+func (m *Master) wakeServer(ctx context.Context, s dr.Server, taken dr.Taken, now time.Time) error {
+	due := s.Due(taken, now)
+	if due.Next().After(now) || m.backOff(s).After(now) {
 		return nil
 	}
 	m.mu.Lock()
 	a := m.attempts[s.ID]
-	if !newest.last.IsZero() && !newest.last.Before(a.at) {
+	if !taken.Last.IsZero() && !taken.Last.Before(a.at) {
 		a.failures = 0 // the last attempt kept something
 	}
 	m.attempts[s.ID] = attempt{at: now, failures: a.failures + 1}
 	m.mu.Unlock()
-	_, err = m.beginProtect(ctx, s, !s.HasImage() || due.image.After(now), true)
+	_, err := m.beginProtect(ctx, s, !s.HasImage() || due.Image.After(now), true)
 	return err
-}
-
-// taken says when the newest snapshots of each kind were taken, zero for never.
-type taken struct {
-	image, data time.Time
-	last        time.Time // of the one that was recorded last
-}
-
-func (m *Master) newest(ctx context.Context, s dr.Server) (t taken, err error) {
-	for kind, at := range map[dr.SnapshotKind]*time.Time{dr.SnapshotImage: &t.image, dr.SnapshotData: &t.data, "": &t.last} {
-		rec, ok, err := m.Catalog.LastSnapshot(ctx, s.ID, kind)
-		if err != nil {
-			return t, err
-		}
-		if ok {
-			*at = rec.Snapshot.Taken
-		}
-	}
-	return t, nil
-}
-
-// dues says when the next snapshots are to be taken; zero for what the tier does not have.
-type dues struct {
-	image, data time.Time
-}
-
-func dueOf(s dr.Server, t taken, now time.Time) (d dues) {
-	if s.HasImage() {
-		d.image = s.Schedule.Due(t.image, now)
-	}
-	if s.HasData() {
-		d.data = s.Data.Schedule().Due(t.data, now)
-	}
-	return d
-}
-
-// next is the earlier of the two.
-func (d dues) next() time.Time {
-	if d.image.IsZero() || !d.data.IsZero() && d.data.Before(d.image) {
-		return d.data
-	}
-	return d.image
 }
 
 // backOff says when the next attempt may be made at the earliest, given those that kept nothing.
