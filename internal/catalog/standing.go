@@ -171,9 +171,13 @@ func (t *tx) plan(serverID string) error {
 	if dataSeq > imageSeq {
 		taken.Last = data
 	}
-	due := server.Due(taken, taken.Latest()).Next()
+	newest := taken.Image
+	if data.After(newest) {
+		newest = data
+	}
+	due := server.Dues(taken, newest).Next()
 	return t.do(`UPDATE servers SET image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ? WHERE id = ?`,
-		stamp(taken.Image), stamp(taken.Data), stamp(taken.Last), stamp(taken.Latest()), stamp(due), serverID)
+		stamp(taken.Image), stamp(taken.Data), stamp(taken.Last), stamp(newest), stamp(due), serverID)
 }
 
 // lastOf says when the snapshot of a kind that was recorded last and has not expired was taken, and its number; zeros for none.

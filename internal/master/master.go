@@ -67,7 +67,7 @@ type Master struct {
 
 	mu       sync.Mutex
 	results  map[string]json.RawMessage // of finished verify, collect and adopt operations of this process
-	attempts map[string]attempt         // per server: the last scheduled capture
+	attempts map[string]dr.Attempt      // per server: the last scheduled capture
 	warned   map[string]bool            // invocations whose machine was found dead
 	collect  time.Time                  // when the store was last collected
 }
@@ -86,7 +86,7 @@ func Open(config Config) *Master {
 		config.Grace = DefaultGrace
 	}
 	m := &Master{Config: config, started: config.Now(),
-		results: map[string]json.RawMessage{}, attempts: map[string]attempt{}, warned: map[string]bool{}, collect: config.Now()}
+		results: map[string]json.RawMessage{}, attempts: map[string]dr.Attempt{}, warned: map[string]bool{}, collect: config.Now()}
 	engine.Register(m.Engine, kindProtect, m.protect)
 	engine.Register(m.Engine, kindPreRecover, m.prerecover)
 	engine.Register(m.Engine, kindTest, m.test)

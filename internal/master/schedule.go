@@ -10,18 +10,6 @@ import (
 	"github.com/musterdr/muster/internal/engine"
 )
 
-// attempt is the last scheduled capture of a server in this process.
-type attempt struct {
-	at       time.Time
-	failures int
-}
-
-// Waiting after failed captures: doubled from the first to the second, never longer than the schedule itself.
-const (
-	firstRetry = 5 * time.Minute
-	lastRetry  = 2 * time.Hour
-)
-
 // collectEvery is how often the store is asked to free what expired.
 const collectEvery = 24 * time.Hour
 
@@ -92,35 +80,19 @@ func (m *Master) wakeDue(ctx context.Context, running map[string]api.Operation) 
 }
 
 func (m *Master) wakeServer(ctx context.Context, s dr.Server, taken dr.Taken, now time.Time) error {
-	due := s.Due(taken, now)
-	if due.Next().After(now) || m.backOff(s).After(now) {
-		return nil
-	}
+	due := s.Dues(taken, now)
 	m.mu.Lock()
 	a := m.attempts[s.ID]
-	if !taken.Last.IsZero() && !taken.Last.Before(a.at) {
-		a.failures = 0 // the last attempt kept something
+	wait := due.Next().After(now) || a.Again(s, now).After(now)
+	if !wait {
+		m.attempts[s.ID] = a.Begin(taken.Last, now)
 	}
-	m.attempts[s.ID] = attempt{at: now, failures: a.failures + 1}
 	m.mu.Unlock()
+	if wait {
+		return nil
+	}
 	_, err := m.beginProtect(ctx, s, !s.HasImage() || due.Image.After(now), true)
 	return err
-}
-
-// backOff says when the next attempt may be made at the earliest, given those that kept nothing.
-func (m *Master) backOff(s dr.Server) time.Time {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	a, ok := m.attempts[s.ID]
-	if !ok || a.at.After(m.Now()) {
-		return time.Time{}
-	}
-	every := s.Schedule.Every
-	if s.HasData() {
-		every = min(every, s.Data.Schedule().Every)
-	}
-	wait := min(firstRetry<<min(a.failures-1, 10), lastRetry, every)
-	return a.at.Add(wait)
 }
 
 // overdue finds snapshots that should have been tested and were not, raises a ticket and tests them (R72).

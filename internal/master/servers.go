@@ -188,7 +188,7 @@ func (m *Master) running(ctx context.Context) (map[string]api.Operation, error) 
 }
 
 func (m *Master) status(s catalog.Standing, running map[string]api.Operation) api.ServerStatus {
-	due := s.Server.Due(s.Taken, m.Now())
+	due := s.Server.Dues(s.Taken, m.Now())
 	out := api.ServerStatus{Server: s.Server, Newest: s.Newest, LKG: s.LKG, Due: due.Next(), DataDue: due.Data, Tickets: s.Tickets, Invocation: s.Invocation}
 	if op, ok := running[s.Server.Name]; ok {
 		out.Operation = &op

@@ -156,7 +156,7 @@ func checkStanding(t failer, c *catalog.Catalog, id string, now time.Time) {
 	if invoked != (got.Invocation != nil) {
 		t.Fatalf("%s is invoked: %v, it stands as %+v", id, invoked, got.Invocation)
 	}
-	due := !invoked && !got.Server.Due(want, now).Next().After(now)
+	due := !invoked && !got.Server.Dues(want, now).Next().After(now)
 	if listed := slices.Contains(dueAt(t, c, now), id); listed != due {
 		t.Fatalf("%s, taken %+v, is due at %s: %v; listed as due: %v", id, want, now, due, listed)
 	}

@@ -1,7 +1,7 @@
 -- What a status page and a tick of the scheduler ask of every server is kept with the server, so that neither looks at a
 -- million snapshots. image_at, data_at: when the snapshot of that kind which was recorded last and has not expired was
 -- taken, 0 for none; last_at: the same of either kind; newest_at: the later of the first two. due: when the next one is to
--- be taken, by dr.Server.Due; -1 means that it is still to be worked out, which opening the catalog does.
+-- be taken, by dr.Server.Dues; -1 means that it is still to be worked out, which opening the catalog does.
 
 -- +goose Up
 ALTER TABLE servers ADD COLUMN image_at BIGINT NOT NULL DEFAULT 0;
