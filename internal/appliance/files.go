@@ -10,7 +10,6 @@ import (
 	"path"
 	"slices"
 	"strings"
-	"sync"
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture"
@@ -87,9 +86,7 @@ func (a *Appliance) RestoreFiles(ctx context.Context, r api.RestoreRequest) (api
 	if err != nil {
 		return api.Restored{}, err
 	}
-	var feeding sync.WaitGroup
-	defer feeding.Wait()
-	defer src.Close() // first, so that what is being fed ends
+	defer src.Close()
 	dst, ok := src.(capture.RestoreSource)
 	if !ok {
 		return api.Restored{}, api.Errorf(api.Invalid, "put files onto %s: only a server that is reached with --ssh can be written to: fetch them with 'muster files %s get'", to.Name, r.Server)
@@ -97,13 +94,7 @@ func (a *Appliance) RestoreFiles(ctx context.Context, r api.RestoreRequest) (api
 	out := api.Restored{Snapshot: snap.ID, Taken: snap.Taken, ToServer: to.Name, Files: []api.RestoredFile{}}
 	plan := capture.RestorePlan{Overwrite: r.Overwrite, Suffix: ".restored-" + snap.Taken.UTC().Format("20060102T150405Z")}
 	var bytes int64
-	feeding.Add(1) // until it is clear that it will not be called
-	var once sync.Once
-	release := func() { once.Do(feeding.Done) }
-	called := make(chan struct{})
-	feed := func(put func(*fileset.Entry, bool, io.Reader) error) error {
-		close(called)
-		defer release()
+	feed := func(ctx context.Context, put func(*fileset.Entry, bool, io.Reader) error) error {
 		return a.Browser.Pick(ctx, snap, p.paths, func(e *fileset.Entry, above bool, content io.Reader) error {
 			bytes += e.Stored()
 			return p.put(e, above, content, put)
@@ -113,19 +104,13 @@ func (a *Appliance) RestoreFiles(ctx context.Context, r api.RestoreRequest) (api
 		count(&out, f)
 		return nil
 	})
-	select {
-	case <-called:
-	default:
-		release()
-	}
 	if err != nil {
 		if err = fmt.Errorf("put files of %s onto %s: %w", snap.ID, to.Name, err); len(out.Files) == 0 {
 			return out, err
 		}
 		out.Error = err.Error()
-	} else {
-		out.Bytes = bytes // nobody counts any more
 	}
+	out.Bytes = bytes
 	slog.InfoContext(ctx, "files were put back", "snapshot", snap.ID, "server", to.Name, "restored", out.Restored, "replaced", out.Replaced, "beside", out.Beside, "failed", out.Failed)
 	return out, nil
 }
