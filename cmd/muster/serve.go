@@ -163,8 +163,13 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install) (*ma
 	browser := files.New(st, filesguestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, i.Run)
 	p.onClose("files", browser.Close)
 	app := &appliance.Appliance{Store: st, Open: i.openSource, Browser: browser}
-	return master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app,
-		Silo: s, Log: p.log, Version: version, Data: i.Dir, Location: set.Store}), app, nil
+	m := master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app,
+		Silo: s, Log: p.log, Version: version, Data: i.Dir, Location: set.Store})
+	app.Journal = m
+	if err := app.TellRestores(ctx); err != nil {
+		p.log.Warn("files were put back, and it is not among the events yet", "error", err)
+	}
+	return m, app, nil
 }
 
 func (p *platform) openSilo(ctx context.Context, i install, set settings, st *store.Store) (s *silo.Silo, kvm bool, err error) {

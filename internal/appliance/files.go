@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"path"
 	"slices"
 	"strings"
@@ -91,28 +90,33 @@ func (a *Appliance) RestoreFiles(ctx context.Context, r api.RestoreRequest) (api
 	if !ok {
 		return api.Restored{}, api.Errorf(api.Invalid, "put files onto %s: only a server that is reached with --ssh can be written to: fetch them with 'muster files %s get'", to.Name, r.Server)
 	}
+	rec := a.begun(ctx, r, p, snap, to)
+	out, err := a.putBack(ctx, dst, r, p, snap, to)
+	a.ended(ctx, rec, out, err)
+	return out, err
+}
+
+// putBack puts files of a snapshot onto a server. That some were put back before it broke off is no error.
+func (a *Appliance) putBack(ctx context.Context, dst capture.RestoreSource, r api.RestoreRequest, p placing, snap dr.Snapshot, to dr.Server) (api.Restored, error) {
 	out := api.Restored{Snapshot: snap.ID, Taken: snap.Taken, ToServer: to.Name, Files: []api.RestoredFile{}}
 	plan := capture.RestorePlan{Overwrite: r.Overwrite, Suffix: ".restored-" + snap.Taken.UTC().Format("20060102T150405Z")}
-	var bytes int64
 	feed := func(ctx context.Context, put func(*fileset.Entry, bool, io.Reader) error) error {
 		return a.Browser.Pick(ctx, snap, p.paths, func(e *fileset.Entry, above bool, content io.Reader) error {
-			bytes += e.Stored()
+			out.Bytes += e.Stored()
 			return p.put(e, above, content, put)
 		})
 	}
-	err = dst.Restore(ctx, plan, feed, func(f capture.Placed) error {
+	err := dst.Restore(ctx, plan, feed, func(f capture.Placed) error {
 		count(&out, f)
 		return nil
 	})
 	if err != nil {
-		if err = fmt.Errorf("put files of %s onto %s: %w", snap.ID, to.Name, err); len(out.Files) == 0 {
-			return out, err
+		err = fmt.Errorf("put files of %s onto %s: %w", snap.ID, to.Name, err)
+		if len(out.Files) > 0 {
+			out.Error, err = err.Error(), nil
 		}
-		out.Error = err.Error()
 	}
-	out.Bytes = bytes
-	slog.InfoContext(ctx, "files were put back", "snapshot", snap.ID, "server", to.Name, "restored", out.Restored, "replaced", out.Replaced, "beside", out.Beside, "failed", out.Failed)
-	return out, nil
+	return out, err
 }
 
 // count adds what became of one file.

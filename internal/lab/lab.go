@@ -48,9 +48,11 @@ type Lab struct {
 	*api.Client
 	Master *master.Master // of the present process
 	Store  *store.Store
-	Host   *sim.Host
-	Dir    string
-	Clock  *Clock
+	// Appliance is that of the present process; it gives files back also when its Journal is taken away.
+	Appliance *appliance.Appliance
+	Host      *sim.Host
+	Dir       string
+	Clock     *Clock
 	// Fault, if set, is asked before every call of an appliance or a silo, and its error is the call's. It is how a test
 	// makes a step fail, or the process die in it: then it calls Crash from another goroutine and waits for ctx.
 	Fault func(ctx context.Context, call string) error
@@ -148,6 +150,11 @@ func (l *Lab) open() error {
 	l.Store = st
 	l.Master = master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silo: faultySilo{s, l},
 		Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now})
+	app.Journal = l.Master
+	if err := app.TellRestores(ctx); err != nil {
+		return err
+	}
+	l.Appliance = app
 	listener, err := net.Listen("unix", l.path("api.sock"))
 	if err != nil {
 		return err

@@ -72,7 +72,10 @@ type Master struct {
 	collect  time.Time                  // when the store was last collected
 }
 
-var _ api.Operator = (*Master)(nil)
+var (
+	_ api.Operator = (*Master)(nil)
+	_ api.Journal  = (*Master)(nil)
+)
 
 // Open makes a master and registers its work with the engine. Start sets it going.
 func Open(config Config) *Master {

@@ -285,3 +285,8 @@ func (m *Master) Events(ctx context.Context, after int64, limit int, server stri
 	}
 	return m.Catalog.Events(ctx, after, limit, server)
 }
+
+// FilesRestored implements api.Journal.
+func (m *Master) FilesRestored(ctx context.Context, r dr.FileRestore) error {
+	return m.Catalog.AddEventOnce(ctx, r.Event())
+}
