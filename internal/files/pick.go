@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path"
+	"slices"
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/dr"
@@ -128,7 +129,7 @@ const fewFiles = 8
 
 // fromGuest reads from an image: folders with many files at once, the rest one by one.
 func (b *Browser) fromGuest(ctx context.Context, g *guest, picked []chosen, paths []string, each func(*fileset.Entry, bool, io.Reader) error) error {
-	f := folders{byPath: make(map[string]*chosen, len(picked)), given: map[string]bool{}, names: map[[2]uint64]string{}, each: each, read: b.giveRead}
+	f := folders{byPath: make(map[string]*chosen, len(picked)), given: map[string]bool{}, names: map[[2]uint64]string{}, each: each}
 	below := map[string]int{} // files
 	for i := range picked {
 		c := &picked[i]
@@ -145,7 +146,7 @@ func (b *Browser) fromGuest(ctx context.Context, g *guest, picked []chosen, path
 			above = append(above, c)
 		}
 	}
-	if err := b.oneByOne(ctx, g, above, f.give); err != nil {
+	if err := b.oneByOne(ctx, g, above, f.pass); err != nil {
 		return err
 	}
 	for _, p := range paths {
@@ -157,7 +158,8 @@ func (b *Browser) fromGuest(ctx context.Context, g *guest, picked []chosen, path
 		}
 	}
 	rest := slices.DeleteFunc(picked, func(c chosen) bool { return c.above || f.given[c.Path] })
-	return b.oneByOne(ctx, g, rest, f.give)
+	f.link(rest)
+	return b.oneByOne(ctx, g, rest, f.pass)
 }
 
 // folders puts together what comes out of folders with what the index says.
@@ -166,7 +168,6 @@ type folders struct {
 	given  map[string]bool
 	names  map[[2]uint64]string // under which a file was given
 	each   func(*fileset.Entry, bool, io.Reader) error
-	read   func(ctx context.Context, g *guest, c chosen, each func(*fileset.Entry, bool, io.Reader) error) error
 }
 
 // member gives one name of a folder. What the index does not know, or knows otherwise, is left to be read by itself.
@@ -174,6 +175,9 @@ func (f *folders) member(m Member, content io.Reader) error {
 	c := f.byPath[m.Path]
 	if c == nil || f.given[m.Path] {
 		return nil
+	}
+	if above := path.Dir(m.Path); f.byPath[above] != nil && !f.given[above] {
+		return nil // a folder comes before what is in it
 	}
 	e := c.Entry
 	file := e.Kind == fileset.File || e.Kind == fileset.Link
@@ -197,10 +201,23 @@ func (f *folders) member(m Member, content io.Reader) error {
 	}
 	entry := *whole
 	entry.Path, entry.Attrs = e.Path, m.Attrs
-	if !file {
+	if !file || entry.Size == 0 {
+		entry.Sparse, entry.Data = false, nil
 		return f.pass(&entry, false, bytes.NewReader(nil))
 	}
-	return giveContent(&entry, content, func(e *fileset.Entry, content io.Reader) error { return f.pass(e, false, content) })
+	if entry.Sparse {
+		return giveSparse(&entry, func(w io.Writer) error { _, err := io.Copy(w, content); return err }, false, f.pass)
+	}
+	return f.pass(&entry, false, content)
+}
+
+// link makes of a file of which another name was given a link to that.
+func (f *folders) link(rest []chosen) {
+	for _, c := range rest {
+		if first, given := f.names[[2]uint64{c.Dev, c.Inode}]; given && c.Kind == fileset.File {
+			c.Kind, c.Target, c.Size, c.Sparse, c.Data = fileset.Link, first, 0, false, nil
+		}
+	}
 }
 
 // file is the file that a name stands for, as the index has it under the first of its names.
@@ -252,7 +269,7 @@ func (b *Browser) giveRead(ctx context.Context, g *guest, c chosen, each func(*f
 		return each(e, c.above, bytes.NewReader(nil))
 	}
 	if e.Sparse {
-		return b.giveSparse(ctx, g, c, each)
+		return giveSparse(e, func(w io.Writer) error { return g.Read(ctx, e.Path, w) }, c.above, each)
 	}
 	r, w := io.Pipe()
 	read := make(chan error, 1)
@@ -277,30 +294,29 @@ func orEOF(err error) error {
 }
 
 // giveSparse reads a file with holes into a file of the host's, which has them too.
-func (b *Browser) giveSparse(ctx context.Context, g *guest, c chosen, each func(*fileset.Entry, bool, io.Reader) error) error {
+func giveSparse(e *fileset.Entry, read func(io.Writer) error, above bool, each func(*fileset.Entry, bool, io.Reader) error) error {
 	f, err := os.CreateTemp("", "muster-sparse-")
 	if err != nil {
-		return fmt.Errorf("read %.200q: %w", c.Path, err)
+		return fmt.Errorf("read %.200q: %w", e.Path, err)
 	}
 	defer f.Close()
 	os.Remove(f.Name())
 	w := &holes{f: f}
-	if err := g.Read(ctx, c.Path, w); err != nil {
+	if err := read(w); err != nil {
 		return err
 	}
 	if err := w.flush(); err != nil {
-		return fmt.Errorf("read %.200q: %w", c.Path, err)
+		return fmt.Errorf("read %.200q: %w", e.Path, err)
 	}
-	e := c.Entry
 	if w.at != e.Size {
-		return fmt.Errorf("read %.200q: it has %d bytes, not %d", c.Path, w.at, e.Size)
+		return fmt.Errorf("read %.200q: it has %d bytes, not %d", e.Path, w.at, e.Size)
 	}
 	e.Data = w.data
 	var parts []io.Reader
 	for _, x := range e.Data {
 		parts = append(parts, io.NewSectionReader(f, x.Offset, x.Length))
 	}
-	return each(e, c.above, io.MultiReader(parts...))
+	return each(e, above, io.MultiReader(parts...))
 }
 
 // holeSize is the smallest hole that is looked for, in bytes.
