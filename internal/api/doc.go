@@ -4,6 +4,9 @@
 //	Appliance  what a master asks of an appliance
 //	Silo       what a master asks of a silo
 //
+// Both travel between machines as connect calls with JSON (call.go): ApplianceHandler and SiloHandler serve one,
+// RemoteAppliance and RemoteSilo are one that is elsewhere. How the bytes get there is the link's (internal/trust).
+//
 // Knows: requests, answers and their forms.
 // Must not know: how any of them is carried out.
 package api

@@ -28,8 +28,9 @@ type Catalog struct {
 	// Now is the clock for what carries no time of its own. It may step back: nothing is ordered by it.
 	Now func() time.Time
 
-	db   *bun.DB
-	lock string
+	db    *bun.DB
+	lock  string
+	under *dr.Lease // see Under
 }
 
 // Open opens the catalog in a SQLite file, given by its path, or in a PostgreSQL database, given by its postgres:// URL.
@@ -71,6 +72,11 @@ func (c *Catalog) write(ctx context.Context, what string, verb func(t *tx) error
 		}
 		if err := t.NewRaw(`SELECT value FROM counters WHERE name = 'event'`).Scan(ctx, &t.seq); err != nil {
 			return err
+		}
+		if c.under != nil {
+			if err := t.holds(*c.under); err != nil {
+				return err
+			}
 		}
 		before := t.seq
 		if err := verb(t); err != nil {

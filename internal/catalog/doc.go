@@ -11,6 +11,8 @@
 //     show a later instant; it is not expired.
 //   - A server has at most one open ticket for one problem, and at most one active invocation.
 //   - A snapshot's state went only where dr.Follow lets it.
+//   - A piece of work has at most one lease, and each new one a higher term than every lease before; the leases of a silo need
+//     no more memory than it has.
 //   - Events are numbered without a gap in the order in which the transactions took effect, whatever the clock said.
 //
 // # One writer

@@ -187,6 +187,9 @@ func (t *tx) expire(id string) error {
 	if err := t.do(`UPDATE snapshots SET state = ? WHERE id = ?`, dr.Expired, id); err != nil {
 		return err
 	}
+	if err := t.do(`DELETE FROM deltas WHERE snapshot_id = ?`, id); err != nil {
+		return err
+	}
 	if _, err := t.event(t.now, "snapshot.expired", server.ID, server.Name, id, "snapshot %s of %s expired", id, server.Name); err != nil {
 		return err
 	}

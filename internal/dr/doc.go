@@ -13,6 +13,7 @@
 //	Verdict   the answer to all checks of one boot, with evidence
 //	Ticket    one open problem, found again by its Problem key and not once a night
 //	Invocation a rescue image running for real
+//	Silo      a host that makes, tests and runs rescue images; Work is for one of them, and a Lease says whose it is (Place)
 //
 // # What has been proven
 //
