@@ -54,7 +54,7 @@ type part struct {
 	shop bool // it needs an installation in which the shop is protected
 }
 
-var parts = []part{{"ingest", ingest, false}, {"increment", increment, false}, {"signs", lookCost, false}, {"capture", captures, false}, {"files", filesets, false}, {"stun", stunned, false}, {"tracking", tracking, false}, {"boot", boot, true}, {"prerecover", prerecoverSize, false}, {"invoke", invokeTime, true}, {"catalog", catalogAtScale, false}}
+var parts = []part{{"ingest", ingest, false}, {"increment", increment, false}, {"signs", lookCost, false}, {"replicate", replicates, false}, {"capture", captures, false}, {"files", filesets, false}, {"stun", stunned, false}, {"tracking", tracking, false}, {"boot", boot, true}, {"prerecover", prerecoverSize, false}, {"invoke", invokeTime, true}, {"catalog", catalogAtScale, false}, {"night", night, false}}
 
 func partNames() string {
 	var names []string

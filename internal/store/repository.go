@@ -143,10 +143,10 @@ func connect(ctx context.Context, st blob.Storage, dir, password string, now fun
 }
 
 // initialize writes a new repository and its parameters.
-func initialize(ctx context.Context, place Place, password string) error {
+func initialize(ctx context.Context, place Place, password string, of secrets) error {
 	err := repo.Initialize(ctx, place, &repo.NewRepositoryOptions{
 		BlockFormat: format.ContentFormat{
-			Hash: hashAlgorithm, Encryption: encryptionAlgorithm,
+			Hash: hashAlgorithm, Encryption: encryptionAlgorithm, HMACSecret: of.hash, MasterKey: of.seal,
 			MutableParameters: format.MutableParameters{MaxPackSize: packSize},
 		},
 		ObjectFormat: format.ObjectFormat{Splitter: objectSplitter},

@@ -86,6 +86,12 @@ type Place interface {
 	Sweep(ctx context.Context, age time.Duration) error
 }
 
+// Attesting is a Place that is far away and reads back by itself what was put, from the medium over there, before PutBlob
+// returns, if ReadsBack says so: then it is not fetched once more to be compared.
+type Attesting interface {
+	ReadsBack() bool
+}
+
 // Limits of a store. Anything beyond is refused, on writing and on reading.
 const (
 	DefaultBlockSize = 128 << 10
@@ -122,17 +128,10 @@ type Store struct {
 // Create makes a new, empty store. The password is needed to open it ever after; nothing can replace it. A place that
 // already holds something is refused with ErrNotEmpty.
 func Create(ctx context.Context, drv Driver, password string) error {
-	if password == "" {
-		return fmt.Errorf("create store in %s: give a password", drv)
-	}
-	place, err := drv.Create(ctx)
-	if err != nil {
+	if err := create(ctx, drv, password, secrets{}); err != nil {
 		return fmt.Errorf("create store in %s: %w", drv, err)
 	}
-	if err := initialize(ctx, place, password); err != nil {
-		return errors.Join(fmt.Errorf("create store in %s: %w", drv, err), place.Close(ctx))
-	}
-	return place.Close(ctx)
+	return nil
 }
 
 // Open opens a store. A wrong password is ErrBadPassword; a place without a store is ErrNotAStore.

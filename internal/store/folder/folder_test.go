@@ -14,3 +14,8 @@ func TestFolderKeepsThePromisesOfAStore(t *testing.T) {
 		return folder.Driver{Path: filepath.Join(t.TempDir(), "store")}
 	})
 }
+
+func TestSnapshotsGetFromFolderToFolder(t *testing.T) {
+	open := func(t *testing.T) store.Driver { return folder.Driver{Path: filepath.Join(t.TempDir(), "store")} }
+	storetest.RunReplication(t, open, open)
+}

@@ -1,0 +1,576 @@
+package remote
+
+import (
+	"context"
+	"crypto/subtle"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/kopia/kopia/repo/blob"
+	"github.com/zeebo/blake3"
+
+	"github.com/musterdr/muster/internal/store"
+)
+
+// Server serves places. It is an http.Handler.
+type Server struct {
+	open    func(r *http.Request) (store.Driver, Rights, error)
+	mux     *http.ServeMux
+	uploads chan struct{}
+
+	mu       sync.Mutex
+	places   map[string]store.Place
+	locks    map[string]*held // by token
+	partials map[string]partial
+	closed   bool
+}
+
+// held is a lock that somebody has.
+type held struct {
+	place string
+	let   context.CancelFunc
+	gone  chan struct{} // closed when it was let go
+}
+
+// partial is the beginning of a blob whose sender was cut off, by its digest.
+type partial struct {
+	place string
+	data  []byte
+	at    time.Time
+}
+
+// NewServer serves the places that open names for a request, to whom it gives rights. Its errors are answered with 403.
+func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server {
+	s := &Server{open: open, uploads: make(chan struct{}, uploadsAtOne), places: map[string]store.Place{}, locks: map[string]*held{},
+		partials: map[string]partial{}, mux: http.NewServeMux()}
+	s.handle("POST "+pathPlace, Append, s.create)
+	s.handle("GET "+pathPlace, Read, func(*request) error { return nil })
+	s.handle("GET "+pathList, Read, s.list)
+	s.handle("GET "+pathBlobs+"{id}", Read, s.get) // and HEAD
+	s.handle("PUT "+pathBlobs+"{id}", Append, s.put)
+	s.handle("DELETE "+pathBlobs+"{id}", Append, s.delete)
+	s.handle("GET "+pathPartial, Append, s.partial)
+	s.handle("POST "+pathLocks, Read, s.lock)
+	s.handle("DELETE "+pathLocks, Read, s.unlock)
+	s.handle("GET "+pathCapacity, Read, s.capacity)
+	s.handle("POST "+pathSync, Append, func(r *request) error { return r.place.Sync(r.Context()) })
+	s.handle("POST "+pathSweep, Own, s.sweep)
+	return s
+}
+
+// ServeHTTP implements http.Handler.
+func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
+
+// Close closes the places. Requests that run fail.
+func (s *Server) Close(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	for _, l := range s.locks {
+		l.let()
+	}
+	var errs []error
+	for _, p := range s.places {
+		errs = append(errs, p.Close(ctx))
+	}
+	clear(s.places)
+	clear(s.partials)
+	return errors.Join(errs...)
+}
+
+// request is a question of somebody who may ask it.
+type request struct {
+	*http.Request
+	w      http.ResponseWriter
+	name   string // of the place
+	place  store.Place
+	rights Rights
+}
+
+// status is an error that is answered with a status.
+type status struct {
+	code int
+	error
+}
+
+func refuse(code int, format string, args ...any) error {
+	return status{code, fmt.Errorf(format, args...)}
+}
+
+func (s *Server) handle(pattern string, least Rights, do func(*request) error) {
+	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
+		err := s.serve(w, r, pattern == "POST "+pathPlace, least, do)
+		if err == nil {
+			return
+		}
+		code := http.StatusInternalServerError
+		var st status
+		switch {
+		case errors.As(err, &st):
+			code = st.code
+		case errors.Is(err, blob.ErrBlobNotFound):
+			code = http.StatusNotFound
+		case errors.Is(err, blob.ErrInvalidRange):
+			code = http.StatusRequestedRangeNotSatisfiable
+		case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+			code = statusFull
+		case errors.Is(err, store.ErrNotAStore):
+			code = statusNoStore
+		case errors.Is(err, store.ErrNotEmpty):
+			code = statusExists
+		default:
+			slog.WarnContext(r.Context(), "a place could not answer", "method", r.Method, "path", r.URL.Path, "error", err.Error())
+		}
+		http.Error(w, err.Error(), code)
+	})
+}
+
+func (s *Server) serve(w http.ResponseWriter, r *http.Request, create bool, least Rights, do func(*request) error) error {
+	drv, rights, err := s.open(r)
+	if err != nil {
+		return status{http.StatusForbidden, err}
+	}
+	if rights < least {
+		return refuse(http.StatusForbidden, "%w: %s %s", ErrForbidden, r.Method, r.URL.Path)
+	}
+	q := &request{Request: r, w: w, name: drv.String(), rights: rights}
+	if q.place, err = s.openPlace(r.Context(), drv, create); err != nil {
+		return err
+	}
+	return do(q)
+}
+
+// openPlace gives the place of a driver, which stays open.
+func (s *Server) openPlace(ctx context.Context, drv store.Driver, create bool) (store.Place, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, refuse(http.StatusServiceUnavailable, "this master is closing")
+	}
+	p, ok := s.places[drv.String()]
+	if ok && create {
+		return nil, store.ErrNotEmpty
+	}
+	if ok {
+		return p, nil
+	}
+	var err error
+	if ctx = context.WithoutCancel(ctx); create {
+		p, err = drv.Create(ctx)
+	} else {
+		p, err = drv.Open(ctx)
+	}
+	if err == nil {
+		s.places[drv.String()] = p
+	}
+	return p, err
+}
+
+func (s *Server) create(r *request) error { r.w.WriteHeader(http.StatusCreated); return nil }
+
+// blobNameRE is what Kopia calls blobs: nothing that could lead out of a folder.
+var blobNameRE = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]*$`)
+
+func (r *request) blob() (blob.ID, error) {
+	id := r.PathValue("id")
+	if len(id) > maxName || !blobNameRE.MatchString(id) {
+		return "", refuse(http.StatusBadRequest, "%.80q is no name of a blob", id)
+	}
+	return blob.ID(id), nil
+}
+
+// listed is one line of a list. The last line says that it is whole.
+type listed struct {
+	ID   blob.ID   `json:"id,omitempty"`
+	Size int64     `json:"size,omitempty"`
+	Time time.Time `json:"time,omitzero"`
+	End  bool      `json:"end,omitempty"`
+}
+
+func (s *Server) list(r *request) error {
+	prefix := r.URL.Query().Get("prefix")
+	if prefix != "" && (len(prefix) > maxName || !blobNameRE.MatchString(prefix)) {
+		return refuse(http.StatusBadRequest, "%.80q is no beginning of a name", prefix)
+	}
+	r.w.Header().Set("Content-Type", "application/x-ndjson")
+	e := json.NewEncoder(r.w)
+	err := r.place.ListBlobs(r.Context(), blob.ID(prefix), func(m blob.Metadata) error {
+		return e.Encode(listed{ID: m.BlobID, Size: m.Length, Time: m.Timestamp})
+	})
+	if err != nil {
+		return err // the list has no last line then
+	}
+	return e.Encode(listed{End: true})
+}
+
+func (s *Server) get(r *request) error {
+	id, err := r.blob()
+	if err != nil {
+		return err
+	}
+	meta, err := r.place.GetMetadata(r.Context(), id)
+	if err != nil {
+		return err
+	}
+	offset, length, ranged, err := rangeOf(r.Header.Get("Range"), meta.Length)
+	if err != nil {
+		return err
+	}
+	h := r.w.Header()
+	h.Set(headerTime, meta.Timestamp.Format(time.RFC3339Nano))
+	h.Set(headerSize, strconv.FormatInt(meta.Length, 10))
+	h.Set("Content-Type", "application/octet-stream")
+	h.Set("Content-Length", strconv.FormatInt(length, 10))
+	if r.Method == http.MethodHead {
+		return nil
+	}
+	out := &answerBody{r: r, left: length, partial: ranged}
+	if ranged {
+		err = r.place.GetBlob(r.Context(), id, offset, length, out)
+	} else {
+		err = r.place.GetBlob(r.Context(), id, 0, -1, out)
+	}
+	if out.began && (err != nil || out.left != 0) {
+		panic(http.ErrAbortHandler) // the reader must not take a part for the whole
+	}
+	if err == nil && !out.began { // an empty one
+		out.start()
+	}
+	return err
+}
+
+// rangeOf reads the one form of a range that a client of ours asks for.
+func rangeOf(header string, size int64) (offset, length int64, ranged bool, err error) {
+	if header == "" {
+		return 0, size, false, nil
+	}
+	var last int64
+	if n, err := fmt.Sscanf(header, "bytes=%d-%d", &offset, &last); err != nil || n != 2 || offset < 0 || last < offset-1 || last >= size {
+		return 0, 0, false, fmt.Errorf("%w: %.60q of %d bytes", blob.ErrInvalidRange, header, size)
+	}
+	return offset, last - offset + 1, true, nil
+}
+
+// answerBody is where a place writes what it reads, straight into the answer.
+type answerBody struct {
+	r       *request
+	left    int64
+	n       int
+	partial bool
+	began   bool
+}
+
+func (a *answerBody) start() {
+	a.began = true
+	if a.partial {
+		a.r.w.WriteHeader(http.StatusPartialContent)
+	}
+}
+
+func (a *answerBody) Write(p []byte) (int, error) {
+	if !a.began {
+		a.start()
+	}
+	if int64(len(p)) > a.left {
+		return 0, errors.New("the blob is longer than it was")
+	}
+	n, err := a.r.w.Write(p)
+	a.left, a.n = a.left-int64(n), a.n+n
+	return n, err
+}
+
+func (a *answerBody) Length() int { return a.n }
+
+// Reset is called before anything was written, or by a driver that tries again, which is too late then.
+func (a *answerBody) Reset() {
+	if a.began {
+		panic(http.ErrAbortHandler)
+	}
+}
+
+// underLocks requires that the locks under which a change is made are held still.
+func (s *Server) underLocks(r *request) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, token := range strings.FieldsFunc(r.Header.Get(headerLocks), func(c rune) bool { return c == ',' }) {
+		if l := s.locks[token]; l == nil || l.place != r.name {
+			return status{statusLockLost, errLockLost}
+		}
+	}
+	return nil
+}
+
+func (s *Server) put(r *request) error {
+	id, err := r.blob()
+	if err != nil {
+		return err
+	}
+	if err := s.underLocks(r); err != nil {
+		return err
+	}
+	size, serr := strconv.ParseInt(r.Header.Get(headerSize), 10, 64)
+	offset, oerr := strconv.ParseInt(r.Header.Get(headerOffset), 10, 64)
+	digest, derr := hex.DecodeString(r.Header.Get(headerDigest))
+	if serr != nil || oerr != nil || derr != nil || len(digest) != 32 || size < 0 || size > MaxBlob || offset < 0 || offset > size {
+		return refuse(http.StatusBadRequest, "put blob %s: its size (at most %d), offset or digest is wrong", id, MaxBlob)
+	}
+	select {
+	case s.uploads <- struct{}{}:
+		defer func() { <-s.uploads }()
+	case <-r.Context().Done():
+		return context.Cause(r.Context())
+	}
+	data, err := s.receive(r, digest, size, offset)
+	if err != nil {
+		return err
+	}
+	return s.keep(r, id, data, digest)
+}
+
+// receive reads a blob, the beginning of which may have come before. What comes of one that is cut off is kept.
+func (s *Server) receive(r *request, digest []byte, size, offset int64) ([]byte, error) {
+	key := partialKey(r.name, digest)
+	data := s.takePartial(key)
+	if int64(len(data)) < offset {
+		return nil, refuse(http.StatusRequestedRangeNotSatisfiable, "%d bytes of it are here, not %d", len(data), offset)
+	}
+	data = append(make([]byte, 0, size), data[:offset]...)
+	n, err := io.ReadFull(r.Body, data[offset:size])
+	data = data[:offset+int64(n)]
+	if err == nil && int64(len(data)) == size {
+		if sum := blake3.Sum256(data); subtle.ConstantTimeCompare(sum[:], digest) != 1 {
+			return nil, refuse(http.StatusBadRequest, "what arrived is not what was sent: the digest differs")
+		}
+		return data, nil
+	}
+	if size == offset {
+		return data, nil
+	}
+	if len(data) >= resumable {
+		s.keepPartial(key, partial{place: r.name, data: data, at: time.Now()})
+	}
+	return nil, refuse(http.StatusBadRequest, "it broke off after %d of %d bytes: %w", len(data), size, err)
+}
+
+func partialKey(place string, digest []byte) string { return hex.EncodeToString(digest) + " " + place }
+
+func (s *Server) takePartial(key string) []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.partials[key]
+	delete(s.partials, key)
+	return p.data
+}
+
+// keepPartial keeps the beginning of a blob, in place of the oldest if there are too many.
+func (s *Server) keepPartial(key string, p partial) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	oldest := ""
+	for k, other := range s.partials {
+		if time.Since(other.at) > partialLife {
+			delete(s.partials, k)
+		} else if oldest == "" || other.at.Before(s.partials[oldest].at) {
+			oldest = k
+		}
+	}
+	if len(s.partials) >= maxPartials {
+		delete(s.partials, oldest)
+	}
+	s.partials[key] = p
+}
+
+func (s *Server) partial(r *request) error {
+	digest, err := hex.DecodeString(r.URL.Query().Get("digest"))
+	if err != nil || len(digest) != 32 {
+		return refuse(http.StatusBadRequest, "name a digest")
+	}
+	s.mu.Lock()
+	n := len(s.partials[partialKey(r.name, digest)].data)
+	s.mu.Unlock()
+	return json.NewEncoder(r.w).Encode(map[string]int{"have": n})
+}
+
+// keep puts a blob and reads it back. One that is there already as it is stays.
+func (s *Server) keep(r *request, id blob.ID, data, digest []byte) error {
+	ctx := r.Context()
+	opts := blob.PutOptions{}
+	if t := r.Header.Get(headerTime); t != "" {
+		at, err := time.Parse(time.RFC3339Nano, t)
+		if err != nil {
+			return refuse(http.StatusBadRequest, "the time %.40q is none", t)
+		}
+		opts.SetModTime = at
+	}
+	if r.rights < Own {
+		switch there, err := s.digest(ctx, r.place, id); {
+		case err == nil && subtle.ConstantTimeCompare(there, digest) == 1:
+			return s.say(r, id)
+		case err == nil:
+			if fresh, ferr := s.fresh(ctx, r.place, id); ferr != nil || !fresh {
+				return errors.Join(ferr, refuse(http.StatusForbidden, "put blob %s: %w: it is there, and is another one", id, ErrForbidden))
+			}
+		case !errors.Is(err, blob.ErrBlobNotFound):
+			return err
+		}
+	}
+	if err := store.PutBlob(ctx, r.place, id, store.Bytes(data), opts); err != nil {
+		return err
+	}
+	return s.say(r, id)
+}
+
+// fresh says whether a blob holds the settings of a store that is being created: Kopia writes them twice.
+func (s *Server) fresh(ctx context.Context, p store.Place, id blob.ID) (bool, error) {
+	if !strings.HasPrefix(string(id), settingsPrefix) {
+		return false, nil
+	}
+	any := errors.New("there is one")
+	err := p.ListBlobs(ctx, packPrefix, func(blob.Metadata) error { return any })
+	if errors.Is(err, any) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// say answers with the time at which a blob was put.
+func (s *Server) say(r *request, id blob.ID) error {
+	meta, err := r.place.GetMetadata(r.Context(), id)
+	if err != nil {
+		return err
+	}
+	r.w.Header().Set(headerTime, meta.Timestamp.Format(time.RFC3339Nano))
+	r.w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// digest is that of a blob that is there.
+func (s *Server) digest(ctx context.Context, p store.Place, id blob.ID) ([]byte, error) {
+	if _, err := p.GetMetadata(ctx, id); err != nil {
+		return nil, err
+	}
+	var d digester
+	d.Reset()
+	if err := p.GetBlob(ctx, id, 0, -1, &d); err != nil {
+		return nil, err
+	}
+	return d.h.Sum(nil), nil
+}
+
+type digester struct {
+	h *blake3.Hasher
+	n int
+}
+
+func (d *digester) Write(p []byte) (int, error) { d.n += len(p); return d.h.Write(p) }
+func (d *digester) Length() int                 { return d.n }
+func (d *digester) Reset()                      { d.h, d.n = blake3.New(), 0 }
+
+// What Kopia's names of blobs begin with.
+const (
+	sessionPrefix  = "s"      // markers of sessions
+	settingsPrefix = "kopia." // the store's settings, and its keys under the password
+	packPrefix     = "p"      // blocks
+)
+
+func (s *Server) delete(r *request) error {
+	id, err := r.blob()
+	if err != nil {
+		return err
+	}
+	if r.rights < Own && !strings.HasPrefix(string(id), sessionPrefix) {
+		return refuse(http.StatusForbidden, "delete blob %s: %w", id, ErrForbidden)
+	}
+	if err := s.underLocks(r); err != nil {
+		return err
+	}
+	if err := r.place.DeleteBlob(r.Context(), id); err != nil {
+		return err
+	}
+	r.w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+// lock holds a lock until the one who asked goes away or unlocks it.
+func (s *Server) lock(r *request) error {
+	q := r.URL.Query()
+	name, token := q.Get("name"), q.Get("token")
+	exclusive, err := strconv.ParseBool(q.Get("exclusive"))
+	if err != nil || name == "" || len(name) > maxName || len(token) < 16 || len(token) > maxName {
+		return refuse(http.StatusBadRequest, "name a lock, its token, and whether it is exclusive")
+	}
+	unlock, taken, err := r.place.TryLock(name, exclusive)
+	if err != nil {
+		return err
+	}
+	if !taken {
+		return refuse(statusTaken, "somebody else has it")
+	}
+	ctx, let := context.WithCancel(r.Context())
+	defer let()
+	s.mu.Lock()
+	if _, again := s.locks[token]; again || s.closed {
+		s.mu.Unlock()
+		unlock()
+		return refuse(http.StatusBadRequest, "that token is in use")
+	}
+	mine := &held{place: r.name, let: let, gone: make(chan struct{})}
+	s.locks[token] = mine
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.locks, token)
+		s.mu.Unlock()
+		unlock()
+		close(mine.gone)
+	}()
+	r.w.WriteHeader(http.StatusOK)
+	if err := http.NewResponseController(r.w).Flush(); err != nil {
+		return nil //nolint:nilerr // gone already
+	}
+	<-ctx.Done()
+	return nil
+}
+
+// unlock lets a lock go, and returns when somebody else can have it.
+func (s *Server) unlock(r *request) error {
+	s.mu.Lock()
+	l := s.locks[r.URL.Query().Get("token")]
+	s.mu.Unlock()
+	if l == nil || l.place != r.name {
+		return nil // it is gone
+	}
+	l.let()
+	select {
+	case <-l.gone:
+	case <-r.Context().Done():
+	}
+	return nil
+}
+
+func (s *Server) capacity(r *request) error {
+	c, err := r.place.GetCapacity(r.Context())
+	if err != nil {
+		return refuse(http.StatusNotImplemented, "measure place: %w", err)
+	}
+	return json.NewEncoder(r.w).Encode(c)
+}
+
+func (s *Server) sweep(r *request) error {
+	age, err := time.ParseDuration(r.URL.Query().Get("age"))
+	if err != nil {
+		return refuse(http.StatusBadRequest, "the age is none")
+	}
+	return r.place.Sweep(r.Context(), age)
+}
