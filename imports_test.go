@@ -47,7 +47,6 @@ type arrow struct{ from, to string }
 var exceptions = map[arrow]string{
 	{"store", "image"}:                                  "what a store opens is an image.Image",
 	{"vm/libvirt", "probe"}:                             "both ends name the guest's port by the same constant",
-	{"catalog/catalogtest", "catalog/pgserver"}:        "the suite runs on a PostgreSQL of its own",
 	{"agent", "capture/linux/files"}:                    "the same: files one by one",
 	{"agent", "capture/linux/track"}:                    "the same: where the kernel notes what is written",
 	{"agent", "capture/linux/hooks"}:                    "the same: how its applications come to rest",

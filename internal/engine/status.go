@@ -97,7 +97,12 @@ func (e *Engine) List(ctx context.Context, f Filter) ([]Status, error) {
 		limit = DefaultList
 	}
 	options := []dbos.ListWorkflowsOption{dbos.WithFilterSortDesc(), dbos.WithFilterLimit(listPage), dbos.WithFilterLoadInput(false)}
+	var unfinished []string
 	if f.Unfinished {
+		var err error
+		if unfinished, err = e.unfinished(ctx, f.Key); err != nil {
+			return nil, fmt.Errorf("list runs: %w", err)
+		}
 		options = append(options, dbos.WithFilterStatus(dbos.WorkflowStatusEnqueued, dbos.WorkflowStatusPending))
 	}
 	out := []Status{}
@@ -105,7 +110,14 @@ func (e *Engine) List(ctx context.Context, f Filter) ([]Status, error) {
 		if err := e.open(); err != nil {
 			return nil, fmt.Errorf("list runs: %w", err)
 		}
-		rows, err := dbos.ListWorkflows(e.dbos, append(options, dbos.WithFilterOffset(offset))...)
+		page := dbos.WithFilterOffset(offset)
+		if f.Unfinished {
+			if offset >= len(unfinished) {
+				return out, nil
+			}
+			page = dbos.WithFilterWorkflowIDs(unfinished[offset:min(offset+listPage, len(unfinished))]...)
+		}
+		rows, err := dbos.ListWorkflows(e.dbos, append(options, page)...)
 		if err != nil {
 			return nil, fmt.Errorf("list runs: %w", err)
 		}
@@ -119,7 +131,7 @@ func (e *Engine) List(ctx context.Context, f Filter) ([]Status, error) {
 				return out, nil
 			}
 		}
-		if err := ctx.Err(); err != nil || len(rows) < listPage {
+		if err := ctx.Err(); err != nil || !f.Unfinished && len(rows) < listPage {
 			return out, err
 		}
 	}
