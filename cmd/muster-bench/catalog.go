@@ -92,7 +92,82 @@ func (f fleet) measure(ctx context.Context, database, dsn, runs string) ([]Row, 
 	}
 	defer e.Close(ctx)
 	m := master.Open(master.Config{Catalog: c, Engine: e, Log: quiet})
+	if err := f.work(ctx, e, runs); err != nil {
+		return nil, err
+	}
 	return f.ask(ctx, database, m)
+}
+
+// Runs of the engine: those under way, and for how many days those that are over are remembered.
+const (
+	runsUnderWay = 200
+	runsDays     = 30
+)
+
+// work has the engine carry out as many runs as there may be at night, and remember those of a month.
+func (f fleet) work(ctx context.Context, e *engine.Engine, dsn string) error {
+	engine.Register(e, "bench", func(r *engine.Run, wait bool) error {
+		if wait {
+			<-r.Context().Done()
+		}
+		return nil
+	})
+	if err := e.Launch(ctx); err != nil {
+		return err
+	}
+	const over = "protect.host-over.snap"
+	if err := engine.Start(ctx, e, "bench", over, false); err != nil {
+		return err
+	}
+	if _, err := e.Wait(ctx, over); err != nil {
+		return err
+	}
+	for i := range runsUnderWay {
+		name := fmt.Sprintf("protect.host-%08d.snap", i)
+		if err := engine.Start(ctx, e, "bench", name, true, engine.StartOptions{Key: name}); err != nil {
+			return err
+		}
+	}
+	postgres := strings.HasPrefix(dsn, "postgres://")
+	driver, address, table := "pgx", dsn, "dbos.workflow_status"
+	if !postgres {
+		driver, address, table = "sqlite", (&url.URL{Scheme: "file", Path: dsn, RawQuery: "_pragma=busy_timeout(10000)"}).String(), "workflow_status"
+	}
+	db, err := sql.Open(driver, address)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	conn, err := db.Conn(ctx)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	columns, err := columnsOf(ctx, conn, "workflow_status", postgres)
+	if err != nil {
+		return err
+	}
+	var into, from []string
+	for _, c := range columns {
+		into = append(into, c.name)
+		switch c.name {
+		case "workflow_uuid":
+			from = append(from, "w.workflow_uuid || n.i")
+		case "created_at", "updated_at", "completed_at", "started_at_epoch_ms": // in milliseconds
+			from = append(from, fmt.Sprintf("w.%s - n.i * %d", c.name, runsDays*24*3600*1000/(f.servers*runsDays)))
+		default:
+			from = append(from, "w."+c.name)
+		}
+	}
+	_, err = conn.ExecContext(ctx, fmt.Sprintf(`INSERT INTO %s (%s) WITH RECURSIVE n(i) AS (SELECT CAST(1 AS BIGINT) UNION ALL SELECT i + 1 FROM n WHERE i < %d) SELECT %s FROM %s AS w, n WHERE w.workflow_uuid = '%s'`,
+		table, strings.Join(into, ", "), f.servers*runsDays, strings.Join(from, ", "), table, over))
+	if err != nil {
+		return fmt.Errorf("remember a month of runs: %w", err)
+	}
+	if postgres {
+		_, err = conn.ExecContext(ctx, "ANALYZE "+table)
+	}
+	return err
 }
 
 // fill makes the fleet in an empty database.
@@ -156,7 +231,7 @@ func (f fleet) ask(ctx context.Context, database string, m *master.Master) ([]Ro
 	if err != nil {
 		return nil, err
 	}
-	size := fmt.Sprintf("%d protected servers, %d snapshots each", len(servers), f.snapshots)
+	size := fmt.Sprintf("%d protected servers, %d snapshots each, %d operations of a month, %d under way", len(servers), f.snapshots, f.servers*runsDays, runsUnderWay)
 	rng := rand.New(rand.NewPCG(3, 4))
 	anyone := func() string { return servers[rng.IntN(len(servers))].Name }
 	page := question{"page", func() (int, error) {
@@ -180,13 +255,14 @@ func (f fleet) ask(ctx context.Context, database string, m *master.Master) ([]Ro
 			list, err := m.Invocations(ctx, false)
 			return len(list), err
 		}},
-		{"operations", func() (int, error) {
-			list, err := m.Operations(ctx)
+		{"what is under way", func() (int, error) {
+			list, err := m.Engine.List(ctx, engine.Filter{Unfinished: true, Limit: f.servers})
 			return len(list), err
 		}},
 	}
 	others := []question{
 		{"server show", func() (int, error) { _, err := m.Server(ctx, anyone()); return 1, err }},
+		{"operations", func() (int, error) { list, err := m.Operations(ctx); return len(list), err }},
 		{"snapshots of one", func() (int, error) {
 			list, err := m.Snapshots(ctx, anyone())
 			return len(list), err
