@@ -19,7 +19,7 @@ const (
 	simServers   = 2000
 	simCustomers = 60
 	simNights    = 3
-	simSites     = 2 // captures at once at one customer's
+	simSites     = 2    // captures at once at one customer's
 	simAppliance = 1200 // MiB for making a rescue image
 )
 

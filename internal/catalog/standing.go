@@ -90,7 +90,7 @@ func (c *Catalog) recordsOf(ctx context.Context, rows []standingRow) (map[string
 		return nil, nil
 	}
 	var found []listed
-	if err := c.listing(&found).Where("s.id IN (?)", bun.In(ids)).Scan(ctx); err != nil {
+	if err := c.listing(&found).Where("s.id IN (?)", bun.List(ids)).Scan(ctx); err != nil {
 		return nil, err
 	}
 	out := make(map[string]*dr.Record, len(found))
