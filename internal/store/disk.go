@@ -403,7 +403,7 @@ func (d *DiskWriter) putSegment(n int64, blocks []content.ID) (object.ID, error)
 			return object.EmptyID, err
 		}
 	}
-	node, err := d.w.put(encodeMap(ids, d.geo.block, d.geo.segmentLen(n)), mapPrefix, compressorSmall)
+	node, err := d.w.put(encodeMap(ids, d.geo.block, d.geo.segmentLen(n)), mapPrefix, compressorMap)
 	if err != nil {
 		return object.EmptyID, err
 	}
@@ -468,7 +468,7 @@ func (d *DiskWriter) seal() (*diskMap, error) {
 	}
 	node := encodeMap(m.segments, SegmentSize, d.geo.size)
 	m.nodeSize = int64(len(node))
-	if m.node, err = d.w.put(node, mapPrefix, compressorSmall); err != nil {
+	if m.node, err = d.w.put(node, mapPrefix, compressorMap); err != nil {
 		return nil, err
 	}
 	m.root, err = indirect(m.node)

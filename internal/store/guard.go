@@ -107,7 +107,7 @@ func (g *guard) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 		}
 		return &placeError{fmt.Errorf("put blob %s: %w", id, err)}
 	}
-	if a, ok := g.Place.(Attesting); !ok || !a.ReadsBack() {
+	if _, ok := g.Place.(Attesting); !ok {
 		if err := readBack(ctx, g.Place, id, data); err != nil {
 			return err
 		}
@@ -121,13 +121,29 @@ func (g *guard) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 	return nil
 }
 
+// has says whether a blob is on the medium just as it is given.
+func (g *guard) has(ctx context.Context, id blob.ID, data Bytes) (bool, error) {
+	if a, ok := g.Place.(Attesting); ok {
+		return a.Has(ctx, id, data)
+	}
+	if _, err := g.GetMetadata(ctx, id); errors.Is(err, blob.ErrBlobNotFound) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
+	return true, readBack(ctx, g.Place, id, data)
+}
+
 // PutBlob puts a blob into a place and reads it back from the medium. It is for those who serve a place to others; a Store does so
 // itself.
 func PutBlob(ctx context.Context, p Place, id blob.ID, data Bytes, opts blob.PutOptions) error {
 	if err := p.PutBlob(ctx, id, data, opts); err != nil {
 		return err
 	}
-	return readBack(ctx, p, id, data)
+	if err := readBack(ctx, p, id, data); err != nil { // nobody must take it for good later
+		return errors.Join(err, p.DeleteBlob(ctx, id))
+	}
+	return nil
 }
 
 // room refuses to use up the last space for anything but forgetting and collecting.

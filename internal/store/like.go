@@ -7,17 +7,21 @@ import (
 	"fmt"
 )
 
-// secrets are what makes the blocks of two stores the same: the key of their identifiers and the key of their seals.
-type secrets struct{ hash, seal []byte }
+// secrets are what makes the blocks of two stores the same: how identifiers are made and under which key, and the key of
+// the seals.
+type secrets struct {
+	algorithm  string
+	hash, seal []byte
+}
 
 func (s *Store) secrets() secrets {
 	fm := s.rep.FormatManager()
-	return secrets{fm.GetHmacSecret(), fm.GetMasterKey()}
+	return secrets{fm.GetHashFunction(), fm.GetHmacSecret(), fm.GetMasterKey()}
 }
 
 func alike(a, b *Store) bool {
 	x, y := a.secrets(), b.secrets()
-	return subtle.ConstantTimeCompare(x.hash, y.hash) == 1 && subtle.ConstantTimeCompare(x.seal, y.seal) == 1
+	return x.algorithm == y.algorithm && subtle.ConstantTimeCompare(x.hash, y.hash) == 1 && subtle.ConstantTimeCompare(x.seal, y.seal) == 1
 }
 
 // CreateLike makes a new, empty store with the secrets of another one, under a password of its own: a block has the same

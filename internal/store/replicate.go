@@ -402,15 +402,13 @@ func (r *replication) sendPack(ctx context.Context, p *packOf) error {
 	if err := r.prove(p, data); err != nil {
 		return err
 	}
-	there, err := r.far.place.GetMetadata(ctx, p.id)
-	switch {
-	case err == nil && there.Length == int64(len(data)): // it was read back when it came, or it would not be there
-		r.count(func(o *Replicated) { o.Found++ })
-	case err == nil:
-		return fmt.Errorf("%w: pack %s has %d bytes there and %d here", ErrDamaged, p.id, there.Length, len(data))
-	case !errors.Is(err, blob.ErrBlobNotFound):
+	there, err := r.far.guard.has(ctx, p.id, data)
+	if err != nil {
 		return err
-	default:
+	}
+	if there {
+		r.count(func(o *Replicated) { o.Found++ })
+	} else {
 		if err := r.far.guard.PutBlob(ctx, p.id, r.pace.slow(ctx, data), blob.PutOptions{}); err != nil {
 			return err
 		}
@@ -472,7 +470,11 @@ func (r *replication) repack(ctx context.Context, p *packOf) error {
 		if err := r.pace.wait(ctx, int64(p.missing[id].PackedLength)); err != nil {
 			return err
 		}
-		oid, err := putObject(ctx, r.session, data, string(id.Prefix()), compressorSmall, objectSplitter)
+		compressor := compressorSmall
+		if id.Prefix() == mapPrefix {
+			compressor = compressorMap
+		}
+		oid, err := putObject(ctx, r.session, data, string(id.Prefix()), compressor, objectSplitter)
 		if err != nil {
 			return err
 		}

@@ -86,10 +86,11 @@ type Place interface {
 	Sweep(ctx context.Context, age time.Duration) error
 }
 
-// Attesting is a Place that is far away and reads back by itself what was put, from the medium over there, before PutBlob
-// returns, if ReadsBack says so: then it is not fetched once more to be compared.
+// Attesting is a Place that is far away: PutBlob reads back over there, from the medium, before it returns, so that nothing has
+// to be fetched once more to be compared.
 type Attesting interface {
-	ReadsBack() bool
+	// Has says whether a blob is there just as it is given. It is read from the medium for that, over there.
+	Has(ctx context.Context, id blob.ID, data Bytes) (bool, error)
 }
 
 // Limits of a store. Anything beyond is refused, on writing and on reading.

@@ -200,7 +200,7 @@ func (w *Writer) putNode(entries []object.IndirectObjectEntry) (object.ID, error
 	if err != nil {
 		return object.EmptyID, err
 	}
-	node, err := w.put(b, mapPrefix, compressorSmall)
+	node, err := w.put(b, mapPrefix, compressorMap)
 	if err != nil {
 		return object.EmptyID, err
 	}

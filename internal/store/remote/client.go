@@ -178,8 +178,23 @@ func (p *place) under(h http.Header) error {
 	return nil
 }
 
-// ReadsBack implements store.Attesting.
-func (p *place) ReadsBack() bool { return true }
+// arrived is what of a blob is over there.
+type arrived struct {
+	There bool  `json:"there"` // all of it, on the medium, as it should be
+	Have  int64 `json:"have"`  // so many bytes of it came before it was cut off
+}
+
+// Has implements store.Attesting.
+func (p *place) Has(ctx context.Context, id blob.ID, data store.Bytes) (bool, error) {
+	var a arrived
+	err := p.simple(ctx, http.MethodGet, pathArrived, url.Values{"id": {string(id)}, "digest": {digestOf(data)}}, nil, &a)
+	return a.There, err
+}
+
+func digestOf(data store.Bytes) string {
+	sum := blake3.Sum256(data)
+	return hex.EncodeToString(sum[:])
+}
 
 // PutBlob sends a blob, or what of it has not arrived yet.
 func (p *place) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts blob.PutOptions) error {
@@ -194,7 +209,15 @@ func (p *place) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 		return err
 	}
 	digest := hex.EncodeToString(sum.Sum(nil))
-	return again(ctx, func(ctx context.Context) error { return p.send(ctx, id, data, digest, opts) })
+	return again(ctx, func(ctx context.Context) error {
+		var a arrived // of an earlier attempt
+		if data.Length() >= resumable {
+			if err := p.simple(ctx, http.MethodGet, pathArrived, url.Values{"digest": {digest}}, nil, &a); err != nil {
+				return err
+			}
+		}
+		return p.send(ctx, id, data, digest, min(max(a.Have, 0), int64(data.Length())), opts)
+	})
 }
 
 // copyBlob copies a blob without its pace: what counts it is sending.
@@ -205,22 +228,7 @@ func copyBlob(w io.Writer, data blob.Bytes) (int64, error) {
 	return data.WriteTo(w)
 }
 
-func (p *place) send(ctx context.Context, id blob.ID, data blob.Bytes, digest string, opts blob.PutOptions) error {
-	offset := int64(0)
-	if data.Length() >= resumable {
-		var there struct {
-			Have int64 `json:"have"`
-		}
-		resp, err := p.ask(ctx, http.MethodGet, pathPartial, url.Values{"digest": {digest}}, nil, nil, 0)
-		if err != nil {
-			return err
-		}
-		err = json.NewDecoder(io.LimitReader(resp.Body, maxMessage)).Decode(&there)
-		if err = errors.Join(err, resp.Body.Close()); err != nil {
-			return retry.RetryableError(err)
-		}
-		offset = min(max(there.Have, 0), int64(data.Length()))
-	}
+func (p *place) send(ctx context.Context, id blob.ID, data blob.Bytes, digest string, offset int64, opts blob.PutOptions) error {
 	h := http.Header{}
 	h.Set(headerDigest, digest)
 	h.Set(headerSize, strconv.Itoa(data.Length()))

@@ -41,12 +41,12 @@ const (
 
 // Limits.
 const (
-	MaxBlob      = 256 << 20 // bytes of one blob over the wire
-	uploadsAtOne = 16        // blobs being received at once; others wait
-	maxName      = 200       // bytes of the name of a blob or lock
-	partialLife  = 24 * time.Hour
-	maxPartials  = 64       // blobs cut off of which the beginning is kept
-	resumable    = 64 << 10 // bytes from which on the beginning of a blob is worth keeping
+	MaxBlob     = 256 << 20 // bytes of one blob over the wire
+	maxUploads  = 512 << 20 // bytes of blobs being received at once; others wait
+	maxName     = 200       // bytes of the name of a blob or lock
+	partialLife = 24 * time.Hour
+	maxPartials = 256 << 20 // bytes of beginnings of blobs that were cut off
+	resumable   = 64 << 10  // bytes from which on the beginning of a blob is worth keeping
 )
 
 // ErrForbidden is what a place answers to what one has no right to.
@@ -61,7 +61,7 @@ const (
 	pathBlobs    = "/blobs/"
 	pathList     = "/list"
 	pathLocks    = "/locks"
-	pathPartial  = "/partial"
+	pathArrived  = "/arrived"
 	pathCapacity = "/capacity"
 	pathSync     = "/sync"
 	pathSweep    = "/sweep"

@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net/http"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/zeebo/blake3"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/musterdr/muster/internal/store"
 )
@@ -27,7 +29,7 @@ import (
 type Server struct {
 	open    func(r *http.Request) (store.Driver, Rights, error)
 	mux     *http.ServeMux
-	uploads chan struct{}
+	uploads *semaphore.Weighted // bytes
 
 	mu       sync.Mutex
 	places   map[string]store.Place
@@ -45,14 +47,13 @@ type held struct {
 
 // partial is the beginning of a blob whose sender was cut off, by its digest.
 type partial struct {
-	place string
-	data  []byte
-	at    time.Time
+	data []byte
+	at   time.Time
 }
 
 // NewServer serves the places that open names for a request, to whom it gives rights. Its errors are answered with 403.
 func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server {
-	s := &Server{open: open, uploads: make(chan struct{}, uploadsAtOne), places: map[string]store.Place{}, locks: map[string]*held{},
+	s := &Server{open: open, uploads: semaphore.NewWeighted(maxUploads), places: map[string]store.Place{}, locks: map[string]*held{},
 		partials: map[string]partial{}, mux: http.NewServeMux()}
 	s.handle("POST "+pathPlace, Append, s.create)
 	s.handle("GET "+pathPlace, Read, func(*request) error { return nil })
@@ -60,7 +61,7 @@ func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server
 	s.handle("GET "+pathBlobs+"{id}", Read, s.get) // and HEAD
 	s.handle("PUT "+pathBlobs+"{id}", Append, s.put)
 	s.handle("DELETE "+pathBlobs+"{id}", Append, s.delete)
-	s.handle("GET "+pathPartial, Append, s.partial)
+	s.handle("GET "+pathArrived, Append, s.arrived)
 	s.handle("POST "+pathLocks, Read, s.lock)
 	s.handle("DELETE "+pathLocks, Read, s.unlock)
 	s.handle("GET "+pathCapacity, Read, s.capacity)
@@ -182,8 +183,9 @@ func (s *Server) create(r *request) error { r.w.WriteHeader(http.StatusCreated);
 // blobNameRE is what Kopia calls blobs: nothing that could lead out of a folder.
 var blobNameRE = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]*$`)
 
-func (r *request) blob() (blob.ID, error) {
-	id := r.PathValue("id")
+func (r *request) blob() (blob.ID, error) { return blobName(r.PathValue("id")) }
+
+func blobName(id string) (blob.ID, error) {
 	if len(id) > maxName || !blobNameRE.MatchString(id) {
 		return "", refuse(http.StatusBadRequest, "%.80q is no name of a blob", id)
 	}
@@ -325,12 +327,10 @@ func (s *Server) put(r *request) error {
 	if serr != nil || oerr != nil || derr != nil || len(digest) != 32 || size < 0 || size > MaxBlob || offset < 0 || offset > size {
 		return refuse(http.StatusBadRequest, "put blob %s: its size (at most %d), offset or digest is wrong", id, MaxBlob)
 	}
-	select {
-	case s.uploads <- struct{}{}:
-		defer func() { <-s.uploads }()
-	case <-r.Context().Done():
+	if err := s.uploads.Acquire(r.Context(), size); err != nil {
 		return context.Cause(r.Context())
 	}
+	defer s.uploads.Release(size)
 	data, err := s.receive(r, digest, size, offset)
 	if err != nil {
 		return err
@@ -358,7 +358,7 @@ func (s *Server) receive(r *request, digest []byte, size, offset int64) ([]byte,
 		return data, nil
 	}
 	if len(data) >= resumable {
-		s.keepPartial(key, partial{place: r.name, data: data, at: time.Now()})
+		s.keepPartial(key, partial{data: slices.Clip(slices.Clone(data)), at: time.Now()})
 	}
 	return nil, refuse(http.StatusBadRequest, "it broke off after %d of %d bytes: %w", len(data), size, err)
 }
@@ -373,38 +373,59 @@ func (s *Server) takePartial(key string) []byte {
 	return p.data
 }
 
-// keepPartial keeps the beginning of a blob, in place of the oldest if there are too many.
+// keepPartial keeps the beginning of a blob, in place of older ones if there is no room.
 func (s *Server) keepPartial(key string, p partial) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	oldest := ""
+	s.partials[key] = p
+	total := 0
 	for k, other := range s.partials {
 		if time.Since(other.at) > partialLife {
 			delete(s.partials, k)
-		} else if oldest == "" || other.at.Before(s.partials[oldest].at) {
-			oldest = k
+		} else {
+			total += cap(other.data)
 		}
 	}
-	if len(s.partials) >= maxPartials {
+	for total > maxPartials {
+		oldest := key
+		for k, other := range s.partials {
+			if other.at.Before(s.partials[oldest].at) {
+				oldest = k
+			}
+		}
+		total -= cap(s.partials[oldest].data)
 		delete(s.partials, oldest)
 	}
-	s.partials[key] = p
 }
 
-func (s *Server) partial(r *request) error {
-	digest, err := hex.DecodeString(r.URL.Query().Get("digest"))
+// arrived says how much of a blob is here, and whether one of a name is here just so.
+func (s *Server) arrived(r *request) error {
+	q := r.URL.Query()
+	digest, err := hex.DecodeString(q.Get("digest"))
 	if err != nil || len(digest) != 32 {
 		return refuse(http.StatusBadRequest, "name a digest")
 	}
+	var a arrived
+	if id := q.Get("id"); id != "" {
+		name, err := blobName(id)
+		if err != nil {
+			return err
+		}
+		there, err := s.digest(r.Context(), r.place, name)
+		if err != nil && !errors.Is(err, blob.ErrBlobNotFound) {
+			return err
+		}
+		a.There = err == nil && subtle.ConstantTimeCompare(there, digest) == 1
+	}
 	s.mu.Lock()
-	n := len(s.partials[partialKey(r.name, digest)].data)
+	a.Have = int64(len(s.partials[partialKey(r.name, digest)].data))
 	s.mu.Unlock()
-	return json.NewEncoder(r.w).Encode(map[string]int{"have": n})
+	return json.NewEncoder(r.w).Encode(a)
 }
 
 // keep puts a blob and reads it back. One that is there already as it is stays.
 func (s *Server) keep(r *request, id blob.ID, data, digest []byte) error {
-	ctx := r.Context()
+	ctx := context.WithoutCancel(r.Context()) // all of it is here: the line may break now
 	opts := blob.PutOptions{}
 	if t := r.Header.Get(headerTime); t != "" {
 		at, err := time.Parse(time.RFC3339Nano, t)
@@ -446,7 +467,7 @@ func (s *Server) fresh(ctx context.Context, p store.Place, id blob.ID) (bool, er
 
 // say answers with the time at which a blob was put.
 func (s *Server) say(r *request, id blob.ID) error {
-	meta, err := r.place.GetMetadata(r.Context(), id)
+	meta, err := r.place.GetMetadata(context.WithoutCancel(r.Context()), id)
 	if err != nil {
 		return err
 	}
@@ -455,11 +476,12 @@ func (s *Server) say(r *request, id blob.ID) error {
 	return nil
 }
 
-// digest is that of a blob that is there.
+// digest is that of a blob that is there, read from the medium.
 func (s *Server) digest(ctx context.Context, p store.Place, id blob.ID) ([]byte, error) {
 	if _, err := p.GetMetadata(ctx, id); err != nil {
 		return nil, err
 	}
+	p.Evict(ctx, id)
 	var d digester
 	d.Reset()
 	if err := p.GetBlob(ctx, id, 0, -1, &d); err != nil {
