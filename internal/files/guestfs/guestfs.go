@@ -325,10 +325,18 @@ func (g *guest) Folder(ctx context.Context, p string, each func(m files.Member, 
 		}
 	}
 	for _, inside := range slices.Sorted(maps.Keys(from)) {
-		err := g.stream(ctx, func(r io.Reader) error { return members(r, from[inside], each) }, func(ctx context.Context, pipe string) error {
+		gave := false
+		one := func(m files.Member, content io.Reader) error {
+			gave = true
+			return each(m, content)
+		}
+		err := g.stream(ctx, func(r io.Reader) error { return members(r, from[inside], one) }, func(ctx context.Context, pipe string) error {
 			_, err := g.fish.Do(ctx, "tar-out", inside, pipe, "numericowner:true", "xattrs:true")
 			return err
 		})
+		if err != nil && !gave && g.fish.Broken() == nil {
+			continue // it is read file by file, and that says what is wrong
+		}
 		if err != nil {
 			return err
 		}

@@ -34,6 +34,7 @@ type counting struct {
 	files.Opener
 	opened int
 	slow   bool // folders are read file by file
+	gave   int  // names that came out of folders
 }
 
 func (c *counting) Open(ctx context.Context, disks []files.Disk) (files.Guest, error) {
@@ -51,7 +52,10 @@ func (g *counted) Folder(ctx context.Context, path string, each func(files.Membe
 	if g.c.slow {
 		return nil
 	}
-	return g.Guest.Folder(ctx, path, each)
+	return g.Guest.Folder(ctx, path, func(m files.Member, content io.Reader) error {
+		g.c.gave++
+		return each(m, content)
+	})
 }
 
 func run(t *testing.T, name string, args ...string) {
@@ -238,6 +242,9 @@ func TestAnImageIsBrowsedAsItsSystemShowsIt(t *testing.T) {
 		if got := whole[0][name]; got != want {
 			t.Errorf("%q at once is %.300q, by itself %.300q", name, got, want)
 		}
+	}
+	if opener.gave < 200 {
+		t.Errorf("only %d names came out of folders at once", opener.gave)
 	}
 	if len(whole[0]) != len(whole[1]) || len(whole[0]) < 200 || whole[0]["data/table"] == "" {
 		t.Errorf("%d names at once, %d one by one", len(whole[0]), len(whole[1]))
