@@ -44,6 +44,8 @@ type bench struct {
 	bin   string // folder of muster's programs
 	dir   string // installation in which the shop is protected
 	runs  int
+
+	servers, history int // of the catalog that is measured: servers, and snapshots of each
 }
 
 type part struct {
@@ -52,7 +54,7 @@ type part struct {
 	shop bool // it needs an installation in which the shop is protected
 }
 
-var parts = []part{{"ingest", ingest, false}, {"increment", increment, false}, {"signs", lookCost, false}, {"replicate", replicates, false}, {"s3", bucketReading, false}, {"capture", captures, false}, {"files", filesets, false}, {"stun", stunned, false}, {"tracking", tracking, false}, {"boot", boot, true}, {"prerecover", prerecoverSize, false}, {"invoke", invokeTime, true}}
+var parts = []part{{"ingest", ingest, false}, {"increment", increment, false}, {"signs", lookCost, false}, {"replicate", replicates, false}, {"s3", bucketReading, false}, {"capture", captures, false}, {"files", filesets, false}, {"stun", stunned, false}, {"tracking", tracking, false}, {"boot", boot, true}, {"prerecover", prerecoverSize, false}, {"invoke", invokeTime, true}, {"catalog", catalogAtScale, false}, {"night", night, false}}
 
 func partNames() string {
 	var names []string
@@ -71,6 +73,8 @@ func main() {
 	flag.StringVar(&b.dir, "dir", "", "installation that is served and has a last-known-good of the server 'shop'; boot and invoke need it")
 	flag.StringVar(&jsonFile, "json", "", "write rows of JSON to this file")
 	flag.StringVar(&only, "only", "", "only these parts, by commas: "+partNames())
+	flag.IntVar(&b.servers, "servers", 10_000, "servers in the catalog that is measured")
+	flag.IntVar(&b.history, "snapshots", 100, "snapshots of each of them")
 	flag.IntVar(&b.runs, "runs", 3, "how often each thing is timed; medians count")
 	flag.Parse()
 	if b.image == "" || b.work == "" || flag.NArg() > 0 {

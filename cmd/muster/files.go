@@ -280,7 +280,7 @@ func writeWhole(ctx context.Context, to string, overwrite bool, write func(conte
 }
 
 func filesRestore(cmd *cobra.Command, c *api.Client, f *filesFlags, server, snapshot string, args []string) error {
-	r, err := c.RestoreFiles(cmd.Context(), api.RestoreRequest{Server: server, Snapshot: snapshot, Paths: args, ToServer: f.toServer, ToPath: f.toPath, Overwrite: f.overwrite})
+	r, err := c.RestoreFiles(cmd.Context(), api.RestoreRequest{Server: server, Snapshot: snapshot, Paths: args, ToServer: f.toServer, ToPath: f.toPath, Overwrite: f.overwrite, By: whoami()})
 	if err != nil {
 		return err
 	}

@@ -269,7 +269,12 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 		silos.hub = nodes.hub
 		config.Silos = silos
 	}
-	return master.Open(config), app, set, nil
+	m := master.Open(config)
+	app.Journal = m
+	if err := app.TellRestores(ctx); err != nil {
+		p.log.WarnContext(ctx, "files were put back, and it is not among the events yet", "error", err)
+	}
+	return m, app, set, nil
 }
 
 // homeSilo is what the silo of the only master is called.

@@ -294,7 +294,7 @@ func serverListCommand() *cobra.Command {
 	return &cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List the servers and where each stands", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 		c := client(cmd)
 		defer c.Close()
-		list, err := c.Servers(cmd.Context())
+		list, err := api.AllServers(cmd.Context(), c)
 		if err != nil {
 			return err
 		}
@@ -622,7 +622,7 @@ func completeServers(cmd *cobra.Command, args []string, _ string) ([]string, cob
 	}
 	c := client(cmd)
 	defer c.Close()
-	list, err := c.Servers(cmd.Context())
+	list, err := api.AllServers(cmd.Context(), c)
 	if err != nil {
 		return nil, cobra.ShellCompDirectiveNoFileComp
 	}

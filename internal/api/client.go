@@ -143,8 +143,12 @@ func (c *Client) UpdateServer(ctx context.Context, name string, change ServerCha
 }
 
 // Servers implements Operator.
-func (c *Client) Servers(ctx context.Context) ([]ServerStatus, error) {
-	return call[[]ServerStatus](ctx, c, "GET", "/v1/servers", nil, nil)
+func (c *Client) Servers(ctx context.Context, after string, limit int) ([]ServerStatus, error) {
+	q := url.Values{"limit": {strconv.Itoa(limit)}}
+	if after != "" {
+		q.Set("after", after)
+	}
+	return call[[]ServerStatus](ctx, c, "GET", "/v1/servers", q, nil)
 }
 
 // Server implements Operator.

@@ -124,6 +124,7 @@ type RestoreRequest struct {
 	ToServer  string   `json:"to_server,omitempty"` // "": where they are from
 	ToPath    string   `json:"to_path,omitempty"`   // folder that is there; "": their own places
 	Overwrite bool     `json:"overwrite,omitempty"` // also what is newer
+	By        string   `json:"by,omitempty"`        // who asks, as they say
 }
 
 // RestoredFile says what became of one name.

@@ -21,6 +21,12 @@ type Appliance interface {
 	Forget(ctx context.Context, source dr.Source) error
 }
 
+// Journal is whoever writes down what an appliance did by itself: a master.
+type Journal interface {
+	// FilesRestored writes down that files were put back. Told again it does nothing.
+	FilesRestored(ctx context.Context, r dr.FileRestore) error
+}
+
 // SnapshotTask asks for one snapshot.
 type SnapshotTask struct {
 	ID     string    `json:"id"` // of the snapshot to be made

@@ -19,7 +19,9 @@ type Operator interface {
 	Contact(ctx context.Context, appliance string, source dr.Source) (Contact, error)
 	AddServer(ctx context.Context, server dr.Server) (dr.Server, error)
 	UpdateServer(ctx context.Context, name string, change ServerChange) (dr.Server, error)
-	Servers(ctx context.Context) ([]ServerStatus, error)
+	// Servers gives a page of servers by name: those that come after the name given, at most limit, or MaxServers. Fewer
+	// than that are the last. AllServers has every page.
+	Servers(ctx context.Context, after string, limit int) ([]ServerStatus, error)
 	Server(ctx context.Context, name string) (ServerStatus, error)
 	// RemoveServer ends a server's protection. Its snapshots stay until they are expired.
 	RemoveServer(ctx context.Context, name string) error
@@ -76,6 +78,19 @@ type Operator interface {
 	AdoptStore(ctx context.Context) (Operation, error)
 
 	Doctor(ctx context.Context) ([]Finding, error)
+}
+
+// AllServers gives every server, by name.
+func AllServers(ctx context.Context, op Operator) ([]ServerStatus, error) {
+	all := []ServerStatus{}
+	for after := ""; ; {
+		page, err := op.Servers(ctx, after, MaxServers)
+		all = append(all, page...)
+		if err != nil || len(page) < MaxServers {
+			return all, err
+		}
+		after = page[len(page)-1].Server.Name
+	}
 }
 
 // Version says what answers.

@@ -19,6 +19,9 @@ const MaxWait = 30 * time.Second
 // MaxEvents bounds one page of events.
 const MaxEvents = 1000
 
+// MaxServers bounds one page of servers.
+const MaxServers = 500
+
 // maxBody bounds a request's body in bytes.
 const maxBody = 4 << 20
 
@@ -94,7 +97,12 @@ func registerServers(a huma.API, op Operator) {
 	}) (*body[Contact], error) {
 		return answer(op.Contact(ctx, in.Appliance, in.Body))
 	})
-	huma.Get(a, "/v1/servers", func(ctx context.Context, _ *nothing) (*body[[]ServerStatus], error) { return list(op.Servers(ctx)) })
+	huma.Get(a, "/v1/servers", func(ctx context.Context, in *struct {
+		After string `query:"after" maxLength:"100" doc:"the last name of the page before; none: the first page"`
+		Limit int    `query:"limit" minimum:"0" maximum:"500" doc:"how many a page has at most; 0: 500. Fewer are the last page"`
+	}) (*body[[]ServerStatus], error) {
+		return list(op.Servers(ctx, in.After, in.Limit))
+	})
 	huma.Post(a, "/v1/servers", func(ctx context.Context, in *body[dr.Server]) (*body[dr.Server], error) {
 		return answer(op.AddServer(ctx, in.Body))
 	})

@@ -20,6 +20,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture"
@@ -35,6 +36,11 @@ type Appliance struct {
 	Open func(ctx context.Context, source dr.Source) (capture.Source, error)
 	// Browser looks into snapshots.
 	Browser *files.Browser
+	// Journal hears of files that were put back; nil while there is no master.
+	Journal api.Journal
+
+	mu        sync.Mutex
+	restoring map[string]bool // file restores under way
 }
 
 var (

@@ -6,11 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"path"
 	"slices"
 	"strings"
-	"sync"
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture"
@@ -87,47 +85,38 @@ func (a *Appliance) RestoreFiles(ctx context.Context, r api.RestoreRequest) (api
 	if err != nil {
 		return api.Restored{}, err
 	}
-	var feeding sync.WaitGroup
-	defer feeding.Wait()
-	defer src.Close() // first, so that what is being fed ends
+	defer src.Close()
 	dst, ok := src.(capture.RestoreSource)
 	if !ok {
 		return api.Restored{}, api.Errorf(api.Invalid, "put files onto %s: only a server that is reached with --ssh can be written to: fetch them with 'muster files %s get'", to.Name, r.Server)
 	}
+	rec := a.begun(ctx, r, p, snap, to)
+	out, err := a.putBack(ctx, dst, r, p, snap, to)
+	a.ended(ctx, rec, out, err)
+	return out, err
+}
+
+// putBack puts files of a snapshot onto a server. That some were put back before it broke off is no error.
+func (a *Appliance) putBack(ctx context.Context, dst capture.RestoreSource, r api.RestoreRequest, p placing, snap dr.Snapshot, to dr.Server) (api.Restored, error) {
 	out := api.Restored{Snapshot: snap.ID, Taken: snap.Taken, ToServer: to.Name, Files: []api.RestoredFile{}}
 	plan := capture.RestorePlan{Overwrite: r.Overwrite, Suffix: ".restored-" + snap.Taken.UTC().Format("20060102T150405Z")}
-	var bytes int64
-	feeding.Add(1) // until it is clear that it will not be called
-	var once sync.Once
-	release := func() { once.Do(feeding.Done) }
-	called := make(chan struct{})
-	feed := func(put func(*fileset.Entry, bool, io.Reader) error) error {
-		close(called)
-		defer release()
+	feed := func(ctx context.Context, put func(*fileset.Entry, bool, io.Reader) error) error {
 		return a.Browser.Pick(ctx, snap, p.paths, func(e *fileset.Entry, above bool, content io.Reader) error {
-			bytes += e.Stored()
+			out.Bytes += e.Stored()
 			return p.put(e, above, content, put)
 		})
 	}
-	err = dst.Restore(ctx, plan, feed, func(f capture.Placed) error {
+	err := dst.Restore(ctx, plan, feed, func(f capture.Placed) error {
 		count(&out, f)
 		return nil
 	})
-	select {
-	case <-called:
-	default:
-		release()
-	}
 	if err != nil {
-		if err = fmt.Errorf("put files of %s onto %s: %w", snap.ID, to.Name, err); len(out.Files) == 0 {
-			return out, err
+		err = fmt.Errorf("put files of %s onto %s: %w", snap.ID, to.Name, err)
+		if len(out.Files) > 0 {
+			out.Error, err = err.Error(), nil
 		}
-		out.Error = err.Error()
-	} else {
-		out.Bytes = bytes // nobody counts any more
 	}
-	slog.InfoContext(ctx, "files were put back", "snapshot", snap.ID, "server", to.Name, "restored", out.Restored, "replaced", out.Replaced, "beside", out.Beside, "failed", out.Failed)
-	return out, nil
+	return out, err
 }
 
 // count adds what became of one file.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/musterdr/muster/internal/capture/wire"
 	"github.com/musterdr/muster/internal/fileset"
@@ -18,23 +19,31 @@ type Placed = wire.Placed
 
 // RestoreSource is a Source that can also put files back.
 type RestoreSource interface {
-	// Restore puts back what feed gives, and tells of each what became of it, in the same order. feed is called once, from
-	// another goroutine than placed.
+	// Restore puts back what feed gives, and tells of each what became of it, in the same order. feed is called at most once,
+	// from another goroutine than placed, and has ended when Restore returns, whatever the server did.
 	Restore(ctx context.Context, plan RestorePlan, feed Feed, placed func(Placed) error) error
 }
 
 // Feed calls put for every entry, a folder before what is in it; content gives exactly as many bytes as the entry stores. needed
-// says that a folder is only wanted for what follows.
-type Feed func(put func(e *fileset.Entry, needed bool, content io.Reader) error) error
+// says that a folder is only wanted for what follows. It ends soon after ctx does, which is when nobody wants more.
+type Feed func(ctx context.Context, put func(e *fileset.Entry, needed bool, content io.Reader) error) error
 
-// Restore puts files back.
-func (s *Session) Restore(plan RestorePlan, feed Feed, placed func(Placed) error) error {
+// lastWords is how long an agent that is told nothing more is given to take what is on its way to it.
+const lastWords = 10 * time.Second
+
+// Restore puts files back. hangUp ends what carries the session, so that whoever waits to send on it does not any more; it is
+// called of an agent that does not listen.
+func (s *Session) Restore(ctx context.Context, plan RestorePlan, feed Feed, placed func(Placed) error, hangUp func()) error {
 	if err := s.w.Message(wire.KindAskRestore, plan); err != nil {
 		return fmt.Errorf("ask the agent: %w", err)
 	}
+	feeding, enough := context.WithCancel(ctx)
+	defer enough()
 	fed := make(chan error, 1)
 	go func() {
-		err := feed(s.put)
+		err := feed(feeding, func(e *fileset.Entry, needed bool, content io.Reader) error {
+			return s.put(feeding, e, needed, content)
+		})
 		if err == nil {
 			err = s.w.Go()
 		} else {
@@ -43,21 +52,38 @@ func (s *Session) Restore(plan RestorePlan, feed Feed, placed func(Placed) error
 		fed <- err
 	}()
 	err := s.takePlaced(placed)
-	if err == nil {
-		return <-fed
-	}
 	select {
 	case ferr := <-fed: // what was wrong first
-		if ferr != nil {
-			return errors.Join(ferr, err)
-		}
+		return errors.Join(ferr, err)
 	default:
+	}
+	if err == nil {
+		// It has answered the end, which is the last thing that feed does, or it claims so.
+		err = errNotAll
+	}
+	enough()
+	timer := time.NewTimer(lastWords)
+	defer timer.Stop()
+	select {
+	case ferr := <-fed:
+		if errors.Is(err, errNotAll) && (ferr == nil || !errors.Is(ferr, context.Canceled)) {
+			return ferr
+		}
+	case <-timer.C:
+		hangUp()
+		_ = <-fed // only that it was hung up on
 	}
 	return err
 }
 
+// errNotAll is what an agent did that said it was done too early.
+var errNotAll = errors.New("the agent ended before it had been told everything")
+
 // put sends one entry and its content.
-func (s *Session) put(e *fileset.Entry, needed bool, content io.Reader) error {
+func (s *Session) put(ctx context.Context, e *fileset.Entry, needed bool, content io.Reader) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
 	if err := s.w.Put(e, needed); err != nil {
 		return err
 	}
@@ -67,7 +93,7 @@ func (s *Session) put(e *fileset.Entry, needed bool, content io.Reader) error {
 		if err != nil {
 			return fmt.Errorf("read %.200q: %w", e.Path, noEOF(err))
 		}
-		if err := s.w.Piece(false, buf[:n]); err != nil {
+		if err := errors.Join(ctx.Err(), s.w.Piece(false, buf[:n])); err != nil {
 			return err
 		}
 		left -= int64(n)

@@ -51,7 +51,11 @@ func Open(ctx context.Context, dsn string) (*Catalog, error) {
 	if err := moved(ctx, db, lock != ""); err != nil {
 		return nil, errors.Join(fmt.Errorf("open catalog: %w", err), db.Close())
 	}
-	return &Catalog{Now: time.Now, db: db, lock: lock}, nil
+	c := &Catalog{Now: time.Now, db: db, lock: lock}
+	if err := c.planAll(ctx); err != nil {
+		return nil, errors.Join(fmt.Errorf("open catalog: %w", err), db.Close())
+	}
+	return c, nil
 }
 
 // Close closes the catalog.
@@ -160,6 +164,11 @@ type (
 		Data          string
 		LKG           string `bun:"lkg"`
 		Removed       int64
+		ImageAt       int64
+		DataAt        int64
+		LastAt        int64
+		NewestAt      int64
+		Due           int64
 	}
 	snapshotRow struct {
 		bun.BaseModel `bun:"table:snapshots"`

@@ -11,25 +11,43 @@ import (
 // AddEvent writes down something that happened and is no change of a state here. Its number is given, not taken; its
 // Server is a name or an id, its time, where it has none, the clock's.
 func (c *Catalog) AddEvent(ctx context.Context, e dr.Event) error {
+	return c.write(ctx, "add event "+e.Kind, func(t *tx) error { return t.addEvent(e) })
+}
+
+func (t *tx) addEvent(e dr.Event) error {
+	if e.Kind == "" {
+		return errors.New("it has no kind")
+	}
+	if e.At.IsZero() {
+		e.At = t.now
+	}
+	var serverID string
+	if e.Server != "" {
+		var err error
+		if serverID, err = anyServerID(t.ctx, t, e.Server); err != nil {
+			return err
+		}
+		if row, err := one[serverRow](t.ctx, t, "server", serverID); err == nil {
+			e.Server = row.Name
+		}
+	}
+	_, err := t.event(e.At, e.Kind, serverID, e.Server, e.Subject, "%s", e.Message)
+	return err
+}
+
+// AddEventOnce is AddEvent of what is told until it is heard: if the server has an event of that kind and subject, it does
+// nothing.
+func (c *Catalog) AddEventOnce(ctx context.Context, e dr.Event) error {
 	return c.write(ctx, "add event "+e.Kind, func(t *tx) error {
-		if e.Kind == "" {
-			return errors.New("it has no kind")
+		id, err := anyServerID(t.ctx, t, e.Server)
+		if err != nil {
+			return err
 		}
-		if e.At.IsZero() {
-			e.At = t.now
+		known, err := t.NewSelect().Model((*eventRow)(nil)).Where("server_id = ? AND kind = ? AND subject = ?", id, e.Kind, e.Subject).Count(t.ctx)
+		if err != nil || known > 0 {
+			return err
 		}
-		var serverID string
-		if e.Server != "" {
-			var err error
-			if serverID, err = anyServerID(t.ctx, t, e.Server); err != nil {
-				return err
-			}
-			if row, err := one[serverRow](t.ctx, t, "server", serverID); err == nil {
-				e.Server = row.Name
-			}
-		}
-		_, err := t.event(e.At, e.Kind, serverID, e.Server, e.Subject, "%s", e.Message)
-		return err
+		return t.addEvent(e)
 	})
 }
 

@@ -10,16 +10,16 @@ import (
 	"github.com/musterdr/muster/internal/dr"
 )
 
-// Standing is where a protected server stands, in what can be counted and timed.
-type Standing struct {
+// Figures are where a protected server stands, in what can be counted and timed.
+type Figures struct {
 	Server  dr.Server
 	LKG     time.Time  // the instant that last-known-good shows; zero: there is none
 	Newest  time.Time  // the instant that the newest snapshot shows which has not expired; zero: there is none
 	Outcome dr.Outcome // of the last boot test; "" none was held
 }
 
-// Standings gives where every protected server stands, by name, in one query.
-func (c *Catalog) Standings(ctx context.Context) ([]Standing, error) {
+// Figures gives where every protected server stands, by name, in one query.
+func (c *Catalog) Figures(ctx context.Context) ([]Figures, error) {
 	var rows []struct {
 		Data    string
 		LKG     int64 `bun:"lkg"`
@@ -34,13 +34,13 @@ func (c *Catalog) Standings(ctx context.Context) ([]Standing, error) {
 	if err != nil {
 		return nil, fmt.Errorf("list where servers stand: %w", err)
 	}
-	out := make([]Standing, 0, len(rows))
+	out := make([]Figures, 0, len(rows))
 	for _, row := range rows {
 		s, err := parse[dr.Server](row.Data)
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, Standing{Server: s, LKG: instant(row.LKG), Newest: instant(row.Newest), Outcome: row.Outcome})
+		out = append(out, Figures{Server: s, LKG: instant(row.LKG), Newest: instant(row.Newest), Outcome: row.Outcome})
 	}
 	return out, nil
 }

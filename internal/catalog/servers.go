@@ -40,8 +40,10 @@ func (t *tx) addServer(s dr.Server) (added bool, err error) {
 	if _, err := t.NewInsert().Model(&serverRow{ID: s.ID, Name: s.Name, Data: data}).Exec(t.ctx); err != nil {
 		return false, err
 	}
-	_, err = t.event(t.now, "server.added", s.ID, s.Name, s.ID, "server %s is protected: %s", s.Name, s.Source)
-	return true, err
+	if _, err := t.event(t.now, "server.added", s.ID, s.Name, s.ID, "server %s is protected: %s", s.Name, s.Source); err != nil {
+		return false, err
+	}
+	return true, t.plan(s.ID)
 }
 
 // UpdateServer replaces a server's definition. ErrExists if its new name is another server's.
@@ -67,8 +69,10 @@ func (c *Catalog) UpdateServer(ctx context.Context, s dr.Server) error {
 		if err := t.do(`UPDATE servers SET name = ?, data = ? WHERE id = ?`, s.Name, data, s.ID); err != nil {
 			return err
 		}
-		_, err = t.event(t.now, "server.changed", s.ID, s.Name, s.ID, "the definition of server %s was changed", s.Name)
-		return err
+		if _, err := t.event(t.now, "server.changed", s.ID, s.Name, s.ID, "the definition of server %s was changed", s.Name); err != nil {
+			return err
+		}
+		return t.plan(s.ID)
 	})
 }
 

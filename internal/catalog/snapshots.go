@@ -70,7 +70,10 @@ func (t *tx) recordSnapshot(s dr.Snapshot) (added bool, err error) {
 	}
 	_, err = t.NewInsert().Model(&snapshotRow{ID: s.ID, ServerID: s.ServerID, Seq: seq, Taken: stamp(s.Taken),
 		Recorded: stamp(t.now), State: dr.Kept, Kind: s.Kind, Image: s.Image, Data: data, Inventory: inventory}).Exec(t.ctx)
-	return true, err
+	if err != nil {
+		return false, err
+	}
+	return true, t.plan(s.ServerID)
 }
 
 // RecordReplicated records that a snapshot, which is recorded if need be, is in the far store. It says whether that is news.
@@ -206,7 +209,7 @@ func (t *tx) expire(id string) error {
 			return fmt.Errorf("invocation %s runs it: %w", a.ID, ErrInUse)
 		}
 	}
-	data, err := t.NewSelect().Model((*snapshotRow)(nil)).Where("image = ? AND state <> ?", id, dr.Expired).Count(t.ctx)
+	data, err := t.NewSelect().Model((*snapshotRow)(nil)).Where("image <> '' AND image = ? AND state <> ?", id, dr.Expired).Count(t.ctx)
 	if err != nil {
 		return err
 	}
@@ -222,8 +225,10 @@ func (t *tx) expire(id string) error {
 	if err := t.do(`DELETE FROM deltas WHERE snapshot_id = ?`, id); err != nil {
 		return err
 	}
-	_, err = t.event(t.now, "snapshot.expired", server.ID, server.Name, id, "snapshot %s of %s expired", id, server.Name)
-	return err
+	if _, err := t.event(t.now, "snapshot.expired", server.ID, server.Name, id, "snapshot %s of %s expired", id, server.Name); err != nil {
+		return err
+	}
+	return t.plan(server.ID)
 }
 
 // listed is a snapshot's row together with what a listing shows of it.
@@ -286,7 +291,7 @@ func (c *Catalog) Snapshots(ctx context.Context, serverID string) ([]dr.Record, 
 func (c *Catalog) TestsOverdue(ctx context.Context, now time.Time, grace time.Duration) ([]dr.Record, error) {
 	var rows []listed
 	err := c.listing(&rows).Where("s.verdict = '' AND s.state IN ('kept', 'replicated', 'pre-recovered')").
-		Where("NOT EXISTS (SELECT 1 FROM snapshots AS d WHERE d.image = s.id)").
+		Where("NOT EXISTS (SELECT 1 FROM snapshots AS d WHERE d.image <> '' AND d.image = s.id)").
 		Where("NOT (s.state = 'replicated' AND EXISTS (SELECT 1 FROM snapshots AS n WHERE n.server_id = s.server_id AND n.kind = s.kind"+
 			" AND n.taken > s.taken AND n.state <> 'expired'))").
 		Where("s.recorded <= ?", stamp(now.Add(-grace))).Where("r.removed = 0").

@@ -101,7 +101,7 @@ func (e *Engine) startAlone(ctx context.Context, name, id string, input json.Raw
 // enqueue makes a run durable. Every run goes through one queue, partitioned by key; a run without a key has a
 // partition of its own.
 func (e *Engine) enqueue(id string, env envelope) error {
-	partition := "key/" + env.Key
+	partition := partitionOf(env.Key)
 	if env.Key == "" {
 		partition = "run/" + id
 	}
@@ -113,6 +113,8 @@ func (e *Engine) enqueue(id string, env envelope) error {
 		dbos.WithEnqueueQueuePartitionKey(partition), dbos.WithEnqueueAttributes(attributes))
 	return err
 }
+
+func partitionOf(key string) string { return "key/" + key }
 
 // Cancel ends a run: the context of its running step ends with the cause ErrCancelled, no other step begins, its undos
 // run, and its state becomes cancelled. It returns once this is durable, which is before the undos are through: Wait

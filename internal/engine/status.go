@@ -98,7 +98,12 @@ func (e *Engine) List(ctx context.Context, f Filter) ([]Status, error) {
 		limit = DefaultList
 	}
 	options := []dbos.ListWorkflowsOption{dbos.WithFilterSortDesc(), dbos.WithFilterLimit(listPage), dbos.WithFilterLoadInput(false)}
+	var unfinished []string
 	if f.Unfinished {
+		var err error
+		if unfinished, err = e.unfinished(ctx, f.Key); err != nil {
+			return nil, fmt.Errorf("list runs: %w", err)
+		}
 		options = append(options, dbos.WithFilterStatus(dbos.WorkflowStatusEnqueued, dbos.WorkflowStatusPending))
 	}
 	elsewhere, err := e.db.doings(ctx)
@@ -110,7 +115,14 @@ func (e *Engine) List(ctx context.Context, f Filter) ([]Status, error) {
 		if err := e.open(); err != nil {
 			return nil, fmt.Errorf("list runs: %w", err)
 		}
-		rows, err := dbos.ListWorkflows(e.dbos, append(options, dbos.WithFilterOffset(offset))...)
+		page := dbos.WithFilterOffset(offset)
+		if f.Unfinished {
+			if offset >= len(unfinished) {
+				return out, nil
+			}
+			page = dbos.WithFilterWorkflowIDs(unfinished[offset:min(offset+listPage, len(unfinished))]...)
+		}
+		rows, err := dbos.ListWorkflows(e.dbos, append(options, page)...)
 		if err != nil {
 			return nil, fmt.Errorf("list runs: %w", err)
 		}
@@ -124,7 +136,7 @@ func (e *Engine) List(ctx context.Context, f Filter) ([]Status, error) {
 				return out, nil
 			}
 		}
-		if err := ctx.Err(); err != nil || len(rows) < listPage {
+		if err := ctx.Err(); err != nil || !f.Unfinished && len(rows) < listPage {
 			return out, err
 		}
 	}

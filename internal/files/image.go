@@ -39,7 +39,19 @@ type Guest interface {
 	Attrs(ctx context.Context, entries []*fileset.Entry) error
 	// Read writes the content of a file, which was seen to be one, to w.
 	Read(ctx context.Context, path string, w io.Writer) error
+	// Folder gives everything below a folder at once, a folder before what is in it: many files come far sooner than one by
+	// one. What it cannot give is left out. content is that of a file, holes as zeros.
+	Folder(ctx context.Context, path string, each func(m Member, content io.Reader) error) error
 	Close()
+}
+
+// Member is what Folder gives of one name.
+type Member struct {
+	Path  string
+	Again string // not "": the name, given before, of which this is a further one
+	File  bool   // content is that of a file
+	Size  int64  // of the content
+	Attrs []fileset.Attr
 }
 
 // idleLimit is how long a guest is kept for the next question.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path"
+	"slices"
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/dr"
@@ -35,7 +36,7 @@ func (b *Browser) Pick(ctx context.Context, snap dr.Snapshot, paths []string, ea
 				return fmt.Errorf("mount the file systems of %s: %w", snap.ID, err)
 			}
 		}
-		return b.fromGuest(ctx, g, picked, each)
+		return b.fromGuest(ctx, g, picked, paths, each)
 	})
 }
 
@@ -123,8 +124,124 @@ func giveStored(ctx context.Context, f *store.Files, e *fileset.Entry, stored *s
 	return errors.Join(each(e, above, r), r.Close())
 }
 
-// fromGuest reads from an image.
-func (b *Browser) fromGuest(ctx context.Context, g *guest, picked []chosen, each func(*fileset.Entry, bool, io.Reader) error) error {
+// fewFiles is how many files are read one by one: opening a folder for them would take longer.
+const fewFiles = 8
+
+// fromGuest reads from an image: folders with many files at once, the rest one by one.
+func (b *Browser) fromGuest(ctx context.Context, g *guest, picked []chosen, paths []string, each func(*fileset.Entry, bool, io.Reader) error) error {
+	f := folders{byPath: make(map[string]*chosen, len(picked)), given: map[string]bool{}, names: map[[2]uint64]string{}, each: each}
+	below := map[string]int{} // files
+	for i := range picked {
+		c := &picked[i]
+		f.byPath[c.Path] = c
+		for _, p := range paths {
+			if c.Kind == fileset.File && p != c.Path && fileset.Below(c.Path, p) {
+				below[p]++
+			}
+		}
+	}
+	var above []chosen
+	for _, c := range picked {
+		if c.above {
+			above = append(above, c)
+		}
+	}
+	if err := b.oneByOne(ctx, g, above, f.pass); err != nil {
+		return err
+	}
+	for _, p := range paths {
+		if below[p] <= fewFiles || f.given[p] {
+			continue
+		}
+		if err := g.Folder(ctx, p, func(m Member, content io.Reader) error { return f.member(m, content) }); err != nil {
+			return fmt.Errorf("read %.200q: %w", p, err)
+		}
+	}
+	rest := slices.DeleteFunc(picked, func(c chosen) bool { return c.above || f.given[c.Path] })
+	f.link(rest)
+	return b.oneByOne(ctx, g, rest, f.pass)
+}
+
+// folders puts together what comes out of folders with what the index says.
+type folders struct {
+	byPath map[string]*chosen
+	given  map[string]bool
+	names  map[[2]uint64]string // under which a file was given
+	each   func(*fileset.Entry, bool, io.Reader) error
+}
+
+// member gives one name of a folder. What the index does not know, or knows otherwise, is left to be read by itself.
+func (f *folders) member(m Member, content io.Reader) error {
+	c := f.byPath[m.Path]
+	if c == nil || f.given[m.Path] {
+		return nil
+	}
+	if above := path.Dir(m.Path); f.byPath[above] != nil && !f.given[above] {
+		return nil // a folder comes before what is in it
+	}
+	e := c.Entry
+	file := e.Kind == fileset.File || e.Kind == fileset.Link
+	if file != (m.File || m.Again != "") {
+		return nil
+	}
+	whole := e
+	if file {
+		if whole = f.file(c); whole == nil || m.Again != "" && !f.given[m.Again] {
+			return nil
+		}
+	}
+	id := [2]uint64{e.Dev, e.Inode}
+	if first, again := f.names[id]; file && again {
+		link := *e
+		link.Kind, link.Target, link.Size, link.Sparse, link.Data, link.Attrs = fileset.Link, first, 0, false, nil, nil
+		return f.pass(&link, false, bytes.NewReader(nil))
+	}
+	if m.Again != "" || file && m.Size != whole.Size {
+		return nil
+	}
+	entry := *whole
+	entry.Path, entry.Attrs = e.Path, m.Attrs
+	if !file || entry.Size == 0 {
+		entry.Sparse, entry.Data = false, nil
+		return f.pass(&entry, false, bytes.NewReader(nil))
+	}
+	if entry.Sparse {
+		return giveSparse(&entry, func(w io.Writer) error { _, err := io.Copy(w, content); return err }, false, f.pass)
+	}
+	return f.pass(&entry, false, content)
+}
+
+// link makes of a file of which another name was given a link to that.
+func (f *folders) link(rest []chosen) {
+	for _, c := range rest {
+		if first, given := f.names[[2]uint64{c.Dev, c.Inode}]; given && c.Kind == fileset.File {
+			c.Kind, c.Target, c.Size, c.Sparse, c.Data = fileset.Link, first, 0, false, nil
+		}
+	}
+}
+
+// file is the file that a name stands for, as the index has it under the first of its names.
+func (f *folders) file(c *chosen) *fileset.Entry {
+	if c.Kind == fileset.File {
+		return c.Entry
+	}
+	if first := f.byPath[c.Target]; first != nil && first.Kind == fileset.File {
+		return first.Entry
+	}
+	return nil
+}
+
+// pass gives an entry on, and remembers that.
+func (f *folders) pass(e *fileset.Entry, above bool, content io.Reader) error {
+	f.given[e.Path] = true
+	if e.Kind == fileset.File && e.Inode != 0 {
+		f.names[[2]uint64{e.Dev, e.Inode}] = e.Path
+	}
+	return f.each(e, above, content)
+}
+
+// oneByOne reads entry by entry.
+func (b *Browser) oneByOne(ctx context.Context, g *guest, picked []chosen, each func(*fileset.Entry, bool, io.Reader) error) error {
 	inside := map[string][]*fileset.Entry{} // by folder: attributes are asked for together
 	for _, c := range picked {
 		dir := path.Dir(c.Path)
@@ -152,7 +269,7 @@ func (b *Browser) giveRead(ctx context.Context, g *guest, c chosen, each func(*f
 		return each(e, c.above, bytes.NewReader(nil))
 	}
 	if e.Sparse {
-		return b.giveSparse(ctx, g, c, each)
+		return giveSparse(e, func(w io.Writer) error { return g.Read(ctx, e.Path, w) }, c.above, each)
 	}
 	r, w := io.Pipe()
 	read := make(chan error, 1)
@@ -177,30 +294,29 @@ func orEOF(err error) error {
 }
 
 // giveSparse reads a file with holes into a file of the host's, which has them too.
-func (b *Browser) giveSparse(ctx context.Context, g *guest, c chosen, each func(*fileset.Entry, bool, io.Reader) error) error {
+func giveSparse(e *fileset.Entry, read func(io.Writer) error, above bool, each func(*fileset.Entry, bool, io.Reader) error) error {
 	f, err := os.CreateTemp("", "muster-sparse-")
 	if err != nil {
-		return fmt.Errorf("read %.200q: %w", c.Path, err)
+		return fmt.Errorf("read %.200q: %w", e.Path, err)
 	}
 	defer f.Close()
 	os.Remove(f.Name())
 	w := &holes{f: f}
-	if err := g.Read(ctx, c.Path, w); err != nil {
+	if err := read(w); err != nil {
 		return err
 	}
 	if err := w.flush(); err != nil {
-		return fmt.Errorf("read %.200q: %w", c.Path, err)
+		return fmt.Errorf("read %.200q: %w", e.Path, err)
 	}
-	e := c.Entry
 	if w.at != e.Size {
-		return fmt.Errorf("read %.200q: it has %d bytes, not %d", c.Path, w.at, e.Size)
+		return fmt.Errorf("read %.200q: it has %d bytes, not %d", e.Path, w.at, e.Size)
 	}
 	e.Data = w.data
 	var parts []io.Reader
 	for _, x := range e.Data {
 		parts = append(parts, io.NewSectionReader(f, x.Offset, x.Length))
 	}
-	return each(e, c.above, io.MultiReader(parts...))
+	return each(e, above, io.MultiReader(parts...))
 }
 
 // holeSize is the smallest hole that is looked for, in bytes.

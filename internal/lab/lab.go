@@ -53,9 +53,11 @@ type Lab struct {
 	*api.Client
 	Master *master.Master // of the present process
 	Store  *store.Store
-	Host   *sim.Host
-	Dir    string
-	Clock  *Clock
+	// Appliance is that of the present process; it gives files back also when its Journal is taken away.
+	Appliance *appliance.Appliance
+	Host      *sim.Host
+	Dir       string
+	Clock     *Clock
 	// Database, if set, is a postgres:// URL: catalog and work are there, and not in files.
 	Database string
 	// Fault, if set, is asked before every call of an appliance or a silo, and its error is the call's. It is how a test
@@ -212,6 +214,11 @@ func (l *Lab) open() error {
 		config.Home, config.Lease, config.LeaseGrace = "", lease, leaseGrace
 	}
 	l.Master = master.Open(config)
+	app.Journal = l.Master
+	if err := app.TellRestores(ctx); err != nil {
+		return err
+	}
+	l.Appliance = app
 	listener, err := net.Listen("unix", l.path("api.sock"))
 	if err != nil {
 		return err

@@ -300,7 +300,7 @@ func TestALostCatalogIsRebuiltFromTheStoreAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	l.Open()
-	if list, err := l.Servers(ctx); err != nil || len(list) != 0 {
+	if list, err := l.Servers(ctx, "", 0); err != nil || len(list) != 0 {
 		t.Fatalf("servers of an empty catalog: %v, %v", list, err)
 	}
 	if op := l.Finish(l.AdoptStore(ctx)); op.State != api.OperationSucceeded {

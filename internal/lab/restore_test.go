@@ -169,3 +169,63 @@ func TestNobodyIsLedOutOfTheFolderInWhichFilesArePutBack(t *testing.T) {
 		t.Errorf("%+v", r.Files)
 	}
 }
+
+// restores gives the events about files that were put back.
+func (l *Lab) restores(t *testing.T) (messages []string) {
+	t.Helper()
+	all, err := l.Events(ctx, 0, 0, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range all {
+		if e.Kind == dr.FilesRestored {
+			messages = append(messages, e.Server+": "+e.Message)
+		}
+	}
+	return messages
+}
+
+func TestWhoPutFilesBackIsAnEventAlsoIfNoMasterWasThere(t *testing.T) {
+	t.Parallel()
+	l := liveShop(t)
+	first := l.snapshot(t)
+	id := first.Snapshot.ID
+	ask := api.RestoreRequest{Server: "shop", Paths: []string{"/srv/page"}, Overwrite: true, By: "anna"}
+	if _, err := l.RestoreFiles(ctx, ask); err != nil {
+		t.Fatal(err)
+	}
+	want := []string{"shop: anna put /srv/page of shop, as in " + id + ", back onto shop: 0 restored, 1 replaced, 0 beside what is there, 0 failed; 5 bytes"}
+	if got := l.restores(t); !slices.Equal(got, want) {
+		t.Fatalf("%q, want %q", got, want)
+	}
+
+	l.Appliance.Journal = nil // the master is gone
+	ask.By, ask.Paths, ask.ToPath = "bert", []string{"/srv"}, "/nowhere"
+	if r, err := l.Appliance.RestoreFiles(ctx, ask); err != nil || r.Failed == 0 {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	died := dr.FileRestore{ID: dr.NewID("restore"), By: "carl", Began: l.Clock.Now(), Snapshot: id, Server: "shop", ToServer: "shop", ToID: first.Snapshot.ServerID, Path: "/srv", Paths: 2}
+	if err := l.Store.PutRecord(ctx, dr.FileRestoreRecord, died.ID, died); err != nil { // as a process leaves it that is killed
+		t.Fatal(err)
+	}
+	if got := l.restores(t); !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
+	}
+	for range 2 { // and it is told once
+		l.Reopen()
+		got := l.restores(t)
+		if len(got) != 3 || !slices.ContainsFunc(got, func(m string) bool {
+			return strings.HasPrefix(m, "shop: bert put /srv of shop, as in "+id+", back onto shop below /nowhere: 0 restored") && strings.Contains(m, "2 failed")
+		}) || !slices.ContainsFunc(got, func(m string) bool {
+			return strings.HasPrefix(m, "shop: carl began to put /srv and 1 more of shop") && strings.Contains(m, "in the middle")
+		}) {
+			t.Errorf("%q", got)
+		}
+	}
+	if err := l.Store.PutRecord(ctx, dr.FileRestoreRecord, died.ID, died); err != nil { // told, and killed before that was written down
+		t.Fatal(err)
+	}
+	if l.Reopen(); len(l.restores(t)) != 3 {
+		t.Errorf("told twice: %q", l.restores(t))
+	}
+}

@@ -28,15 +28,15 @@ func (l *Lab) openSource(_ context.Context, source dr.Source) (capture.Source, e
 
 // CaptureFiles implements capture.FileSource.
 func (s live) CaptureFiles(ctx context.Context, sink *capture.FilesSink, report dr.Progress) error {
-	return s.talk(ctx, func(talk *capture.Session) error { return talk.Files(ctx, wire.FilesPlan{}, sink, report) })
+	return s.talk(ctx, func(talk *capture.Session, _ func()) error { return talk.Files(ctx, wire.FilesPlan{}, sink, report) })
 }
 
 // Restore implements capture.RestoreSource.
 func (s live) Restore(ctx context.Context, plan capture.RestorePlan, feed capture.Feed, placed func(capture.Placed) error) error {
-	return s.talk(ctx, func(talk *capture.Session) error { return talk.Restore(plan, feed, placed) })
+	return s.talk(ctx, func(talk *capture.Session, hangUp func()) error { return talk.Restore(ctx, plan, feed, placed, hangUp) })
 }
 
-func (s live) talk(ctx context.Context, what func(*capture.Session) error) error {
+func (s live) talk(ctx context.Context, what func(talk *capture.Session, hangUp func()) error) error {
 	ours, theirs := net.Pipe()
 	ended := make(chan struct{})
 	go func() {
@@ -46,7 +46,7 @@ func (s live) talk(ctx context.Context, what func(*capture.Session) error) error
 	}()
 	talk, err := capture.NewSession(ours, ours)
 	if err == nil {
-		err = what(talk)
+		err = what(talk, func() { ours.Close() })
 	}
 	ours.Close()
 	<-ended

@@ -49,7 +49,7 @@ const installed = "left.json"
 // see says what an installation holds.
 func (l *Lab) see(t *testing.T) (is left) {
 	t.Helper()
-	servers, err := l.Servers(ctx)
+	servers, err := l.Servers(ctx, "", 0)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -99,6 +99,7 @@ type Master struct {
 var (
 	_ api.Operator = (*Master)(nil)
 	_ api.Home     = (*Master)(nil)
+	_ api.Journal  = (*Master)(nil)
 )
 
 // Open makes a master and registers its work with the engine. Start sets it going.

@@ -76,7 +76,7 @@ func (m *Master) Figures(ctx context.Context) (api.Figures, error) {
 }
 
 func (m *Master) serverFigures(ctx context.Context) ([]api.ServerFigures, error) {
-	standings, err := m.Catalog.Standings(ctx)
+	standings, err := m.Catalog.Figures(ctx)
 	if err != nil {
 		return nil, err
 	}

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
 )
@@ -38,13 +39,8 @@ func (m *Master) Run(ctx context.Context) {
 func (m *Master) Wake(ctx context.Context) {
 	if leads, err := m.Engine.Leads(ctx); err != nil || !leads {
 		if err != nil && ctx.Err() == nil {
-			m.Log.Error("schedule", "error", err)
+			m.Log.ErrorContext(ctx, "schedule", "error", err)
 		}
-		return
-	}
-	servers, err := m.Catalog.Servers(ctx)
-	if err != nil {
-		m.Log.ErrorContext(ctx, "schedule", "error", err)
 		return
 	}
 	running, err := m.running(ctx)
@@ -52,18 +48,11 @@ func (m *Master) Wake(ctx context.Context) {
 		m.Log.ErrorContext(ctx, "schedule", "error", err)
 		return
 	}
-	for _, s := range servers {
-		if s.Appliance != "" {
-			continue // it is captured by the appliance, when that finds it due
-		}
-		if _, busy := running[s.Name]; busy {
-			continue
-		}
-		if err := m.wakeServer(ctx, s); err != nil {
-			m.Log.ErrorContext(ctx, "schedule server", "server", s.Name, "error", err)
-		}
+	if err := m.wakeDue(ctx, running); err != nil {
+		m.Log.ErrorContext(ctx, "schedule", "error", err)
+		return
 	}
-	m.watchSites(ctx, servers)
+	m.watchSites(ctx)
 	m.overdue(ctx, running)
 	m.tend(ctx)
 	m.spreadSoon(ctx)
@@ -78,41 +67,44 @@ func (m *Master) Wake(ctx context.Context) {
 	}
 }
 
-func (m *Master) wakeServer(ctx context.Context, s dr.Server) error {
-	if _, active, err := m.Catalog.ActiveInvocation(ctx, s.ID); err != nil || active {
-		return err // its original is gone or must not be mistaken for the truth
-	}
-	newest, err := m.newest(ctx, s)
-	if err != nil {
-		return err
-	}
+// wakeDue starts the snapshots that are due of servers nothing is done about.
+func (m *Master) wakeDue(ctx context.Context, running map[string]api.Operation) error {
 	now := m.Now()
-	due := s.Dues(newest, now)
+	var last *catalog.Due
+	for {
+		page, err := m.Catalog.Due(ctx, now, last)
+		if err != nil {
+			return err
+		}
+		for _, d := range page {
+			if _, busy := running[d.Server.Name]; busy {
+				continue
+			}
+			if err := m.wakeServer(ctx, d.Server, d.Taken, now); err != nil {
+				m.Log.ErrorContext(ctx, "schedule server", "server", d.Server.Name, "error", err)
+			}
+		}
+		if len(page) < catalog.MaxList {
+			return nil
+		}
+		last = &page[len(page)-1]
+	}
+}
+
+func (m *Master) wakeServer(ctx context.Context, s dr.Server, taken dr.Taken, now time.Time) error {
+	due := s.Dues(taken, now)
 	m.mu.Lock()
 	a := m.attempts[s.ID]
 	wait := due.Next().After(now) || a.Again(s, now).After(now)
 	if !wait {
-		m.attempts[s.ID] = a.Begin(newest.Last, now)
+		m.attempts[s.ID] = a.Begin(taken.Last, now)
 	}
 	m.mu.Unlock()
 	if wait {
 		return nil
 	}
-	_, err = m.beginProtect(ctx, s, !s.HasImage() || due.Image.After(now), true)
+	_, err := m.beginProtect(ctx, s, !s.HasImage() || due.Image.After(now), true)
 	return err
-}
-
-func (m *Master) newest(ctx context.Context, s dr.Server) (t dr.Taken, err error) {
-	for kind, at := range map[dr.SnapshotKind]*time.Time{dr.SnapshotImage: &t.Image, dr.SnapshotData: &t.Data, "": &t.Last} {
-		rec, ok, err := m.Catalog.LastSnapshot(ctx, s.ID, kind)
-		if err != nil {
-			return t, err
-		}
-		if ok {
-			*at = rec.Snapshot.Taken
-		}
-	}
-	return t, nil
 }
 
 // overdue finds snapshots that should have been tested and were not, raises a ticket and tests them (R72).

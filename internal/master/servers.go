@@ -130,15 +130,26 @@ func set[T any](to *T, from *T) {
 // server finds a server by name or identifier.
 func (m *Master) server(ctx context.Context, name string) (dr.Server, error) {
 	s, err := m.Catalog.Server(ctx, name)
-	if errors.Is(err, catalog.ErrNotFound) {
-		return dr.Server{}, api.Errorf(api.NotFound, "there is no server %q: see 'muster server list'", name)
+	if err != nil {
+		return dr.Server{}, noServer(name, err)
 	}
-	return s, err
+	return s, nil
+}
+
+// noServer says in words that there is no such server, if that is what an error means.
+func noServer(name string, err error) error {
+	if errors.Is(err, catalog.ErrNotFound) {
+		return api.Errorf(api.NotFound, "there is no server %q: see 'muster server list'", name)
+	}
+	return err
 }
 
 // Servers implements api.Operator.
-func (m *Master) Servers(ctx context.Context) ([]api.ServerStatus, error) {
-	servers, err := m.Catalog.Servers(ctx)
+func (m *Master) Servers(ctx context.Context, after string, limit int) ([]api.ServerStatus, error) {
+	if limit <= 0 || limit > api.MaxServers {
+		limit = api.MaxServers
+	}
+	standings, err := m.Catalog.Standings(ctx, after, limit)
 	if err != nil {
 		return nil, err
 	}
@@ -146,33 +157,36 @@ func (m *Master) Servers(ctx context.Context) ([]api.ServerStatus, error) {
 	if err != nil {
 		return nil, err
 	}
-	var out []api.ServerStatus
-	for _, s := range servers {
-		status, err := m.status(ctx, s, running)
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, status)
+	out := make([]api.ServerStatus, 0, len(standings))
+	for _, s := range standings {
+		out = append(out, m.status(s, running))
 	}
 	return out, nil
 }
 
 // Server implements api.Operator.
 func (m *Master) Server(ctx context.Context, name string) (api.ServerStatus, error) {
-	s, err := m.server(ctx, name)
+	s, err := m.Catalog.Standing(ctx, name)
 	if err != nil {
-		return api.ServerStatus{}, err
+		return api.ServerStatus{}, noServer(name, err)
 	}
 	running, err := m.running(ctx)
 	if err != nil {
 		return api.ServerStatus{}, err
 	}
-	return m.status(ctx, s, running)
+	out := m.status(s, running)
+	if out.LKG != nil && out.LKG.PreRecovery != nil {
+		out.Holders, err = m.holders(ctx, out.LKG.PreRecovery.ID)
+	}
+	return out, err
 }
+
+// maxRunning bounds how many unfinished operations are looked at: more than there are servers.
+const maxRunning = 100_000
 
 // running gives each server's unfinished operation, by server name.
 func (m *Master) running(ctx context.Context) (map[string]api.Operation, error) {
-	all, err := m.Engine.List(ctx, engine.Filter{Unfinished: true})
+	all, err := m.Engine.List(ctx, engine.Filter{Unfinished: true, Limit: maxRunning})
 	if err != nil {
 		return nil, err
 	}
@@ -186,47 +200,16 @@ func (m *Master) running(ctx context.Context) (map[string]api.Operation, error) 
 	return out, nil
 }
 
-func (m *Master) status(ctx context.Context, s dr.Server, running map[string]api.Operation) (api.ServerStatus, error) {
-	out := api.ServerStatus{Server: s}
-	records, err := m.Catalog.Snapshots(ctx, s.ID)
-	if err != nil {
-		return out, err
-	}
-	for i := range records {
-		if out.Newest == nil && records[i].State != dr.Expired {
-			out.Newest = &records[i]
-		}
-		if records[i].LKG {
-			out.LKG = &records[i]
-		}
-	}
-	newest, err := m.newest(ctx, s)
-	if err != nil {
-		return out, err
-	}
-	due := s.Dues(newest, m.Now())
-	out.Due, out.DataDue = due.Next(), due.Data
-	if out.Near = m.near(s); out.Near != nil {
+func (m *Master) status(s catalog.Standing, running map[string]api.Operation) api.ServerStatus {
+	due := s.Server.Dues(s.Taken, m.Now())
+	out := api.ServerStatus{Server: s.Server, Newest: s.Newest, LKG: s.LKG, Due: due.Next(), DataDue: due.Data, Tickets: s.Tickets, Invocation: s.Invocation}
+	if out.Near = m.near(s.Server); out.Near != nil {
 		out.Due = out.Near.Due
 	}
-	tickets, err := m.Catalog.Tickets(ctx, catalog.TicketFilter{ServerID: s.ID})
-	if err != nil {
-		return out, err
-	}
-	out.Tickets = len(tickets)
-	if op, ok := running[s.Name]; ok {
+	if op, ok := running[s.Server.Name]; ok {
 		out.Operation = &op
 	}
-	if out.LKG != nil && out.LKG.PreRecovery != nil {
-		if out.Holders, err = m.holders(ctx, out.LKG.PreRecovery.ID); err != nil {
-			return out, err
-		}
-	}
-	inv, active, err := m.Catalog.ActiveInvocation(ctx, s.ID)
-	if active {
-		out.Invocation = &inv
-	}
-	return out, err
+	return out
 }
 
 // RemoveServer implements api.Operator.
@@ -321,4 +304,9 @@ func (m *Master) Events(ctx context.Context, after int64, limit int, server stri
 		limit = api.MaxEvents
 	}
 	return m.Catalog.Events(ctx, after, limit, server)
+}
+
+// FilesRestored implements api.Journal.
+func (m *Master) FilesRestored(ctx context.Context, r dr.FileRestore) error {
+	return m.Catalog.AddEventOnce(ctx, r.Event())
 }

@@ -457,7 +457,7 @@ func (m *Master) near(s dr.Server) *api.SiteServer {
 }
 
 // watchSites says so when an appliance is silent for too long, and when a snapshot that should have arrived did not (R72).
-func (m *Master) watchSites(ctx context.Context, servers []dr.Server) {
+func (m *Master) watchSites(ctx context.Context) {
 	now := m.Now()
 	m.mu.Lock()
 	watch := now.Sub(m.watched) >= siteWatchEvery || now.Before(m.watched)
@@ -467,6 +467,11 @@ func (m *Master) watchSites(ctx context.Context, servers []dr.Server) {
 	seen := maps.Clone(m.sites)
 	m.mu.Unlock()
 	if !watch {
+		return
+	}
+	servers, err := m.Catalog.Servers(ctx)
+	if err != nil {
+		m.Log.ErrorContext(ctx, "look for missing snapshots", "error", err)
 		return
 	}
 	wanted := map[string][]string{}

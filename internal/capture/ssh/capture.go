@@ -83,7 +83,9 @@ func (s *Source) CaptureFiles(ctx context.Context, sink *capture.FilesSink, repo
 
 // Restore implements capture.RestoreSource.
 func (s *Source) Restore(ctx context.Context, plan capture.RestorePlan, feed capture.Feed, placed func(capture.Placed) error) error {
-	return s.read(ctx, func(talk *capture.Session) error { return talk.Restore(plan, feed, placed) })
+	return s.read(ctx, func(talk *capture.Session) error {
+		return talk.Restore(ctx, plan, feed, placed, func() { s.client.Close() })
+	})
 }
 
 // Forget implements capture.Source.

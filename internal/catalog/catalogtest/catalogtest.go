@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -57,7 +56,9 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 		"verbs at once do not disturb each other":                           concurrent,
 		"whatever the sequence of verbs the invariants hold":                sequences,
 		"a long history is listed quickly":                                  many,
-		"where servers stand is told at once":                               standings,
+		"servers are listed page by page":                                   standings,
+		"what an older release recorded is due when it should be":           planned,
+		"where servers stand is told at once":                               figures,
 		"what happened since is counted, and only that":                     tallied,
 		"open tickets are counted by kind":                                  problems,
 		"a check changes nothing, and fails where writing does":             checked,
@@ -411,11 +412,7 @@ func overdue(w *world) {
 // fill copies the row of the first snapshot n times, each taken an hour earlier.
 func (w *world) fill(n int) {
 	w.t.Helper()
-	driver := "sqlite"
-	if strings.HasPrefix(w.dsn, "postgres://") {
-		driver = "pgx"
-	}
-	db, err := sql.Open(driver, w.dsn)
+	db, err := sql.Open(driver(w.dsn), w.dsn)
 	w.must(err)
 	defer db.Close()
 	_, err = db.Exec(fmt.Sprintf(`INSERT INTO snapshots

@@ -10,7 +10,7 @@ import (
 	"github.com/musterdr/muster/internal/dr"
 )
 
-func standings(w *world) {
+func figures(w *world) {
 	n := 200
 	if os.Getenv("MUSTER_REAL") != "" {
 		n = 2_000
@@ -27,7 +27,7 @@ func standings(w *world) {
 	w.judge(gone, 1, dr.Fail)
 	w.must(w.Expire(w.ctx, gone.ID))
 	start := time.Now()
-	list, err := w.Standings(w.ctx)
+	list, err := w.Figures(w.ctx)
 	w.must(err)
 	w.t.Logf("%d servers in %s", len(list), time.Since(start))
 	if took := time.Since(start); took > 5*time.Second {

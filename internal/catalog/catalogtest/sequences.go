@@ -112,6 +112,82 @@ func checkServer(t failer, c *catalog.Catalog, s dr.Server) {
 	}
 }
 
+// checkStanding checks that what is kept with a server is what its snapshots, tickets and invocations say.
+func checkStanding(t failer, c *catalog.Catalog, id string, now time.Time) {
+	t.Helper()
+	ctx := context.Background()
+	fine := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatalf("%v", err)
+		}
+	}
+	got, err := c.Standing(ctx, id)
+	fine(err)
+	var want dr.Taken
+	for kind, at := range map[dr.SnapshotKind]*time.Time{dr.SnapshotImage: &want.Image, dr.SnapshotData: &want.Data, "": &want.Last} {
+		last, ok, err := c.LastSnapshot(ctx, id, kind)
+		fine(err)
+		if ok {
+			*at = last.Snapshot.Taken
+		}
+	}
+	if got.Taken != want {
+		t.Fatalf("%s was taken %+v, its snapshots say %+v", id, got.Taken, want)
+	}
+	records, err := c.Snapshots(ctx, id)
+	fine(err)
+	newest, lkg := "", ""
+	for _, r := range records {
+		if newest == "" && r.State != dr.Expired {
+			newest = r.Snapshot.ID
+		}
+		if r.LKG {
+			lkg = r.Snapshot.ID
+		}
+	}
+	tickets, err := c.Tickets(ctx, catalog.TicketFilter{ServerID: id})
+	fine(err)
+	if idOf(got.Newest) != newest || idOf(got.LKG) != lkg || got.Tickets != len(tickets) {
+		t.Fatalf("%s stands at newest %q, last-known-good %q, %d tickets; it has %q, %q, %d", id, idOf(got.Newest), idOf(got.LKG), got.Tickets, newest, lkg, len(tickets))
+	}
+	_, invoked, err := c.ActiveInvocation(ctx, id)
+	fine(err)
+	if invoked != (got.Invocation != nil) {
+		t.Fatalf("%s is invoked: %v, it stands as %+v", id, invoked, got.Invocation)
+	}
+	due := !invoked && !got.Server.Dues(want, now).Next().After(now)
+	if listed := slices.Contains(dueAt(t, c, now), id); listed != due {
+		t.Fatalf("%s, taken %+v, is due at %s: %v; listed as due: %v", id, want, now, due, listed)
+	}
+}
+
+func idOf(r *dr.Record) string {
+	if r == nil {
+		return ""
+	}
+	return r.Snapshot.ID
+}
+
+// dueAt gives the servers that are due, page by page.
+func dueAt(t failer, c *catalog.Catalog, now time.Time) (ids []string) {
+	t.Helper()
+	var last *catalog.Due
+	for {
+		page, err := c.Due(context.Background(), now, last)
+		if err != nil {
+			t.Fatalf("%v", err)
+		}
+		for _, d := range page {
+			ids = append(ids, d.Server.ID)
+		}
+		if len(page) < catalog.MaxList {
+			return ids
+		}
+		last = &page[len(page)-1]
+	}
+}
+
 // sequences carries out verbs at random and checks the invariants after each. Most verbs are refused at times; what is
 // never allowed is that one leaves the catalog in a state it must not be in.
 func sequences(w *world) {
@@ -133,6 +209,7 @@ func sequences(w *world) {
 			"finish":    m.finish,
 			"ticket":    m.ticket,
 			"clock":     m.stepClock,
+			"change":    m.change,
 			"":          m.check,
 			"adopt all": m.adopt,
 		})
@@ -160,12 +237,21 @@ func (m *machine) pick(t *rapid.T) dr.Snapshot {
 
 func (m *machine) snapshot(t *rapid.T) {
 	n := rapid.IntRange(1, 30).Draw(t, "taken") // in any order: the source's clock may step back
-	if err := m.RecordSnapshot(m.ctx, snapshot(m.srv, n)); err != nil {
+	if err := m.RecordSnapshot(m.ctx, m.nth(n)); err != nil {
 		t.Fatal(err)
 	}
 	if !slices.Contains(m.taken, n) {
 		m.taken = append(m.taken, n)
 	}
+}
+
+// nth is the nth snapshot: every third is of data.
+func (m *machine) nth(n int) dr.Snapshot {
+	s := snapshot(m.srv, n)
+	if n%3 == 0 {
+		s.Kind = dr.SnapshotData
+	}
+	return s
 }
 
 func (m *machine) prepare(t *rapid.T) {
@@ -232,7 +318,7 @@ func (m *machine) adopt(t *rapid.T) {
 	var snaps []dr.Snapshot
 	var pres []dr.PreRecovery
 	for _, n := range m.taken {
-		snaps = append(snaps, snapshot(m.srv, n))
+		snaps = append(snaps, m.nth(n))
 		pres = append(pres, preRecovery(snapshot(m.srv, n), 0))
 	}
 	if _, err := m.Adopt(m.ctx, []dr.Server{server(m.srv)}, snaps, pres, nil, nil, nil); err != nil {
@@ -240,9 +326,21 @@ func (m *machine) adopt(t *rapid.T) {
 	}
 }
 
+// change changes what is captured of the server, and how often.
+func (m *machine) change(t *rapid.T) {
+	s := server(m.srv)
+	s.Schedule.Every = time.Duration(rapid.IntRange(1, 48).Draw(t, "every")) * time.Hour
+	s.Data.Every = time.Duration(rapid.IntRange(1, 48).Draw(t, "data every")) * time.Hour
+	s.Tier = rapid.SampledFrom([]dr.Tier{dr.TierImage, dr.TierImageData, dr.TierData}).Draw(t, "tier")
+	if err := m.UpdateServer(m.ctx, s); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // check checks the server of this round; that states went only where they may; and that what is over is over.
 func (m *machine) check(t *rapid.T) {
 	checkServer(t, m.Catalog, server(m.srv))
+	checkStanding(t, m.Catalog, m.id(), m.clock.now())
 	records, err := m.Snapshots(m.ctx, m.id())
 	if err != nil {
 		t.Fatal(err)

@@ -6,10 +6,12 @@
 package guestfs
 
 import (
+	"archive/tar"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path"
 	"path/filepath"
@@ -38,7 +40,7 @@ const (
 	openLimit  = 5 * time.Minute // until the appliance runs
 	stepLimit  = 10 * time.Minute
 	walkLimit  = 2 * time.Hour
-	readLimit  = 12 * time.Hour // of one file
+	readLimit  = 12 * time.Hour // of one file or folder
 	maxSystem  = 64             // file systems
 	maxOwn     = 64             // that the system does not mount
 	ownPrefix  = "/@"
@@ -301,40 +303,118 @@ func (g *guest) Attrs(ctx context.Context, entries []*fileset.Entry) error {
 	return nil
 }
 
-// Read implements files.Guest. The content comes through a named pipe, so that it lies nowhere.
+// Read implements files.Guest.
 func (g *guest) Read(ctx context.Context, p string, w io.Writer) error {
+	err := g.stream(ctx, func(r io.Reader) error { _, err := io.Copy(w, r); return err }, func(ctx context.Context, pipe string) error {
+		_, err := g.fish.Do(ctx, "download", g.inside(p), pipe)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("read %.200q: %w", p, err)
+	}
+	return nil
+}
+
+// Folder implements files.Guest, with the tar of the appliance. It keeps attributes as they are, access lists and labels among
+// them; holes it writes out.
+func (g *guest) Folder(ctx context.Context, p string, each func(m files.Member, content io.Reader) error) error {
+	from := map[string]string{g.inside(p): p}
+	if p == "/" {
+		for i := range g.own {
+			from[g.own[i]] = g.at[i]
+		}
+	}
+	for _, inside := range slices.Sorted(maps.Keys(from)) {
+		gave := false
+		one := func(m files.Member, content io.Reader) error {
+			gave = true
+			return each(m, content)
+		}
+		err := g.stream(ctx, func(r io.Reader) error { return members(r, from[inside], one) }, func(ctx context.Context, pipe string) error {
+			_, err := g.fish.Do(ctx, "tar-out", inside, pipe, "numericowner:true", "xattrs:true")
+			return err
+		})
+		if err != nil && !gave && g.fish.Broken() == nil {
+			continue // it is read file by file, and that says what is wrong
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// members reads a tar stream of a folder that appears at top.
+func members(r io.Reader, top string, each func(m files.Member, content io.Reader) error) error {
+	place := func(name string) string { return path.Join(top, "/"+strings.TrimPrefix(name, "./")) }
+	for t := tar.NewReader(r); ; {
+		h, err := t.Next()
+		if errors.Is(err, io.EOF) {
+			_, err = io.Copy(io.Discard, r) // what fills up the last block
+			return err
+		}
+		if err != nil {
+			return err
+		}
+		m := files.Member{Path: place(h.Name), File: h.Typeflag == tar.TypeReg, Size: h.Size, Attrs: attrs(h.PAXRecords)}
+		if h.Typeflag == tar.TypeLink {
+			m.Again = place(h.Linkname)
+		}
+		if err := each(m, t); err != nil {
+			return err
+		}
+	}
+}
+
+// attrs reads the attributes in an extended header, as many as an entry may have.
+func attrs(records map[string]string) (out []fileset.Attr) {
+	total := 0
+	for _, key := range slices.Sorted(maps.Keys(records)) {
+		name, ok := strings.CutPrefix(key, "SCHILY.xattr.")
+		if !ok {
+			continue
+		}
+		a := fileset.Attr{Name: strings.NewReplacer("%3D", "=", "%25", "%").Replace(name), Value: records[key]}
+		if total += len(a.Name) + len(a.Value); len(out) >= fileset.MaxAttrs || len(a.Name) > fileset.MaxName || len(a.Value) > fileset.MaxAttr || total > fileset.MaxAttrBytes {
+			break
+		}
+		out = append(out, a)
+	}
+	slices.SortFunc(out, func(a, b fileset.Attr) int { return strings.Compare(a.Name, b.Name) })
+	return out
+}
+
+// stream has guestfish write into a named pipe what take reads, so that it lies nowhere.
+func (g *guest) stream(ctx context.Context, take func(io.Reader) error, write func(ctx context.Context, pipe string) error) error {
 	ctx, cancel := context.WithTimeout(ctx, readLimit)
 	defer cancel()
 	pipe := filepath.Join(g.work, "content")
 	if err := unix.Mkfifo(pipe, 0o600); err != nil {
-		return fmt.Errorf("read %.200q: %w", p, err)
+		return err
 	}
 	defer os.Remove(pipe)
 	// Both ends are held before guestfish is asked, so that nobody waits for the other to open one.
 	from, err := os.OpenFile(pipe, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return fmt.Errorf("read %.200q: %w", p, err)
+		return err
 	}
 	defer from.Close()
 	until, err := os.OpenFile(pipe, os.O_WRONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
-		return fmt.Errorf("read %.200q: %w", p, err)
+		return err
 	}
-	read := make(chan error, 1)
+	taken := make(chan error, 1)
 	go func() {
-		_, err := io.Copy(w, from)
+		err := take(from)
 		if err != nil {
 			g.fish.Kill() // nobody wants the rest
 		}
-		read <- err
+		taken <- err
 	}()
-	_, err = g.fish.Do(ctx, "download", g.inside(p), pipe)
+	err = write(ctx, pipe)
 	until.Close()
-	if rerr := <-read; rerr != nil {
-		return rerr
+	if terr := <-taken; terr != nil {
+		return terr
 	}
-	if err != nil {
-		return fmt.Errorf("read %.200q: %w", p, err)
-	}
-	return nil
+	return err
 }

@@ -4,8 +4,11 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"errors"
+	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -30,11 +33,29 @@ import (
 type counting struct {
 	files.Opener
 	opened int
+	slow   bool // folders are read file by file
+	gave   int  // names that came out of folders
 }
 
 func (c *counting) Open(ctx context.Context, disks []files.Disk) (files.Guest, error) {
 	c.opened++
-	return c.Opener.Open(ctx, disks)
+	g, err := c.Opener.Open(ctx, disks)
+	return &counted{g, c}, err
+}
+
+type counted struct {
+	files.Guest
+	c *counting
+}
+
+func (g *counted) Folder(ctx context.Context, path string, each func(files.Member, io.Reader) error) error {
+	if g.c.slow {
+		return nil
+	}
+	return g.Guest.Folder(ctx, path, func(m files.Member, content io.Reader) error {
+		g.c.gave++
+		return each(m, content)
+	})
 }
 
 func run(t *testing.T, name string, args ...string) {
@@ -63,7 +84,8 @@ const (
 
 var accessList = "\x02\x00\x00\x00\x01\x00\x06\x00\xff\xff\xff\xff\x02\x00\x04\x00\x21\x00\x00\x00\x04\x00\x04\x00\xff\xff\xff\xff\x10\x00\x06\x00\xff\xff\xff\xff\x20\x00\x00\x00\xff\xff\xff\xff"
 
-// machine makes a disk with a small system on ext4, its /srv on XFS, and two file systems that it does not mount, NTFS and FAT.
+// machine makes a disk with a small system on ext4, its /srv on XFS, /opt on ext4 in a logical volume and /data in a subvolume of
+// btrfs, and two file systems that it does not mount, NTFS and FAT.
 func machine(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -72,10 +94,10 @@ func machine(t *testing.T) string {
 		t.Helper()
 		must(t, os.MkdirAll(filepath.Dir(root+name), 0o755), os.WriteFile(root+name, []byte(content), 0o644))
 	}
-	for _, d := range []string{"/bin", "/srv", "/proc", "/var/many"} {
+	for _, d := range []string{"/bin", "/srv", "/opt", "/data", "/proc", "/var/many"} {
 		must(t, os.MkdirAll(root+d, 0o755))
 	}
-	write("/etc/fstab", "UUID="+rootUUID+" / ext4 defaults 0 1\nUUID="+dataUUID+" /srv xfs defaults 0 2\n")
+	write("/etc/fstab", "UUID="+rootUUID+" / ext4 defaults 0 1\nUUID="+dataUUID+" /srv xfs defaults 0 2\n/dev/vg0/opt /opt ext4 defaults 0 2\nLABEL=data /data btrfs subvol=@data 0 0\n")
 	write("/etc/os-release", "ID=debian\nVERSION_ID=\"12\"\nPRETTY_NAME=\"Debian\"\n")
 	write("/etc/debian_version", "12.5\n")
 	write("/etc/hostname", "shop\n")
@@ -107,15 +129,21 @@ func machine(t *testing.T) string {
 	run(t, "mcopy", "-i", part("usb.img"), part("page"), "::photo.jpg")
 
 	disk := part("disk.img")
-	run(t, "truncate", "-s", "440M", disk)
+	run(t, "truncate", "-s", "640M", disk)
 	table := exec.Command("sfdisk", "-q", disk)
-	table.Stdin = strings.NewReader("label: gpt\nstart=2048,size=131072\nstart=133120,size=655360\nstart=788480,size=40960\nstart=829440,size=40960\n")
+	table.Stdin = strings.NewReader("label: gpt\nstart=2048,size=131072\nstart=133120,size=655360\nstart=788480,size=40960\nstart=829440,size=40960\nstart=870400,size=65536\nstart=935936,size=327680\n")
 	if out, err := table.CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	for name, sector := range map[string]string{"root.img": "2048", "srv.img": "133120", "win.img": "788480", "usb.img": "829440"} {
 		run(t, "dd", "if="+part(name), "of="+disk, "bs=512", "seek="+sector, "conv=notrunc,sparse", "status=none")
 	}
+	// This host's kernel may know neither volumes nor subvolumes.
+	run(t, "guestfish", "--rw", "--format=raw", "-a", disk, "run",
+		":", "pvcreate", "/dev/sda5", ":", "vgcreate", "vg0", "/dev/sda5", ":", "lvcreate", "opt", "vg0", "16",
+		":", "mkfs", "ext4", "/dev/vg0/opt", ":", "mount", "/dev/vg0/opt", "/", ":", "write", "/tool", "in a volume", ":", "umount", "/",
+		":", "mkfs", "btrfs", "/dev/sda6", "label:data", ":", "mount", "/dev/sda6", "/", ":", "write", "/outside", "not mounted",
+		":", "btrfs-subvolume-create", "/@data", ":", "write", "/@data/table", "in a subvolume", ":", "lsetxattr", "user.of", "btrfs", "5", "/@data/table")
 	return disk
 }
 
@@ -159,14 +187,14 @@ func TestAnImageIsBrowsedAsItsSystemShowsIt(t *testing.T) {
 	}
 	first := list("/")
 	t.Logf("the first look took %s: %s", time.Since(began), first)
-	if want := "@sda3 @sda4 bin etc home lost+found proc srv var"; first != want {
+	if want := "@sda3 @sda4 bin data etc home lost+found opt proc srv var"; first != want {
 		t.Errorf("/ holds %s, want %s", first, want)
 	}
 	// From here on nothing is opened, also by another process.
 	same := b
 	b = browser()
 	began = time.Now()
-	for path, want := range map[string]string{"/srv": "/www", "/srv/www": "/index.html", "/@sda3": "/Grüße.txt", "/@sda4": "/photo.jpg",
+	for path, want := range map[string]string{"/srv": "/www", "/srv/www": "/index.html", "/opt": "/lost+found /tool", "/data": "/table", "/@sda3": "/Grüße.txt", "/@sda4": "/photo.jpg",
 		"/home/anna": `/\x1b[31m..\x0aevil'"$(x)\xff /budget.xls /link /plain /second /sparse`} {
 		if got := list(path); got != want {
 			t.Errorf("%s holds %q, want %q", path, got, want)
@@ -183,7 +211,7 @@ func TestAnImageIsBrowsedAsItsSystemShowsIt(t *testing.T) {
 	must(t, b.Close())
 
 	began, b = time.Now(), same
-	for path, want := range map[string]string{"/home/anna/budget.xls": "last week's", "/srv/www/index.html": "<html>", "/@sda3/Grüße.txt": "<html>", "/@sda4/photo.jpg": "<html>",
+	for path, want := range map[string]string{"/home/anna/budget.xls": "last week's", "/srv/www/index.html": "<html>", "/opt/tool": "in a volume", "/data/table": "in a subvolume", "/@sda3/Grüße.txt": "<html>", "/@sda4/photo.jpg": "<html>",
 		`/home/anna/\x1b[31m..\x0aevil'"$(x)\xff`: "evil", "/home/anna/sparse": strings.Repeat("\x00", 10*mib) + "in the middle" + strings.Repeat("\x00", 20*mib-13)} {
 		var got bytes.Buffer
 		if err := b.Get(ctx, api.GetQuery{Server: "shop", Path: path}, &got); err != nil || got.String() != want {
@@ -199,6 +227,28 @@ func TestAnImageIsBrowsedAsItsSystemShowsIt(t *testing.T) {
 	var stream bytes.Buffer
 	must(t, b.Get(ctx, api.GetQuery{Server: "shop", Path: "/home/anna", Tar: true}, &stream))
 	checkTar(t, &stream)
+
+	// Everything at once is the same as file by file.
+	var whole [2]map[string]string
+	for i, slow := range []bool{false, true} {
+		opener.slow = slow
+		stream.Reset()
+		began = time.Now()
+		must(t, b.Get(ctx, api.GetQuery{Server: "shop", Path: "/", Tar: true}, &stream))
+		whole[i] = described(t, &stream)
+		t.Logf("a tar of %d names took %s, file by file: %v", len(whole[i]), time.Since(began), slow)
+	}
+	for name, want := range whole[1] {
+		if got := whole[0][name]; got != want {
+			t.Errorf("%q at once is %.300q, by itself %.300q", name, got, want)
+		}
+	}
+	if opener.gave < 200 {
+		t.Errorf("only %d names came out of folders at once", opener.gave)
+	}
+	if len(whole[0]) != len(whole[1]) || len(whole[0]) < 200 || whole[0]["data/table"] == "" {
+		t.Errorf("%d names at once, %d one by one", len(whole[0]), len(whole[1]))
+	}
 	must(t, b.Close())
 	if opener.opened != 1 {
 		t.Errorf("the image was opened %d times", opener.opened)
@@ -212,6 +262,49 @@ func TestAnImageIsBrowsedAsItsSystemShowsIt(t *testing.T) {
 	if kept, err := st.Kept(ctx, snap.ID); len(kept) > 0 {
 		t.Errorf("kept without its snapshot: %v, %v", kept, err)
 	}
+}
+
+// described says of every name in a tar stream all that there is to say. Of names of one file it does not matter which comes first.
+func described(t *testing.T, stream io.Reader) map[string]string {
+	t.Helper()
+	out, first := map[string]string{}, map[string]string{}
+	linked := map[string][]string{}
+	for r := tar.NewReader(stream); ; {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		must(t, err)
+		data, err := io.ReadAll(r)
+		must(t, err)
+		if h.Typeflag == tar.TypeLink {
+			first[h.Name] = h.Linkname
+			linked[h.Linkname] = append(linked[h.Linkname], h.Name)
+			continue
+		}
+		text := fmt.Sprintf("%c %o %d:%d %s %s %d,%d %x", h.Typeflag, h.Mode, h.Uid, h.Gid, h.ModTime, h.Linkname, h.Devmajor, h.Devminor, sha256.Sum256(data))
+		for _, key := range slices.Sorted(maps.Keys(h.PAXRecords)) {
+			if strings.HasPrefix(key, "SCHILY.") || strings.HasPrefix(key, "GNU.sparse") {
+				text += fmt.Sprintf(" %s=%q", key, h.PAXRecords[key])
+			}
+		}
+		out[h.Name] = text
+	}
+	for name, target := range first {
+		if out[target] == "" {
+			t.Errorf("%q is a link to %q, which is not there", name, target)
+		}
+	}
+	for target, names := range linked {
+		names = append(names, target)
+		slices.Sort(names)
+		// A sparse file's own name is among its records.
+		text := strings.ReplaceAll(out[target], target, names[0]) + fmt.Sprintf(" names %q", names)
+		for _, name := range names {
+			out[name] = text
+		}
+	}
+	return out
 }
 
 func checkTar(t *testing.T, stream *bytes.Buffer) {

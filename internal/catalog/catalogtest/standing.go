@@ -1,0 +1,81 @@
+package catalogtest
+
+import (
+	"database/sql"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/musterdr/muster/internal/catalog"
+	"github.com/musterdr/muster/internal/dr"
+)
+
+func standings(w *world) {
+	for n := range 5 {
+		w.must(w.AddServer(w.ctx, server(n)))
+	}
+	w.must(w.RemoveServer(w.ctx, "srv-3"))
+	a := w.kept(1)
+	w.judge(a, 1, dr.Pass)
+	b := w.kept(2)
+	_, err := w.OpenTicket(w.ctx, "srv-2", dr.ProblemStore, "t", "d", "", epoch)
+	w.must(err)
+	w.must(w.RecordInvocation(w.ctx, dr.Invocation{ID: "inv-1", ServerID: "srv-1", SnapshotID: a.ID, State: dr.Invoking}))
+	var names []string
+	for after := ""; ; {
+		page, err := w.Standings(w.ctx, after, 2)
+		w.must(err)
+		for _, s := range page {
+			names = append(names, s.Server.Name)
+			switch s.Server.ID {
+			case "srv-1":
+				if idOf(s.Newest) != b.ID || idOf(s.LKG) != a.ID || s.LKG.Verdict == nil || s.Invocation == nil || s.Invocation.ID != "inv-1" || s.Tickets != 0 {
+					w.t.Errorf("srv-1 stands at %+v", s)
+				}
+			case "srv-2":
+				if s.Newest != nil || s.LKG != nil || s.Tickets != 1 || s.Invocation != nil || s.Taken != (dr.Taken{}) {
+					w.t.Errorf("srv-2 stands at %+v", s)
+				}
+			}
+		}
+		if len(page) < 2 {
+			break
+		}
+		after = page[len(page)-1].Server.Name
+	}
+	if fmt.Sprint(names) != "[shop0 shop1 shop2 shop4]" {
+		w.t.Errorf("pages show %v", names)
+	}
+	_, err = w.Standing(w.ctx, "shop3")
+	w.is(err, catalog.ErrNotFound)
+	if due := dueAt(w.t, w.Catalog, w.clock.now()); fmt.Sprint(due) != "[srv-0 srv-2 srv-4]" { // never captured; srv-1 is invoked
+		w.t.Errorf("due: %v", due)
+	}
+}
+
+// planned takes away what this release keeps with a server, as if an older one had recorded it.
+func planned(w *world) {
+	w.must(w.AddServer(w.ctx, server(1)))
+	w.must(w.AddServer(w.ctx, server(2)))
+	w.kept(1)
+	db, err := sql.Open(driver(w.dsn), w.dsn)
+	w.must(err)
+	defer db.Close()
+	_, err = db.Exec(`UPDATE servers SET image_at = 0, data_at = 0, last_at = 0, newest_at = 0, due = -1`)
+	w.must(err)
+	again, err := catalog.Open(w.ctx, w.dsn)
+	w.must(err)
+	defer again.Close()
+	taken := epoch.Add(time.Hour)
+	for id, at := range map[string]time.Time{"srv-1": taken.Add(dr.DefaultEvery), "srv-2": epoch} {
+		checkStanding(w.t, again, id, at.Add(-1))
+		checkStanding(w.t, again, id, at)
+	}
+}
+
+func driver(dsn string) string {
+	if strings.HasPrefix(dsn, "postgres://") {
+		return "pgx"
+	}
+	return "sqlite"
+}
