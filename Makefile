@@ -24,6 +24,19 @@ install: ## the programs, into $(PREFIX); as root, after make build
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/muster
 	install -D -t $(DESTDIR)$(PREFIX)/lib/muster bin/muster-agent bin/muster-agent-arm64 bin/muster-agent.exe bin/muster-guest
 
+.PHONY: deb
+deb: ## the Debian package, into build/deb
+	scripts/deps build
+	scripts/deps tools
+	$(MAKE) --no-print-directory build
+	scripts/deb
+
+.PHONY: test-deb
+test-deb: build ## the package in a clean Debian with a systemd of its own: install, serve, upgrade, remove, purge
+	scripts/deps build test demo
+	scripts/deps tools
+	$(SUDO) scripts/test-deb
+
 .PHONY: test
 test: ## everything that proves it: lint, fast tests, tests with real guests
 	scripts/deps run build test demo
@@ -33,6 +46,7 @@ test: ## everything that proves it: lint, fast tests, tests with real guests
 	scripts/test fast
 	scripts/test race
 	scripts/test real
+	$(SUDO) scripts/test-deb
 	@echo "make test: everything passed"
 
 .PHONY: test-fast
@@ -56,6 +70,7 @@ lint: ## go vet, golangci-lint, shellcheck
 .PHONY: bench
 bench: build ## the numbers that were promised (JSON=FILE writes them as rows; ONLY=PART,PART measures only those)
 	scripts/deps run build demo bench
+	scripts/deps tools
 	CGO_ENABLED=0 go build -trimpath -buildvcs=false -o bin/ ./cmd/muster-bench
 	image=$$($(SUDO) demo/build-shop) && \
 	$(SUDO) env MUSTER_DEMO_HOME=/var/lib/muster-bench scripts/sandbox run -- demo/demo with "$$image" bin/muster-bench --image "$$image" \

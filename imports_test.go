@@ -26,7 +26,7 @@ var levels = [][]string{
 	{"image", "store", "vm", "trust", "engine", "catalog", "api", "probe", "signs", "guestfish"},
 	{"capture", "prerecover", "boottest", "invoke", "files", "doctor"},
 	{"agent", "appliance", "master", "silo"},
-	{"portal"},
+	{"portal", "metrics"},
 	{"lab"},
 }
 
@@ -74,6 +74,7 @@ var never = []struct {
 	{"silo", []string{"catalog", "engine", "capture"}, "a silo is told what to do; it cannot touch the master's memory"},
 	{"appliance", []string{"catalog", "engine", "vm", "prerecover", "boottest"}, "the appliance has never heard of a virtual machine"},
 	{"portal", []string{"catalog", "engine", "store", "image", "vm"}, "the portal is a client of the operators' API"},
+	{"metrics", []string{"catalog", "engine", "store", "image", "vm", "master"}, "metrics are a form of what the API says"},
 }
 
 var heavy = []string{"store", "image", "vm", "engine", "catalog", "api", "master", "silo", "appliance", "prerecover",

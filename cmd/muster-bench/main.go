@@ -52,7 +52,7 @@ type part struct {
 	shop bool // it needs an installation in which the shop is protected
 }
 
-var parts = []part{{"ingest", ingest, false}, {"increment", increment, false}, {"signs", lookCost, false}, {"replicate", replicates, false}, {"capture", captures, false}, {"files", filesets, false}, {"stun", stunned, false}, {"tracking", tracking, false}, {"boot", boot, true}, {"prerecover", prerecoverSize, false}, {"invoke", invokeTime, true}}
+var parts = []part{{"ingest", ingest, false}, {"increment", increment, false}, {"signs", lookCost, false}, {"replicate", replicates, false}, {"s3", bucketReading, false}, {"capture", captures, false}, {"files", filesets, false}, {"stun", stunned, false}, {"tracking", tracking, false}, {"boot", boot, true}, {"prerecover", prerecoverSize, false}, {"invoke", invokeTime, true}}
 
 func partNames() string {
 	var names []string

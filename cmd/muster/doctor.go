@@ -60,7 +60,11 @@ func diagnose(ctx context.Context, i install, set settings, hv *libvirt.Hypervis
 			p.Hypervisor = err
 		}
 	}
-	return doctor.Examine(ctx, p)
+	if !set.inBucket() {
+		return doctor.Examine(ctx, p)
+	}
+	p.Store = ""
+	return append(doctor.Examine(ctx, p), examineBucket(ctx, set)...)
 }
 
 func probeKVM(ctx context.Context) string {

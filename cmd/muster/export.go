@@ -180,7 +180,8 @@ func (e exporter) Start(ctx context.Context, access *api.Access, snapshot, socke
 	}
 	defer logFile.Close()
 	c := exec.Command(self, "export", "--dir", e.install.Dir, snapshot, "--socket", socket, "--group", strconv.Itoa(e.group))
-	c.Env = append(os.Environ(), "GOMEMLIMIT=120MiB")
+	// Its temporary files must not lie in a /tmp that systemd made for this process and removes with it.
+	c.Env = append(os.Environ(), "GOMEMLIMIT=120MiB", "TMPDIR="+e.install.Run)
 	if e.leased {
 		if access == nil {
 			return errors.New("start exporter: the lease says nothing of a store")

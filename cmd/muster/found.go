@@ -24,9 +24,12 @@ func printFound(cmd *cobra.Command, op api.Operation) {
 			}
 		}
 	case "collect":
-		var r store.CollectReport
+		var r master.Collected
 		if json.Unmarshal(op.Result, &r) == nil {
 			fmt.Fprintf(out, "Freed %s; %d snapshots are kept in %s.\n", size(r.Freed()), r.Snapshots, size(r.After))
+			if r.Locks != nil {
+				fmt.Fprintf(out, "%d blobs are locked, %d of them for longer than before; %d that nobody needs are locked still.\n", r.Locks.Blobs, r.Locks.Extended, r.Locked)
+			}
 		}
 	case "adopt":
 		var a catalog.Adopted

@@ -16,7 +16,6 @@ import (
 
 	"github.com/musterdr/muster/internal/durable"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/folder"
 )
 
 // install is an installation: one folder with its settings, keys, catalog and silo, and where its sockets are.
@@ -24,6 +23,7 @@ import (
 //	DIR/muster.yaml   settings
 //	DIR/store.key     what opens the store; without it the store is noise
 //	DIR/store/        the store, unless settings name another place
+//	DIR/cache/        what was read of a store in a bucket
 //	DIR/catalog.db    what is known and proven
 //	DIR/engine.db     work under way
 //	DIR/silo/         deltas, evidence, live layers
@@ -34,11 +34,14 @@ type install struct {
 
 // settings is the content of muster.yaml.
 type settings struct {
-	Store     string `yaml:"store"`      // folder of the store
+	Store     string `yaml:"store"`      // folder of the store, or s3://BUCKET/PREFIX?…
 	MaxMemory int    `yaml:"max_memory"` // MiB a rescue machine may have; 0: half this host's
 	MaxCPUs   int    `yaml:"max_cpus"`   // 0: this host's
 	Tests     int    `yaml:"tests"`      // boot tests at once; 0: 1
 	Libvirt   string `yaml:"libvirt"`    // libvirt's socket; "": the system's
+
+	StoreCredentials string `yaml:"store_credentials,omitempty"` // file of a bucket's; "": the environment's
+	StoreCache       int    `yaml:"store_cache,omitempty"`       // GiB of a bucket kept on this host; 0: defaultCache
 }
 
 func defaultDir() string {
@@ -98,7 +101,11 @@ func (i install) openStore(cmd *cobra.Command) (*store.Store, settings, error) {
 	if err != nil {
 		return nil, s, err
 	}
-	st, err := store.Open(cmd.Context(), folder.Driver{Path: s.Store}, password)
+	driver, err := i.driver(s)
+	if err != nil {
+		return nil, s, err
+	}
+	st, err := store.Open(cmd.Context(), driver, password)
 	if err != nil {
 		return nil, s, fmt.Errorf("open store %s: %w", s.Store, err)
 	}
@@ -113,19 +120,18 @@ kopia.repository.f of the store, to a safe place elsewhere: without both nobody,
 To recover a lost installation, give the old store and the copy of its key, then run 'muster serve' and 'muster store adopt'.`,
 		Example: `  muster init
   muster init --store /mnt/backup/muster
-  muster init --store /mnt/backup/muster --key-file /media/usb/store.key   # attach an existing store`}
-	storePath := cmd.Flags().String("store", "", "folder of the store (default DIR/store)")
+  muster init --store /mnt/backup/muster --key-file /media/usb/store.key   # attach an existing store
+  muster init --store 's3://backup/muster?endpoint=https://s3.example.org&lock-days=30' --store-credentials /etc/muster/s3`}
+	storePath := cmd.Flags().String("store", "", "folder of the store, or s3://BUCKET/PREFIX?endpoint=https://HOST (default DIR/store)")
+	credentials := cmd.Flags().String("store-credentials", "", "file of a bucket's credentials, as ~/.aws/credentials; without it those of the environment")
+	cache := cmd.Flags().Int("store-cache", 0, fmt.Sprintf("GiB of what was read from a bucket to keep on this host (default %d)", defaultCache))
 	keyFile := cmd.Flags().String("key-file", "", "key of an existing store")
 	maxMemory := cmd.Flags().Int("max-memory", 0, "MiB a rescue machine may have; 0: half this host's")
 	libvirt := cmd.Flags().String("libvirt", "", "libvirt's socket; empty: the system's")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		i := installation(cmd)
-		s := settings{Store: *storePath, MaxMemory: *maxMemory, Libvirt: *libvirt}
-		if s.Store == "" {
-			s.Store = i.path("store")
-		}
-		var err error
-		if s.Store, err = filepath.Abs(s.Store); err != nil {
+		s := settings{Store: *storePath, MaxMemory: *maxMemory, Libvirt: *libvirt, StoreCredentials: *credentials, StoreCache: *cache}
+		if err := s.place(i); err != nil {
 			return err
 		}
 		if err := i.create(cmd, s, *keyFile); err != nil {
@@ -134,8 +140,8 @@ To recover a lost installation, give the old store and the copy of its key, then
 		if wantJSON(cmd) {
 			return printJSON(cmd, map[string]string{"dir": i.Dir, "store": s.Store, "key": i.path("store.key")})
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "Installed in %s, store in %s.\nCopy %s and %s to a safe place elsewhere NOW: without both the store cannot be read.\nNext: 'muster doctor', then 'muster serve'.\n",
-			i.Dir, s.Store, i.path("store.key"), filepath.Join(s.Store, folder.FormatFile))
+		fmt.Fprintf(cmd.OutOrStdout(), "Installed in %s, store in %s.\nCopy %s and %s to a safe place elsewhere NOW: without both the store cannot be read.\nNext: 'muster doctor', then 'muster serve', or 'systemctl start muster' where the package is installed.\n",
+			i.Dir, s.Store, i.path("store.key"), s.formatFile())
 		return nil
 	}
 	return cmd
@@ -163,7 +169,10 @@ func (i install) create(cmd *cobra.Command, s settings, keyFile string) error {
 	if err := durable.WriteFile(i.path("store.key"), []byte(password+"\n"), 0o600); err != nil {
 		return err
 	}
-	driver := folder.Driver{Path: s.Store}
+	driver, err := i.driver(s)
+	if err != nil {
+		return err
+	}
 	st, err := store.Open(cmd.Context(), driver, password)
 	switch {
 	case err == nil:

@@ -143,7 +143,8 @@ newest that answered as last-known-good. On the day, it boots that one for real.
 			root.AddCommand(c)
 		}
 	}
-	in("house", initCommand(), serveCommand(), masterCommand(), applianceCommand(), siloCommand(), vmWatchdogCommand(), doctorCommand(), storeCommand(), versionCommand())
+	in("house", initCommand(), serveCommand(), masterCommand(), applianceCommand(), siloCommand(), vmWatchdogCommand(), doctorCommand(), healthCommand(),
+		metricsCommand(), meterCommand(), storeCommand(), versionCommand())
 	in("night", serverCommand(), snapshotCommand(), prerecoverCommand(), testCommand(), exportCommand())
 	in("record", snapshotsCommand(), historyCommand(), ticketsCommand(), eventsCommand(), operationCommand())
 	in("day", invokeCommand(), invocationCommand(), filesCommand())

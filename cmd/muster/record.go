@@ -238,7 +238,11 @@ func storeCommand() *cobra.Command {
 		if wantJSON(cmd) {
 			return printJSON(cmd, u)
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%s\n%d snapshots of %s in %s, %s free\n", u.Location, u.Snapshots, size(u.Logical), size(u.Bytes), size(u.Free))
+		fmt.Fprintf(cmd.OutOrStdout(), "%s\n%d snapshots of %s in %s", u.Location, u.Snapshots, size(u.Logical), size(u.Bytes))
+		if u.Free >= 0 { // a bucket has no end
+			fmt.Fprintf(cmd.OutOrStdout(), ", %s free", size(u.Free))
+		}
+		fmt.Fprintln(cmd.OutOrStdout())
 		return nil
 	}}
 	verify := &cobra.Command{Use: "verify", Short: "Read back every block and say what is damaged", Args: cobra.NoArgs,

@@ -26,6 +26,7 @@ import (
 	"github.com/musterdr/muster/internal/files"
 	filesguestfs "github.com/musterdr/muster/internal/files/guestfs"
 	"github.com/musterdr/muster/internal/master"
+	"github.com/musterdr/muster/internal/metrics"
 	"github.com/musterdr/muster/internal/prerecover/guestfs"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/vm/libvirt"
@@ -36,15 +37,26 @@ func serveCommand() *cobra.Command {
 		Long: `Run the whole platform on this machine until interrupted: it takes snapshots when they are due, tests each one, and answers
 the command line. Work that is under way when it ends goes on when it is started again; invoked machines do not notice.
 
-After 'muster master init' it listens for appliances and silos of other machines as well.`,
+After 'muster master init' it listens for appliances and silos of other machines as well. Started by systemd it says when it serves,
+and that it lives.`,
 		Example: `  muster serve
-  muster serve --listen 10.0.0.1:7443`}
-	listen := cmd.Flags().String("listen", "", "address for nodes to connect to (default: as 'muster master init' was told)")
-	passphraseFile := cmd.Flags().String("passphrase-file", "", "file with the master's passphrase, if it has one (default: ask)")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		return serve(cmd, installation(cmd), *listen, *passphraseFile)
-	}
+  muster serve --listen 10.0.0.1:7443
+  muster serve --metrics 127.0.0.1:9411 --log-format json`}
+	var o serveOptions
+	o.log.register(cmd)
+	fl := cmd.Flags()
+	fl.StringVar(&o.listen, "listen", "", "address for nodes to connect to (default: as 'muster master init' was told)")
+	fl.StringVar(&o.passphraseFile, "passphrase-file", "", "file with the master's passphrase, if it has one (default: ask)")
+	fl.StringVar(&o.metrics, "metrics", "", "loopback address to serve metrics and health on, as 127.0.0.1:9411; empty: only on the command line's own socket")
+	_ = cmd.RegisterFlagCompletionFunc("metrics", cobra.FixedCompletions([]string{"127.0.0.1:9411"}, cobra.ShellCompDirectiveNoFileComp))
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return serve(cmd, installation(cmd), o) }
 	return cmd
+}
+
+// serveOptions are how serve is run, not what is installed.
+type serveOptions struct {
+	log                             logFlags
+	listen, passphraseFile, metrics string
 }
 
 // platform is everything that serve opens, closed in reverse.
@@ -73,9 +85,13 @@ func (p *platform) close() {
 // closeLimit is how long work under way may take to let go when the process ends.
 const closeLimit = 20 * time.Second
 
-func serve(cmd *cobra.Command, i install, listen, passphraseFile string) error {
+func serve(cmd *cobra.Command, i install, o serveOptions) error {
 	ctx := cmd.Context()
-	p := &platform{log: slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))}
+	log, err := o.log.open(ctx, cmd.ErrOrStderr())
+	if err != nil {
+		return err
+	}
+	p := &platform{log: log}
 	defer p.close()
 	if _, err := i.settings(); err != nil {
 		return err
@@ -86,7 +102,7 @@ func serve(cmd *cobra.Command, i install, listen, passphraseFile string) error {
 	if err := p.lock(i); err != nil {
 		return err
 	}
-	nodes, err := i.openNodePort(cmd, listen, passphraseFile, p.log)
+	nodes, err := i.openNodePort(cmd, o.listen, o.passphraseFile, p.log)
 	if err != nil {
 		return err
 	}
@@ -99,7 +115,13 @@ func serve(cmd *cobra.Command, i install, listen, passphraseFile string) error {
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: api.Handler(m, app, version), ReadHeaderTimeout: 10 * time.Second}
+	observer := metrics.Handler(m, version, p.log)
+	server := &http.Server{Handler: observed(api.Handler(m, app, version), observer), ReadHeaderTimeout: 10 * time.Second}
+	if o.metrics != "" {
+		if err := p.listenMetrics(o.metrics, observer); err != nil {
+			return err
+		}
+	}
 	served := make(chan error, 2)
 	go func() { served <- server.Serve(listener) }()
 	if err := m.Start(ctx); err != nil {
@@ -112,6 +134,7 @@ func serve(cmd *cobra.Command, i install, listen, passphraseFile string) error {
 			served <- err
 		}
 	}()
+	p.notify(ctx, m)
 	p.log.Info("muster serves", "version", version, "dir", i.Dir, "socket", apiSocket(i))
 	scheduled := make(chan struct{})
 	go func() { defer close(scheduled); m.Run(ctx) }()
@@ -170,6 +193,7 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	if err != nil {
 		return nil, nil, nil, fmt.Errorf("open catalog: %w", err)
 	}
+	cat.Told = tell(p.log)
 	p.onClose("catalog", cat.Close)
 	s, kvm, err := p.openSilo(ctx, i, set, silo.Config{Name: homeSilo, Stores: silo.Own{Store: st}, Tests: max(set.Tests, 1)}, false)
 	if err != nil {
@@ -190,7 +214,11 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	silos := silosOf{home: master.SiloSet{homeSilo: s}}
 	if nodes != nil {
 		silos.hub = nodes.hub
-		served := storeForSilos(set.Store)
+		driver, err := i.driver(set)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		served := storeForSilos(driver)
 		p.onClose("store for silos", func() error { return served.Close(context.Background()) })
 		handlers = map[string]http.Handler{storePlace + "/": http.StripPrefix(storePlace, served)}
 	}

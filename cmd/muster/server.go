@@ -35,13 +35,14 @@ type serverFlags struct {
 	checks                  []string
 	hooks                   hookFlags
 
-	tier, standby string
-	data, exclude []string
-	dataEvery     time.Duration
+	tier, standby, customer string
+	data, exclude           []string
+	dataEvery               time.Duration
 }
 
 func (f *serverFlags) register(cmd *cobra.Command) {
 	fl := cmd.Flags()
+	fl.StringVar(&f.customer, "customer", "", "whose server it is, for metering; empty: the installation's own")
 	fl.DurationVar(&f.every, "every", dr.DefaultEvery, "how often a snapshot is taken")
 	fl.DurationVar(&f.rto, "rto", 0, "promised recovery time (15m); 0 promises nothing")
 	fl.DurationVar(&f.rpo, "rpo", 0, "promised recovery point (24h); 0 promises nothing")
@@ -120,7 +121,7 @@ The server's host key is shown on first contact and must be confirmed; afterward
   muster server add web2 --ssh root@10.0.0.7 --key /root/.ssh/muster --tier data --data /srv --standby old`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			s := dr.Server{Name: args[0], Schedule: dr.Schedule{Every: f.every}, Objectives: dr.Objectives{RTO: f.rto, RPO: f.rpo},
+			s := dr.Server{Name: args[0], Customer: f.customer, Schedule: dr.Schedule{Every: f.every}, Objectives: dr.Objectives{RTO: f.rto, RPO: f.rpo},
 				Memory: f.memory, CPUs: f.cpus, Retention: dr.Retention{KeepLast: f.keepLast}, Signs: dr.SignLevel(f.signs),
 				Tier: dr.Tier(f.tier), Standby: f.standby, Data: dr.DataSet{Paths: f.data, Exclude: f.exclude}}
 			if s.HasData() {
@@ -345,6 +346,9 @@ func serverShowCommand() *cobra.Command {
 func printServer(cmd *cobra.Command, s api.ServerStatus) {
 	out := cmd.OutOrStdout()
 	fmt.Fprintf(out, "server       %s (%s)\n", s.Server.Name, s.Server.ID)
+	if s.Server.Customer != "" {
+		fmt.Fprintf(out, "customer     %s\n", s.Server.Customer)
+	}
 	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
 	if ssh := s.Server.Source.SSH; ssh != nil && s.Server.HasImage() {
 		fmt.Fprintf(out, "hooks        %s\n", hooksOf(ssh.Hooks))
@@ -519,6 +523,9 @@ func (f *serverFlags) change(cmd *cobra.Command) (c api.ServerChange, err error)
 			return c, err
 		}
 		c.Signs = &level
+	}
+	if given("customer") {
+		c.Customer = &f.customer
 	}
 	if given("read-limit") {
 		limit := f.readLimit << 20

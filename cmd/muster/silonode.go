@@ -18,7 +18,6 @@ import (
 	"github.com/musterdr/muster/internal/master"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/folder"
 	"github.com/musterdr/muster/internal/store/remote"
 	"github.com/musterdr/muster/internal/trust"
 )
@@ -62,13 +61,13 @@ func (s silosOf) Silo(name string) (api.Silo, error) {
 }
 
 // storeForSilos serves the installation's store to silos, sealed as it lies there. What opens it comes with their leases.
-func storeForSilos(path string) *remote.Server {
+func storeForSilos(driver store.Driver) *remote.Server {
 	return remote.NewServer(func(r *http.Request) (store.Driver, remote.Rights, error) {
 		peer, ok := trust.PeerOf(r.Context())
 		if !ok || peer.Role != trust.Silo {
 			return nil, remote.None, errors.New("only silos read this store")
 		}
-		return folder.Driver{Path: path}, remote.Append, nil // deltas are added to it
+		return driver, remote.Append, nil // deltas are added to it
 	})
 }
 

@@ -68,6 +68,27 @@ func (c *Client) do(ctx context.Context, method, path string, query url.Values, 
 
 // send asks, and gives an answer that is no error. Its body has to be closed.
 func (c *Client) send(ctx context.Context, method, path string, query url.Values, in any) (*http.Response, error) {
+	resp, err := c.ask(ctx, method, path, query, in)
+	if err != nil || resp.StatusCode < 300 {
+		return resp, err
+	}
+	defer resp.Body.Close()
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
+	if err != nil {
+		return nil, fmt.Errorf("read answer to %s %s: %w", method, path, err)
+	}
+	e := &Error{}
+	if json.Unmarshal(data, e) != nil || e.Message == "" {
+		e.Message = fmt.Sprintf("%s %s: the master answered %s", method, path, resp.Status)
+	}
+	if e.Kind == "" {
+		e.Kind = kindOf(resp.StatusCode)
+	}
+	return nil, e
+}
+
+// ask gives whatever is answered. Its body has to be closed.
+func (c *Client) ask(ctx context.Context, method, path string, query url.Values, in any) (*http.Response, error) {
 	var payload io.Reader
 	if in != nil {
 		raw, err := json.Marshal(in)
@@ -95,22 +116,7 @@ func (c *Client) send(ctx context.Context, method, path string, query url.Values
 		}
 		return nil, fmt.Errorf("ask master: %w", err)
 	}
-	if resp.StatusCode < 300 {
-		return resp, nil
-	}
-	defer resp.Body.Close()
-	data, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer))
-	if err != nil {
-		return nil, fmt.Errorf("read answer to %s %s: %w", method, path, err)
-	}
-	e := &Error{}
-	if json.Unmarshal(data, e) != nil || e.Message == "" {
-		e.Message = fmt.Sprintf("%s %s: the master answered %s", method, path, resp.Status)
-	}
-	if e.Kind == "" {
-		e.Kind = kindOf(resp.StatusCode)
-	}
-	return nil, e
+	return resp, nil
 }
 
 func seg(s string) string { return url.PathEscape(s) }
@@ -277,6 +283,11 @@ func (c *Client) CancelOperation(ctx context.Context, id string) error {
 // StoreUsage implements Operator.
 func (c *Client) StoreUsage(ctx context.Context) (StoreUsage, error) {
 	return call[StoreUsage](ctx, c, "GET", "/v1/store", nil, nil)
+}
+
+// Meter implements Operator.
+func (c *Client) Meter(ctx context.Context, month, customer string) ([]dr.Metered, error) {
+	return call[[]dr.Metered](ctx, c, "GET", "/v1/meter/"+seg(month), url.Values{"customer": {customer}}, nil)
 }
 
 // VerifyStore implements Operator.

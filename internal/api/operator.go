@@ -65,6 +65,8 @@ type Operator interface {
 	CancelOperation(ctx context.Context, id string) error
 
 	StoreUsage(ctx context.Context) (StoreUsage, error)
+	// Meter says what each customer had of the platform in a month, given as 2026-11; customer "" is all of them.
+	Meter(ctx context.Context, month, customer string) ([]dr.Metered, error)
 	VerifyStore(ctx context.Context, snapshot string) (Operation, error) // "" verifies every snapshot
 	CollectStore(ctx context.Context, alone bool) (Operation, error)     // alone: the caller promises that nobody else writes to the store
 	AdoptStore(ctx context.Context) (Operation, error)
@@ -81,6 +83,7 @@ type Version struct {
 
 // ServerChange changes a server's settings; nil leaves one as it is.
 type ServerChange struct {
+	Customer   *string        `json:"customer,omitempty"`
 	Every      *time.Duration `json:"every,omitempty"`
 	RTO        *time.Duration `json:"rto,omitempty"`
 	RPO        *time.Duration `json:"rpo,omitempty"`

@@ -185,6 +185,12 @@ func registerWork(a huma.API, op Operator) {
 		return answer(op.AbandonInvocation(ctx, in.Name, in.Body))
 	})
 	huma.Get(a, "/v1/store", func(ctx context.Context, _ *nothing) (*body[StoreUsage], error) { return answer(op.StoreUsage(ctx)) })
+	huma.Get(a, "/v1/meter/{month}", func(ctx context.Context, in *struct {
+		Month    string `path:"month" maxLength:"7"`
+		Customer string `query:"customer" maxLength:"63"`
+	}) (*body[[]dr.Metered], error) {
+		return list(op.Meter(ctx, in.Month, in.Customer))
+	})
 	huma.Post(a, "/v1/store/verify", func(ctx context.Context, in *body[snapshotBody]) (*body[Operation], error) {
 		return answer(op.VerifyStore(ctx, in.Body.Snapshot))
 	})

@@ -98,7 +98,7 @@ func (k *Sink) keepPartial(ctx context.Context) {
 		err = k.writer.KeepPartial(ctx, k.task.Server.ID, k.task.Server.Name, files)
 	}
 	if err != nil {
-		slog.Warn("what was captured so far could not be kept", "server", k.task.Server.Name, "error", err.Error())
+		slog.WarnContext(ctx, "what was captured so far could not be kept", "snapshot", k.task.ID, "server", k.task.Server.Name, "error", err.Error())
 	}
 	k.fresh.Store(0)
 	k.last = time.Now()
@@ -114,7 +114,7 @@ func (k *Sink) leave(ctx context.Context, cause error) {
 	defer cancel()
 	if errors.Is(cause, wire.ErrGarbage) || errors.Is(cause, errDiffers) || errors.Is(cause, store.ErrDamaged) {
 		if err := k.store.DropPartial(ctx, k.task.Server.ID); err != nil {
-			slog.Warn("a capture that went wrong could not be cleaned up", "server", k.task.Server.Name, "error", err.Error())
+			slog.WarnContext(ctx, "a capture that went wrong could not be cleaned up", "snapshot", k.task.ID, "server", k.task.Server.Name, "error", err.Error())
 		}
 		return
 	}

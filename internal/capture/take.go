@@ -272,6 +272,6 @@ func abort(ctx context.Context, w *store.Writer, snapshotID string) {
 		return
 	}
 	if err := w.Abort(context.WithoutCancel(ctx)); err != nil {
-		slog.Warn("snapshot not given up cleanly", "snapshot", snapshotID, "error", err)
+		slog.WarnContext(ctx, "snapshot not given up cleanly", "snapshot", snapshotID, "error", err)
 	}
 }

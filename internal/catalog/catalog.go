@@ -18,6 +18,7 @@ var (
 	ErrNotFound = errors.New("the catalog has no such thing")
 	ErrExists   = errors.New("it exists already")
 	ErrInUse    = errors.New("it is in use")
+	ErrNewer    = errors.New("a newer release of Muster has written to it: install that one again, or go back to a copy from before")
 )
 
 // MaxList is the most rows a listing with a limit gives; it is also what a limit of 0 means.
@@ -27,6 +28,9 @@ const MaxList = 1000
 type Catalog struct {
 	// Now is the clock for what carries no time of its own. It may step back: nothing is ordered by it.
 	Now func() time.Time
+	// Told, if set, is called with every event after the transaction that wrote it has taken effect, with the context of its
+	// verb. It is set before the first verb, and must not call the catalog.
+	Told func(ctx context.Context, e dr.Event)
 
 	db    *bun.DB
 	lock  string
@@ -34,7 +38,7 @@ type Catalog struct {
 }
 
 // Open opens the catalog in a SQLite file, given by its path, or in a PostgreSQL database, given by its postgres:// URL.
-// It makes or updates the tables.
+// It makes or updates the tables; ErrNewer if a later release has updated them further.
 func Open(ctx context.Context, dsn string) (*Catalog, error) {
 	if dsn == "" {
 		return nil, errors.New("open catalog: give the path of a file or a postgres:// URL")
@@ -55,10 +59,13 @@ type tx struct {
 	ctx context.Context
 	seq int64 // the number last given to an event or row
 	now time.Time
+
+	events []dr.Event
 }
 
 // write carries out one verb: all of it or nothing.
 func (c *Catalog) write(ctx context.Context, what string, verb func(t *tx) error) error {
+	var events []dr.Event
 	err := c.db.RunInTx(ctx, nil, func(ctx context.Context, inner bun.Tx) error {
 		t := &tx{Tx: inner, ctx: ctx, now: c.Now()}
 		if c.lock != "" {
@@ -81,10 +88,16 @@ func (c *Catalog) write(ctx context.Context, what string, verb func(t *tx) error
 		if t.seq == before {
 			return nil
 		}
+		events = t.events
 		return t.do(`UPDATE counters SET value = ? WHERE name = 'event'`, t.seq)
 	})
 	if err != nil {
 		return fmt.Errorf("%s: %w", what, err)
+	}
+	if c.Told != nil {
+		for _, e := range events {
+			c.Told(ctx, e)
+		}
 	}
 	return nil
 }
@@ -99,6 +112,7 @@ func (t *tx) event(at time.Time, kind, serverID, server, subject, format string,
 	t.seq++
 	row := eventRow{Seq: t.seq, At: stamp(at), Kind: kind, ServerID: serverID, Server: server, Subject: subject,
 		Message: fmt.Sprintf(format, args...)}
+	t.events = append(t.events, row.event())
 	_, err := t.NewInsert().Model(&row).Exec(t.ctx)
 	return t.seq, err
 }

@@ -79,6 +79,14 @@ func migrate(ctx context.Context, handle *sql.DB, dialect goose.Dialect) error {
 	if err != nil {
 		return err
 	}
+	// An older release would write what a newer one no longer reads.
+	has, knows, err := provider.GetVersions(ctx)
+	if err != nil {
+		return fmt.Errorf("look at the tables: %w", err)
+	}
+	if has > knows {
+		return fmt.Errorf("%w: its tables are of version %d, and this release knows %d", ErrNewer, has, knows)
+	}
 	if _, err := provider.Up(ctx); err != nil {
 		return fmt.Errorf("bring the tables up to date: %w", err)
 	}

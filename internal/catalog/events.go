@@ -48,7 +48,9 @@ func (c *Catalog) Events(ctx context.Context, after int64, limit int, server str
 	if err := q.Scan(ctx); err != nil {
 		return nil, fmt.Errorf("list events: %w", err)
 	}
-	return parseAll(rows, func(row eventRow) (dr.Event, error) {
-		return dr.Event{Seq: row.Seq, At: instant(row.At), Kind: row.Kind, Server: row.Server, Subject: row.Subject, Message: row.Message}, nil
-	})
+	return parseAll(rows, func(row eventRow) (dr.Event, error) { return row.event(), nil })
+}
+
+func (row eventRow) event() dr.Event {
+	return dr.Event{Seq: row.Seq, At: instant(row.At), Kind: row.Kind, Server: row.Server, Subject: row.Subject, Message: row.Message}
 }

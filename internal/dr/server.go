@@ -15,7 +15,7 @@ import (
 type Server struct {
 	ID         string     `json:"id"`                 // opaque, never reused
 	Name       string     `json:"name"`               // what people call it; see ValidateName
-	Customer   string     `json:"customer,omitempty"` // whose it is; "": of the one customer there is
+	Customer   string     `json:"customer,omitempty"` // whose it is, named like a server; "": the installation's own
 	Source     Source     `json:"source"`
 	Schedule   Schedule   `json:"schedule"`
 	Tier       Tier       `json:"tier,omitempty"`    // "": TierImage
@@ -244,6 +244,14 @@ func (v VMSource) validate() error {
 	return nil
 }
 
+// ValidateCustomer accepts what ValidateName does, and "" for the installation's own.
+func ValidateCustomer(name string) error {
+	if name != "" && !nameRE.MatchString(name) {
+		return fmt.Errorf("customer %q: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'", name)
+	}
+	return nil
+}
+
 // Limits on a server's definition.
 const (
 	MaxDisks  = 32
@@ -255,6 +263,9 @@ func (s Server) Validate() error {
 	var errs []error
 	add := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
 	if err := ValidateName(s.Name); err != nil {
+		errs = append(errs, err)
+	}
+	if err := ValidateCustomer(s.Customer); err != nil {
 		errs = append(errs, err)
 	}
 	sources := 0

@@ -141,6 +141,15 @@ func (db *database) held(ctx context.Context) error {
 	return db.guard.PingContext(ctx)
 }
 
+// answers asks the database something that it has to look up.
+func (db *database) answers(ctx context.Context) error {
+	var term int64
+	if err := db.sql.QueryRowContext(ctx, `SELECT term FROM muster_engine_term WHERE id = 1`).Scan(&term); err != nil {
+		return fmt.Errorf("ask the database of runs: %w", err)
+	}
+	return nil
+}
+
 func (db *database) close() error {
 	var errs []error
 	if db.guard != nil {
@@ -162,8 +171,31 @@ var schema = []string{
 	`CREATE TABLE IF NOT EXISTS muster_engine_starts (run TEXT PRIMARY KEY, starts BIGINT NOT NULL, term BIGINT NOT NULL)`,
 }
 
+// format numbers the form of the database: these rows and the library's. It grows when a release changes either so that the one
+// before could not go on with it.
+const format = 1
+
+var formatSchema = []string{
+	`CREATE TABLE IF NOT EXISTS muster_engine_format (id INTEGER PRIMARY KEY, format BIGINT NOT NULL)`,
+	`INSERT INTO muster_engine_format (id, format) VALUES (1, 0) ON CONFLICT (id) DO NOTHING`,
+}
+
 func (db *database) migrate(ctx context.Context) error {
-	for _, statement := range schema {
+	if err := db.execute(ctx, formatSchema...); err != nil {
+		return err
+	}
+	var has int64
+	if err := db.sql.QueryRowContext(ctx, `SELECT format FROM muster_engine_format WHERE id = 1`).Scan(&has); err != nil {
+		return fmt.Errorf("prepare the database of runs: %w", err)
+	}
+	if has > format {
+		return fmt.Errorf("%w: its form is number %d, and this release knows %d", ErrNewer, has, format)
+	}
+	return db.execute(ctx, append(schema, fmt.Sprintf(`UPDATE muster_engine_format SET format = %d WHERE id = 1`, format))...)
+}
+
+func (db *database) execute(ctx context.Context, statements ...string) error {
+	for _, statement := range statements {
 		if _, err := db.sql.ExecContext(ctx, statement); err != nil {
 			return fmt.Errorf("prepare the database of runs: %w", err)
 		}

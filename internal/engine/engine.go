@@ -22,6 +22,7 @@ var (
 	ErrNotFound  = errors.New("no such run")
 	ErrCancelled = errors.New("the run was cancelled")
 	ErrClosed    = errors.New("the engine is closed")
+	ErrNewer     = errors.New("a newer release of Muster has written to the database of runs: install that one again, or go back to a copy from before")
 )
 
 // Limits.
@@ -73,8 +74,8 @@ type kind struct {
 	do func(r *Run, input json.RawMessage) error
 }
 
-// Open opens the database of runs, and makes it if there is none. ErrLocked if another process has it. Nothing runs
-// before Launch.
+// Open opens the database of runs, and makes it if there is none. ErrLocked if another process has it, ErrNewer if a later
+// release has changed its form. Nothing runs before Launch.
 func Open(ctx context.Context, c Config) (*Engine, error) {
 	if c.DSN == "" || c.Version == "" {
 		return nil, errors.New("open engine: it needs a DSN and a Version")
@@ -160,7 +161,7 @@ func (e *Engine) Launch(ctx context.Context) error {
 		if _, err := dbos.ResumeWorkflow[outcome](e.dbos, o.ID, dbos.WithResumeQueue(queueName)); err != nil {
 			return fmt.Errorf("launch engine: resume run %s: %w", o.ID, err)
 		}
-		e.log.InfoContext(ctx, "run resumed", "run", o.ID)
+		e.log.InfoContext(ctx, "run resumed", "operation", o.ID)
 	}
 	if err := dbos.Launch(e.dbos); err != nil {
 		return fmt.Errorf("launch engine: %w", err)
@@ -188,6 +189,20 @@ func (e *Engine) guard(ctx context.Context) {
 			}
 		}
 	}
+}
+
+// Check says why no run is carried out: the engine was not launched, is closed, or lost its database.
+func (e *Engine) Check(ctx context.Context) error {
+	e.mu.Lock()
+	launched, closed := e.launched, e.closed
+	e.mu.Unlock()
+	switch {
+	case closed:
+		return ErrClosed
+	case !launched:
+		return errors.New("the engine was not launched")
+	}
+	return e.db.answers(ctx)
 }
 
 // Close stops the engine: the contexts of running steps end, no other step begins, and unfinished runs are left to the

@@ -2,6 +2,8 @@ package engine_test
 
 import (
 	"context"
+	"database/sql"
+	"errors"
 	"os"
 	"path/filepath"
 	"sync"
@@ -52,4 +54,24 @@ func TestSQLite(t *testing.T) {
 func TestACancelledRunKilledAtEveryPointIsUndoneAndNothingIsRepeated(t *testing.T) {
 	t.Parallel()
 	enginetest.Crash(t, sqliteFile(t), "cancel")
+}
+
+func TestADatabaseOfANewerReleaseIsRefusedAndLeftAlone(t *testing.T) {
+	t.Parallel()
+	path := sqliteFile(t)
+	db, err := sql.Open("sqlite", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if _, err := db.Exec(`UPDATE muster_engine_format SET format = 99999`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := engine.Open(context.Background(), engine.Config{DSN: path, Version: "1"}); !errors.Is(err, engine.ErrNewer) {
+		t.Errorf("opening it: %v", err)
+	}
+	var has int64
+	if err := db.QueryRow(`SELECT format FROM muster_engine_format`).Scan(&has); err != nil || has != 99999 {
+		t.Errorf("it was changed: %d, %v", has, err)
+	}
 }

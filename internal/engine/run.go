@@ -90,7 +90,7 @@ func (e *Engine) execute(ctx dbos.Context, env envelope) (outcome, error) {
 	if r.stopped != nil || ctx.Err() != nil {
 		return outcome{}, e.leave(ctx, id, r.stopped)
 	}
-	e.log.InfoContext(ctx, "run over", "run", id, "kind", env.Kind, "state", o.State, "error", o.Error)
+	e.log.InfoContext(ctx, "run over", "operation", id, "kind", env.Kind, "state", o.State, "error", o.Error)
 	return o, nil
 }
 
@@ -126,7 +126,7 @@ func (e *Engine) end(r *Run) {
 // answer, until the engine closes. Nothing is recorded, so that the next Launch carries it on.
 func (e *Engine) leave(ctx dbos.Context, id string, err error) error {
 	if ctx.Err() == nil {
-		e.log.Error("run waits for a restart", "run", id, "error", err)
+		e.log.Error("run waits for a restart", "operation", id, "error", err)
 		<-ctx.Done()
 	}
 	return ctx.Err()
@@ -213,7 +213,7 @@ var undoOptions = StepOptions{Limit: 10 * time.Minute, Attempts: 6, Backoff: 500
 func (r *Run) call(do func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
-			r.engine.log.Error("run panicked", "run", r.id, "panic", p, "stack", string(debug.Stack()))
+			r.engine.log.Error("run panicked", "operation", r.id, "panic", p, "stack", string(debug.Stack()))
 			err = Permanent(fmt.Errorf("panic: %v", p))
 		}
 	}()

@@ -135,6 +135,6 @@ func (e *Engine) Cancel(ctx context.Context, id string) error {
 	if r != nil {
 		r.cancel(ErrCancelled)
 	}
-	e.log.InfoContext(ctx, "run to be cancelled", "run", id)
+	e.log.InfoContext(ctx, "run to be cancelled", "operation", id)
 	return nil
 }

@@ -114,7 +114,7 @@ func (r *Run) take(name string, o StepOptions, do func(ctx context.Context) (jso
 // attempt tries a step until it succeeds, may not be tried again, or the run is cancelled. lib ends only when the engine
 // closes; undos go on although the run is cancelled.
 func (r *Run) attempt(lib context.Context, name string, o StepOptions, do func(ctx context.Context) (json.RawMessage, error)) record {
-	ctx, stop := context.WithCancelCause(lib)
+	ctx, stop := context.WithCancelCause(context.WithValue(lib, runKey{}, r.id))
 	defer stop(nil)
 	if !r.undoing {
 		defer context.AfterFunc(r.work, func() { stop(context.Cause(r.work)) })()
@@ -127,6 +127,9 @@ func (r *Run) attempt(lib context.Context, name string, o StepOptions, do func(c
 	}
 	r.under(name, "")
 	defer r.under("", "")
+	began := time.Now()
+	r.engine.log.DebugContext(ctx, "step begins", "step", name, "term", r.term)
+	defer func() { r.engine.log.DebugContext(ctx, "step over", "step", name, "took", time.Since(began)) }()
 	release, err := r.acquire(ctx, name, o.Needs)
 	if err != nil {
 		return record{Error: err.Error(), Cancelled: errors.Is(context.Cause(ctx), ErrCancelled)}
@@ -146,13 +149,22 @@ func (r *Run) attempt(lib context.Context, name string, o StepOptions, do func(c
 		case errors.As(err, &final) || ctx.Err() != nil:
 			return err
 		}
-		r.engine.log.WarnContext(ctx, "step failed", "run", r.id, "step", name, "error", err)
+		r.engine.log.WarnContext(ctx, "step failed", "step", name, "error", err)
 		return retry.RetryableError(err)
 	})
 	if err != nil {
 		return record{Error: err.Error(), Cancelled: errors.Is(context.Cause(ctx), ErrCancelled)}
 	}
 	return record{Value: value}
+}
+
+type runKey struct{}
+
+// RunOf gives the id of the run whose step a context was made for, "" if it was made for none. It is for telling what was
+// done for which run, as in logs.
+func RunOf(ctx context.Context) string {
+	id, _ := ctx.Value(runKey{}).(string)
+	return id
 }
 
 // once is one attempt within its limit.

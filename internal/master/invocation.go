@@ -218,7 +218,7 @@ func (m *Master) invocationFailed(r *engine.Run, in invocationWork, cause error)
 		return "", err
 	})
 	if err != nil {
-		m.Log.Error("record failed invocation", "invocation", in.ID, "error", err)
+		m.Log.ErrorContext(r.Context(), "record failed invocation", "operation", r.ID(), "invocation", in.ID, "error", err)
 	}
 	return cause
 }
@@ -301,12 +301,12 @@ func (m *Master) end(r *engine.Run, in invocationWork) error {
 func (m *Master) tend(ctx context.Context) {
 	running, err := m.running(ctx)
 	if err != nil {
-		m.Log.Error("tend invocations", "error", err)
+		m.Log.ErrorContext(ctx, "tend invocations", "error", err)
 		return
 	}
 	active, err := m.Catalog.Invocations(ctx, false)
 	if err != nil {
-		m.Log.Error("look for active invocations", "error", err)
+		m.Log.ErrorContext(ctx, "look for active invocations", "error", err)
 		return
 	}
 	for _, inv := range active {
@@ -315,19 +315,19 @@ func (m *Master) tend(ctx context.Context) {
 		}
 		silo, task, err := m.machine(ctx, inv.ID)
 		if err != nil {
-			m.Log.Error("tend invocation", "invocation", inv.ID, "error", err)
+			m.Log.ErrorContext(ctx, "tend invocation", "invocation", inv.ID, "server", inv.Server, "snapshot", inv.SnapshotID, "error", err)
 			continue
 		}
 		running, err := silo.Tend(ctx, task)
 		if err != nil {
-			m.Log.Error("tend invocation", "invocation", inv.ID, "error", err)
+			m.Log.ErrorContext(ctx, "tend invocation", "invocation", inv.ID, "server", inv.Server, "snapshot", inv.SnapshotID, "error", err)
 			continue
 		}
 		if !running && !m.warned[inv.ID] {
 			m.warned[inv.ID] = true
 			detail := "the machine " + inv.Machine + " is gone: it shut down or died. What it wrote is still there: end the invocation with --keep or --discard"
 			if _, err := m.Catalog.OpenTicket(ctx, inv.ServerID, dr.ProblemStopped, "an invoked machine has stopped", detail, inv.SnapshotID, m.Now()); err != nil {
-				m.Log.Error("open ticket", "error", err)
+				m.Log.ErrorContext(ctx, "open ticket", "server", inv.Server, "snapshot", inv.SnapshotID, "error", err)
 			}
 		}
 	}

@@ -79,6 +79,9 @@ type Master struct {
 	attempts map[string]attempt         // per server: the last scheduled capture
 	warned   map[string]bool            // invocations whose machine was found dead
 	collect  time.Time                  // when the store was last collected
+	woke     time.Time                  // when the scheduler last came round
+
+	observed observed
 }
 
 var _ api.Operator = (*Master)(nil)
@@ -98,7 +101,7 @@ func Open(config Config) *Master {
 		config.Lease, config.LeaseGrace = dr.LeaseTime, dr.LeaseGrace
 	}
 	m := &Master{Config: config, started: config.Now(), farm: newFarm(),
-		results: map[string]json.RawMessage{}, attempts: map[string]attempt{}, warned: map[string]bool{}, collect: config.Now()}
+		results: map[string]json.RawMessage{}, attempts: map[string]attempt{}, warned: map[string]bool{}, collect: config.Now(), woke: config.Now()}
 	engine.Register(m.Engine, kindProtect, m.protect)
 	engine.Register(m.Engine, kindPreRecover, m.prerecover)
 	engine.Register(m.Engine, kindTest, m.test)
@@ -128,6 +131,8 @@ const (
 	kindAdopt      = "adopt"
 )
 
+var kinds = []string{kindProtect, kindPreRecover, kindTest, kindRule, kindInvoke, kindEnd, kindVerify, kindCollect, kindAdopt}
+
 // Start makes the platform whole again after whatever ended the last process: machines and layers nobody owns are
 // removed, invocations are tended, and unfinished operations go on. Until ctx ends it keeps in touch with the silos.
 func (m *Master) Start(ctx context.Context) error {
@@ -144,7 +149,9 @@ func (m *Master) Start(ctx context.Context) error {
 	}
 	m.tend(ctx)
 	go m.beat(ctx)
-	return nil
+	seq, err := m.Catalog.LastEvent(ctx)
+	m.observed.tally.Seq = seq // what is counted happened since
+	return err
 }
 
 // Version implements api.Operator.
@@ -155,7 +162,7 @@ func (m *Master) Version(context.Context) (api.Version, error) {
 // event writes an event that no other transaction writes; its loss is not worth failing for.
 func (m *Master) event(ctx context.Context, kind, server, subject, message string) {
 	if err := m.Catalog.AddEvent(ctx, dr.Event{At: m.Now(), Kind: kind, Server: server, Subject: subject, Message: message}); err != nil {
-		m.Log.Error("write event", "kind", kind, "error", err)
+		m.Log.ErrorContext(ctx, "write event", "kind", kind, "error", err)
 	}
 }
 

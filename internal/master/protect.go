@@ -462,7 +462,7 @@ func (m *Master) ticket(r *engine.Run, in work, problem dr.Problem, title string
 		return t.ID, err
 	})
 	if err != nil {
-		m.Log.Error("open ticket", "problem", problem, "error", err)
+		m.Log.ErrorContext(r.Context(), "open ticket", "operation", r.ID(), "snapshot", in.SnapshotID, "problem", problem, "error", err)
 	}
 	return cause
 }

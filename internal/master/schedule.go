@@ -33,6 +33,9 @@ func (m *Master) Run(ctx context.Context) {
 	defer ticker.Stop()
 	for {
 		m.Wake(ctx)
+		m.mu.Lock()
+		m.woke = m.Now()
+		m.mu.Unlock()
 		select {
 		case <-ctx.Done():
 			return
@@ -46,12 +49,12 @@ func (m *Master) Run(ctx context.Context) {
 func (m *Master) Wake(ctx context.Context) {
 	servers, err := m.Catalog.Servers(ctx)
 	if err != nil {
-		m.Log.Error("schedule", "error", err)
+		m.Log.ErrorContext(ctx, "schedule", "error", err)
 		return
 	}
 	running, err := m.running(ctx)
 	if err != nil {
-		m.Log.Error("schedule", "error", err)
+		m.Log.ErrorContext(ctx, "schedule", "error", err)
 		return
 	}
 	for _, s := range servers {
@@ -59,7 +62,7 @@ func (m *Master) Wake(ctx context.Context) {
 			continue
 		}
 		if err := m.wakeServer(ctx, s); err != nil {
-			m.Log.Error("schedule server", "server", s.Name, "error", err)
+			m.Log.ErrorContext(ctx, "schedule server", "server", s.Name, "error", err)
 		}
 	}
 	m.overdue(ctx, running)
@@ -68,10 +71,10 @@ func (m *Master) Wake(ctx context.Context) {
 	if now := m.Now(); len(running) == 0 && now.Sub(m.collect) > collectEvery {
 		m.collect = now
 		if _, err := m.CollectStore(ctx, false); err != nil {
-			m.Log.Error("collect store", "error", err)
+			m.Log.ErrorContext(ctx, "collect store", "error", err)
 		}
 		if _, err := m.Engine.Prune(ctx, now.Add(-keepOperations)); err != nil {
-			m.Log.Error("forget old operations", "error", err)
+			m.Log.ErrorContext(ctx, "forget old operations", "error", err)
 		}
 	}
 }
@@ -162,7 +165,7 @@ func (m *Master) backOff(s dr.Server) time.Time {
 func (m *Master) overdue(ctx context.Context, running map[string]api.Operation) {
 	missing, err := m.Catalog.TestsOverdue(ctx, m.Now(), m.Grace)
 	if err != nil {
-		m.Log.Error("look for missing tests", "error", err)
+		m.Log.ErrorContext(ctx, "look for missing tests", "error", err)
 		return
 	}
 	for _, rec := range missing {
@@ -175,11 +178,11 @@ func (m *Master) overdue(ctx context.Context, running map[string]api.Operation) 
 		}
 		detail := "snapshot " + rec.Snapshot.ID + " was kept at " + rec.Snapshot.Taken.Format(time.RFC3339) + " and has not been tested since; it is tested now"
 		if _, err := m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemTestMissing, "a test that should have run did not", detail, rec.Snapshot.ID, m.Now()); err != nil {
-			m.Log.Error("open ticket", "error", err)
+			m.Log.ErrorContext(ctx, "open ticket", "server", s.Name, "snapshot", rec.Snapshot.ID, "error", err)
 		}
 		in := work{ServerID: s.ID, SnapshotID: rec.Snapshot.ID, PreRecovery: dr.NewID("pre"), VerdictID: dr.NewID("verdict"), Data: rec.Snapshot.IsData(), Asked: m.Now()}
 		if _, err := begin(ctx, m, kindTest, s.Name, in.VerdictID, in, engine.StartOptions{Key: serverKey(s.ID), Refuse: true}); err != nil {
-			m.Log.Error("start missing test", "server", s.Name, "error", err)
+			m.Log.ErrorContext(ctx, "start missing test", "server", s.Name, "snapshot", rec.Snapshot.ID, "error", err)
 		}
 		running[s.Name] = api.Operation{Server: s.Name}
 	}

@@ -32,7 +32,7 @@ func (m *Master) AddServer(ctx context.Context, server dr.Server) (dr.Server, er
 	}
 	if err := m.Catalog.AddServer(ctx, server); err != nil {
 		if derr := m.Store.DeleteRecord(ctx, dr.ServerRecord, server.ID); derr != nil {
-			m.Log.Error("take back record of server", "server", server.Name, "error", derr)
+			m.Log.ErrorContext(ctx, "take back record of server", "server", server.Name, "error", derr)
 		}
 		if errors.Is(err, catalog.ErrExists) {
 			return dr.Server{}, api.Errorf(api.Conflict, "a server named %q exists: remove it first, or choose another name", server.Name)
@@ -85,6 +85,7 @@ func (m *Master) validate(ctx context.Context, server *dr.Server) error {
 }
 
 func apply(server *dr.Server, c api.ServerChange) {
+	set(&server.Customer, c.Customer)
 	set(&server.Schedule.Every, c.Every)
 	set(&server.Objectives.RTO, c.RTO)
 	set(&server.Objectives.RPO, c.RPO)

@@ -132,13 +132,28 @@ func Found(r store.VerifyReport) string {
 // maxDamagesTold is how many damages a ticket lists; the operation's result lists more.
 const maxDamagesTold = 10
 
+// Collected is what came of a collection.
+type Collected struct {
+	store.CollectReport
+	Locks *store.LockReport `json:",omitempty"` // nil where the store's place locks nothing
+}
+
+// collectStore extends the locks of what is kept, then frees what is not: a collection that has to wait must not let locks run out.
 func (m *Master) collectStore(r *engine.Run, in storeWork) error {
-	report, err := engine.Step(r, "collect", engine.StepOptions{Limit: captureLimit}, func(ctx context.Context) (store.CollectReport, error) {
-		report, err := m.Store.Collect(ctx, store.CollectOptions{Immediate: in.Alone}, r.Report)
-		if err == nil {
-			m.event(ctx, "store.collected", "", "", fmt.Sprintf("%d bytes freed, %d snapshots kept", report.Freed(), report.Snapshots))
+	report, err := engine.Step(r, "collect", engine.StepOptions{Limit: captureLimit}, func(ctx context.Context) (c Collected, err error) {
+		locks, locking := m.Store.ExtendLocks(ctx, r.Report)
+		switch {
+		case errors.Is(locking, store.ErrNoLocks):
+			locking = nil
+		case locking == nil:
+			c.Locks = &locks
+			m.event(ctx, "store.locked", "", "", fmt.Sprintf("%d blobs are locked, %d of them for longer than before", locks.Blobs, locks.Extended))
 		}
-		return report, err
+		c.CollectReport, err = m.Store.Collect(ctx, store.CollectOptions{Immediate: in.Alone}, r.Report)
+		if err == nil {
+			m.event(ctx, "store.collected", "", "", fmt.Sprintf("%d bytes freed, %d snapshots kept, %d blobs still locked", c.Freed(), c.Snapshots, c.Locked))
+		}
+		return c, errors.Join(locking, err)
 	})
 	m.keepResult(in.ID, report)
 	return err

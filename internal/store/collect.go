@@ -107,6 +107,7 @@ type CollectReport struct {
 	Snapshots int   // kept, and walked to see what they name
 	Before    int64 // bytes of all blobs
 	After     int64
+	Locked    int64 // blobs that nobody names and that the place still keeps; a later collection removes them
 	Duration  time.Duration
 }
 
@@ -165,6 +166,7 @@ func (s *Store) collect(ctx context.Context, opts CollectOptions, progress dr.Pr
 	if r.Before, _, err = s.blobs(ctx); err != nil {
 		return r, err
 	}
+	locked := s.guard.locked.Load()
 	progress.Report("collect", 2, steps, "steps")
 	if err := maintain(ctx, s.rep, maintenance.ModeFull, safety); err != nil {
 		return r, err
@@ -176,6 +178,7 @@ func (s *Store) collect(ctx context.Context, opts CollectOptions, progress dr.Pr
 	if err := s.rep.Refresh(ctx); err != nil {
 		return r, err
 	}
+	r.Locked = s.guard.locked.Load() - locked
 	r.After, _, err = s.blobs(ctx)
 	progress.Report("collect", steps, steps, "steps")
 	return r, err
@@ -199,7 +202,7 @@ func (s *Store) tidy(ctx context.Context) {
 		err = maintain(ctx, s.rep, maintenance.ModeQuick, maintenance.SafetyFull)
 	}
 	if err != nil {
-		slog.Warn("index blobs were not compacted", "store", s.String(), "error", s.explain(err).Error())
+		slog.WarnContext(ctx, "index blobs were not compacted", "store", s.String(), "error", s.explain(err).Error())
 	}
 }
 
@@ -237,9 +240,6 @@ func (s *Store) usage(ctx context.Context) (u Usage, err error) {
 		u.Packed += int64(c.PackedLength)
 		return ctx.Err()
 	})
-	u.Free = -1
-	if c, err := s.place.GetCapacity(ctx); err == nil {
-		u.Free = int64(c.FreeB)
-	}
+	u.Free = s.free(ctx)
 	return u, err
 }

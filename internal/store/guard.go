@@ -22,7 +22,8 @@ type guard struct {
 	store    *Store
 	failures atomic.Int32 // listings that failed in a row
 
-	compacting atomic.Bool // Kopia may compact manifests now
+	compacting atomic.Bool  // Kopia may compact manifests now
+	locked     atomic.Int64 // blobs that were not removed because the place keeps them
 }
 
 // IsReadOnly is only what Kopia asks before it compacts manifests on its own.
@@ -117,6 +118,19 @@ func (g *guard) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 	}
 	if t, ok := ctx.Value(sessionsKey{}).(*sessions); ok && len(id) > 0 && id[:1] == content.BlobIDPrefixSession {
 		t.add(content.SessionIDFromBlobID(id))
+	}
+	return nil
+}
+
+// DeleteBlob leaves a blob that is locked for a later collection: nobody names it any more, and Kopia comes upon it again.
+func (g *guard) DeleteBlob(ctx context.Context, id blob.ID) error {
+	err := g.Place.DeleteBlob(ctx, id)
+	if errors.Is(err, ErrLocked) {
+		g.locked.Add(1)
+		return nil
+	}
+	if err != nil {
+		return &placeError{fmt.Errorf("remove blob %s: %w", id, err)}
 	}
 	return nil
 }

@@ -74,7 +74,7 @@ func (w *Writer) GoOn(ctx context.Context, serverID string, fits func(*Partial) 
 	case errors.Is(err, errNoPartial):
 		return false, nil
 	}
-	slog.Info("what an earlier attempt wrote is of no use", "server", serverID, "reason", err.Error())
+	slog.InfoContext(ctx, "what an earlier attempt wrote is of no use", "snapshot", w.id, "server_id", serverID, "reason", err.Error())
 	return false, w.s.DropPartial(ctx, serverID)
 }
 
@@ -224,7 +224,7 @@ func (s *Store) sortPartials(ctx context.Context) error {
 		if err == nil {
 			continue
 		}
-		slog.Info("what was written of an unfinished snapshot is let go", "server", e.Labels[tagServer], "reason", err.Error())
+		slog.InfoContext(ctx, "what was written of an unfinished snapshot is let go", "server_id", e.Labels[tagServer], "reason", err.Error())
 		err = s.mutate(ctx, "drop partial", func(ctx context.Context, w repo.DirectRepositoryWriter) error {
 			return w.DeleteManifest(ctx, e.ID)
 		})

@@ -244,10 +244,9 @@ func (v *verifier) block(ctx context.Context, id content.ID, length int64) error
 // evict makes a pack be read from the medium and not from memory, once.
 func (v *verifier) evict(ctx context.Context, id blob.ID) {
 	v.mu.Lock()
-	known := v.evicted[id]
-	v.evicted[id] = true
-	v.mu.Unlock()
-	if !known {
+	defer v.mu.Unlock() // nobody reads of it before that is done
+	if !v.evicted[id] {
+		v.evicted[id] = true
 		v.s.place.Evict(ctx, id)
 	}
 }

@@ -63,6 +63,12 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 		"verbs at once do not disturb each other":                  concurrent,
 		"whatever the sequence of verbs the invariants hold":       sequences,
 		"a long history is listed quickly":                         many,
+		"where servers stand is told at once":                      standings,
+		"what happened since is counted, and only that":            tallied,
+		"open tickets are counted by kind":                         problems,
+		"a check changes nothing, and fails where writing does":    checked,
+		"whoever is told hears of what took effect, in order":      told,
+		"a month is metered from the record":                       metered,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -17,6 +17,9 @@ func FlipByte(ctx context.Context, p store.Place, id blob.ID, at int64) error {
 		return err
 	}
 	data[at] ^= 0x10
+	if err := p.DeleteBlob(ctx, id); err != nil { // a place may refuse to overwrite
+		return err
+	}
 	return p.PutBlob(ctx, id, memory(data), blob.PutOptions{})
 }
 
