@@ -138,7 +138,7 @@ var kinds = []string{kindProtect, kindPreRecover, kindTest, kindRule, kindInvoke
 func (m *Master) Start(ctx context.Context) error {
 	for _, name := range m.Silos.Names() {
 		if _, err := m.hear(ctx, name); err != nil {
-			m.Log.Error("silo does not answer", "silo", name, "error", err)
+			m.Log.ErrorContext(ctx, "silo does not answer", "silo", name, "error", err)
 		}
 	}
 	if err := m.adoptInvocations(ctx); err != nil {
