@@ -72,7 +72,7 @@ var never = []struct {
 	{"api", []string{"image", "store", "vm", "engine", "catalog"}, "a contract knows dr and nothing that carries it out"},
 	{"master", []string{"vm", "capture", "prerecover", "boottest", "files"}, "the master decides and remembers; it cannot touch a disk or a machine"},
 	{"silo", []string{"catalog", "engine", "capture"}, "a silo is told what to do; it cannot touch the master's memory"},
-	{"appliance", []string{"catalog", "engine", "vm", "prerecover", "boottest"}, "the appliance has never heard of a virtual machine"},
+	{"appliance", []string{"catalog", "vm", "prerecover", "boottest"}, "the appliance has never heard of a virtual machine"},
 	{"portal", []string{"catalog", "engine", "store", "image", "vm"}, "the portal is a client of the operators' API"},
 	{"metrics", []string{"catalog", "engine", "store", "image", "vm", "master"}, "metrics are a form of what the API says"},
 }

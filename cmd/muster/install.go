@@ -34,11 +34,12 @@ type install struct {
 
 // settings is the content of muster.yaml.
 type settings struct {
-	Store     string `yaml:"store"`      // folder of the store, or s3://BUCKET/PREFIX?…
-	MaxMemory int    `yaml:"max_memory"` // MiB a rescue machine may have; 0: half this host's
-	MaxCPUs   int    `yaml:"max_cpus"`   // 0: this host's
-	Tests     int    `yaml:"tests"`      // boot tests at once; 0: 1
-	Libvirt   string `yaml:"libvirt"`    // libvirt's socket; "": the system's
+	Store     string `yaml:"store"`              // folder of the store, or s3://BUCKET/PREFIX?…
+	MaxMemory int    `yaml:"max_memory"`         // MiB a rescue machine may have; 0: half this host's
+	MaxCPUs   int    `yaml:"max_cpus"`           // 0: this host's
+	Tests     int    `yaml:"tests"`              // boot tests at once; 0: 1
+	Libvirt   string `yaml:"libvirt"`            // libvirt's socket; "": the system's
+	Customer  string `yaml:"customer,omitempty"` // whose far store this store is, into which appliances send; "": nobody's
 
 	StoreCredentials string `yaml:"store_credentials,omitempty"` // file of a bucket's; "": the environment's
 	StoreCache       int    `yaml:"store_cache,omitempty"`       // GiB of a bucket kept on this host; 0: defaultCache

@@ -145,7 +145,7 @@ newest that answered as last-known-good. On the day, it boots that one for real.
 	}
 	in("house", initCommand(), serveCommand(), masterCommand(), applianceCommand(), siloCommand(), vmWatchdogCommand(), doctorCommand(), healthCommand(),
 		metricsCommand(), meterCommand(), storeCommand(), versionCommand())
-	in("night", serverCommand(), snapshotCommand(), prerecoverCommand(), testCommand(), exportCommand())
+	in("night", serverCommand(), snapshotCommand(), replicateCommand(), prerecoverCommand(), testCommand(), exportCommand())
 	in("record", snapshotsCommand(), historyCommand(), ticketsCommand(), eventsCommand(), operationCommand())
 	in("day", invokeCommand(), invocationCommand(), filesCommand())
 	root.AddCommand(&cobra.Command{Use: "exit-codes", Short: "What the exit codes mean", Long: "Exit codes:\n\n" + exitCodes})

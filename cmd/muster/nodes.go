@@ -39,7 +39,7 @@ These commands work on the installation's folder, whether 'muster serve' runs or
   muster master enrol --customer acme --appliance office    # prints a token
   muster appliance join TOKEN                               # on the appliance
   muster master revoke office`}
-	cmd.AddCommand(masterInitCommand(), masterEnrolCommand(), masterNodesCommand(), masterRevokeCommand())
+	cmd.AddCommand(masterInitCommand(), masterEnrolCommand(), masterNodesCommand(), masterRevokeCommand(), masterCustomerCommand(), masterSeedCommand())
 	return cmd
 }
 
@@ -345,7 +345,8 @@ func completeNodes(cmd *cobra.Command, args []string, _ string) ([]string, cobra
 }
 
 func applianceCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "appliance", Short: "Make this machine an appliance of a master"}
+	cmd := &cobra.Command{Use: "appliance", Short: "Make this machine an appliance of a master, and run it"}
+	cmd.AddCommand(applianceServeCommand(), applianceSetCommand(), applianceStatusCommand(), applianceSeedCommand(), applianceListCommand())
 	cmd.AddCommand(joinCommand(trust.Appliance, "  muster appliance join muster1.appliance.acme.office.…\n  muster appliance join --file office.token"))
 	return cmd
 }

@@ -107,7 +107,7 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 		return err
 	}
 	p.onClose("port for nodes", nodes.close)
-	m, app, handlers, err := p.open(ctx, cmd, i, nodes)
+	m, app, set, err := p.open(ctx, cmd, i, nodes)
 	if err != nil {
 		return err
 	}
@@ -116,7 +116,7 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 		return err
 	}
 	observer := metrics.Handler(m, version, p.log)
-	server := &http.Server{Handler: observed(api.Handler(m, app, version), observer), ReadHeaderTimeout: 10 * time.Second}
+	server := &http.Server{Handler: observed(api.Handler(m, m.Files(app), version), observer), ReadHeaderTimeout: 10 * time.Second}
 	if o.metrics != "" {
 		if err := p.listenMetrics(o.metrics, observer); err != nil {
 			return err
@@ -127,6 +127,12 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 	if err := m.Start(ctx); err != nil {
 		return err
 	}
+	driver, err := i.driver(set)
+	if err != nil {
+		return err
+	}
+	handlers, end := nodeHandlers(m, set, driver)
+	p.onClose("far store of nodes", end)
 	noded := make(chan struct{})
 	go func() {
 		defer close(noded)
@@ -178,30 +184,30 @@ func (p *platform) listen(i install) (net.Listener, error) {
 	return l, nil
 }
 
-// open opens the parts in the order in which they need each other. handlers are what nodes may ask of this master.
-func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, nodes *nodePort) (_ *master.Master, _ *appliance.Appliance, handlers map[string]http.Handler, err error) {
+// open opens the parts in the order in which they need each other.
+func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, nodes *nodePort) (*master.Master, *appliance.Appliance, settings, error) {
 	st, set, err := i.openStore(cmd)
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, set, err
 	}
 	password, err := i.password()
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, set, err
 	}
 	p.onClose("store", func() error { return st.Close(context.Background()) })
 	cat, err := catalog.Open(ctx, i.path("catalog.db"))
 	if err != nil {
-		return nil, nil, nil, fmt.Errorf("open catalog: %w", err)
+		return nil, nil, set, fmt.Errorf("open catalog: %w", err)
 	}
 	cat.Told = tell(p.log)
 	p.onClose("catalog", cat.Close)
 	s, kvm, err := p.openSilo(ctx, i, set, silo.Config{Name: homeSilo, Stores: silo.Own{Store: st}, Tests: max(set.Tests, 1)}, false)
 	if err != nil {
-		return nil, nil, nil, err
+		return nil, nil, set, err
 	}
 	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: master.Shape, Logger: p.log})
 	if err != nil {
-		return nil, nil, nil, fmt.Errorf("open engine: %w", err)
+		return nil, nil, set, fmt.Errorf("open engine: %w", err)
 	}
 	p.onClose("engine", func() error {
 		limit, cancel := context.WithTimeout(context.Background(), closeLimit)
@@ -212,18 +218,14 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	p.onClose("files", browser.Close)
 	app := &appliance.Appliance{Store: st, Open: i.openSource, Browser: browser}
 	silos := silosOf{home: master.SiloSet{homeSilo: s}}
+	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app, Silos: silos, Home: homeSilo, Access: i.accessFor(password),
+		Log: p.log, Version: version, Data: i.Dir, Location: set.Store}
 	if nodes != nil {
+		config.Sites = nodes.site
 		silos.hub = nodes.hub
-		driver, err := i.driver(set)
-		if err != nil {
-			return nil, nil, nil, err
-		}
-		served := storeForSilos(driver)
-		p.onClose("store for silos", func() error { return served.Close(context.Background()) })
-		handlers = map[string]http.Handler{storePlace + "/": http.StripPrefix(storePlace, served)}
+		config.Silos = silos
 	}
-	return master.Open(master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app, Silos: silos, Home: homeSilo, Access: i.accessFor(password),
-		Log: p.log, Version: version, Data: i.Dir, Location: set.Store}), app, handlers, nil
+	return master.Open(config), app, set, nil
 }
 
 // homeSilo is what the silo of this process is called.

@@ -76,7 +76,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 
 func serverAddCommand() *cobra.Command {
 	var f serverFlags
-	var ssh, hostKey, vm, connect string
+	var ssh, hostKey, vm, connect, appliance string
 	var disks, only []string
 	var accept bool
 	cmd := &cobra.Command{
@@ -114,6 +114,7 @@ compatible system and the application installed.
 
 The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
 		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --resident --rto 15m --rpo 24h --check shop-checks.yaml
+  muster server add till --appliance office --ssh root@10.1.0.5 --key /root/.ssh/muster
   muster server add mail --vm mail-1 --rto 15m --rpo 24h
   muster server add lab --vm lab --connect 'qemu:///system?socket=/run/other/libvirt-sock' --only-disk vda
   muster server add old --disk /images/old.raw
@@ -121,7 +122,7 @@ The server's host key is shown on first contact and must be confirmed; afterward
   muster server add web2 --ssh root@10.0.0.7 --key /root/.ssh/muster --tier data --data /srv --standby old`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			s := dr.Server{Name: args[0], Customer: f.customer, Schedule: dr.Schedule{Every: f.every}, Objectives: dr.Objectives{RTO: f.rto, RPO: f.rpo},
+			s := dr.Server{Name: args[0], Customer: f.customer, Appliance: appliance, Schedule: dr.Schedule{Every: f.every}, Objectives: dr.Objectives{RTO: f.rto, RPO: f.rpo},
 				Memory: f.memory, CPUs: f.cpus, Retention: dr.Retention{KeepLast: f.keepLast}, Signs: dr.SignLevel(f.signs),
 				Tier: dr.Tier(f.tier), Standby: f.standby, Data: dr.DataSet{Paths: f.data, Exclude: f.exclude}}
 			if s.HasData() {
@@ -169,6 +170,8 @@ The server's host key is shown on first contact and must be confirmed; afterward
 		},
 	}
 	f.register(cmd)
+	cmd.Flags().StringVar(&appliance, "appliance", "", "appliance on another machine that captures it; --ssh, --disk, --vm and --key are then as that machine sees them")
+	_ = cmd.RegisterFlagCompletionFunc("appliance", completeAppliances)
 	cmd.Flags().StringVar(&ssh, "ssh", "", "live Linux server: USER@HOST[:PORT]")
 	cmd.Flags().StringArrayVar(&disks, "disk", nil, "raw disk image or block device (may be repeated, in the server's own order)")
 	cmd.Flags().StringArrayVar(&only, "only-disk", nil, "with --ssh or --vm: only this disk of the server, as sda (may be repeated); without it every disk in use")
@@ -236,7 +239,7 @@ func readChecks(files []string) ([]dr.Check, error) {
 func addServer(cmd *cobra.Command, s dr.Server, accept bool) error {
 	c := client(cmd)
 	defer c.Close()
-	contact, err := c.Contact(cmd.Context(), s.Source)
+	contact, err := c.Contact(cmd.Context(), s.Appliance, s.Source)
 	if err != nil {
 		return err
 	}
@@ -245,7 +248,7 @@ func addServer(cmd *cobra.Command, s dr.Server, accept bool) error {
 			return err
 		}
 		ssh.HostKey = contact.HostKey
-		if contact, err = c.Contact(cmd.Context(), s.Source); err != nil {
+		if contact, err = c.Contact(cmd.Context(), s.Appliance, s.Source); err != nil {
 			return err
 		}
 	}
@@ -350,6 +353,9 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 		fmt.Fprintf(out, "customer     %s\n", s.Server.Customer)
 	}
 	fmt.Fprintf(out, "source       %s: %s\n", s.Server.Source.Kind(), s.Server.Source)
+	if s.Server.Appliance != "" {
+		printNear(out, s)
+	}
 	if ssh := s.Server.Source.SSH; ssh != nil && s.Server.HasImage() {
 		fmt.Fprintf(out, "hooks        %s\n", hooksOf(ssh.Hooks))
 	}
@@ -388,6 +394,16 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 		fmt.Fprintln(out, "\nNewest:")
 		printRecord(out, *s.Newest)
 	}
+}
+
+// printNear says what a server's appliance has of it.
+func printNear(out io.Writer, s api.ServerStatus) {
+	if s.Near == nil {
+		fmt.Fprintf(out, "appliance    %s, which has not spoken of it yet\n", s.Server.Appliance)
+		return
+	}
+	fmt.Fprintf(out, "appliance    %s: captured %s, in the far store %s; %d snapshots there, %d still to be sent\n",
+		s.Server.Appliance, ago(s.Near.Kept), ago(s.Near.Replicated), s.Near.Snapshots, s.Near.Owed)
 }
 
 // howWatched says what becomes of signs of tampering.

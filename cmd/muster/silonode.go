@@ -3,11 +3,9 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
-	"net/http"
 	"os"
 	"slices"
 
@@ -21,12 +19,6 @@ import (
 	"github.com/musterdr/muster/internal/store/remote"
 	"github.com/musterdr/muster/internal/trust"
 )
-
-// masterURL is how a node names its master in requests; where that is, the node's own client knows.
-const masterURL = "https://master"
-
-// storePlace is where a master serves its store to silos.
-const storePlace = "/store"
 
 // silosOf are the silo of this process and those that are connected.
 type silosOf struct {
@@ -58,17 +50,6 @@ func (s silosOf) Silo(name string) (api.Silo, error) {
 		return nil, api.Errorf(api.Unavailable, "%w", err)
 	}
 	return api.RemoteSilo(c, "https://"+name), nil
-}
-
-// storeForSilos serves the installation's store to silos, sealed as it lies there. What opens it comes with their leases.
-func storeForSilos(driver store.Driver) *remote.Server {
-	return remote.NewServer(func(r *http.Request) (store.Driver, remote.Rights, error) {
-		peer, ok := trust.PeerOf(r.Context())
-		if !ok || peer.Role != trust.Silo {
-			return nil, remote.None, errors.New("only silos read this store")
-		}
-		return driver, remote.Append, nil // deltas are added to it
-	})
 }
 
 // accessFor gives silos elsewhere what opens the installation's store.

@@ -23,6 +23,7 @@ const maxAnswer = 64 << 20
 type Client struct {
 	http *http.Client
 	base string
+	who  string // is asked
 	hint string // what to do when nobody answers
 }
 
@@ -34,7 +35,7 @@ func Dial(socket string) *Client {
 		MaxIdleConns:    4,
 		IdleConnTimeout: time.Minute,
 	}
-	return &Client{http: &http.Client{Transport: transport}, base: "http://muster",
+	return &Client{http: &http.Client{Transport: transport}, base: "http://muster", who: "master",
 		hint: "no master answers on " + socket + ": start one with 'muster serve', or name its folder with --dir"}
 }
 
@@ -79,7 +80,7 @@ func (c *Client) send(ctx context.Context, method, path string, query url.Values
 	}
 	e := &Error{}
 	if json.Unmarshal(data, e) != nil || e.Message == "" {
-		e.Message = fmt.Sprintf("%s %s: the master answered %s", method, path, resp.Status)
+		e.Message = fmt.Sprintf("%s %s: the %s answered %s", method, path, c.who, resp.Status)
 	}
 	if e.Kind == "" {
 		e.Kind = kindOf(resp.StatusCode)
@@ -114,7 +115,7 @@ func (c *Client) ask(ctx context.Context, method, path string, query url.Values,
 		if errors.As(err, &op) && op.Op == "dial" {
 			return nil, Errorf(Unavailable, "%s", c.hint)
 		}
-		return nil, fmt.Errorf("ask master: %w", err)
+		return nil, fmt.Errorf("ask %s: %w", c.who, err)
 	}
 	return resp, nil
 }
@@ -127,8 +128,8 @@ func (c *Client) Version(ctx context.Context) (Version, error) {
 }
 
 // Contact implements Operator.
-func (c *Client) Contact(ctx context.Context, source dr.Source) (Contact, error) {
-	return call[Contact](ctx, c, "POST", "/v1/contact", nil, source)
+func (c *Client) Contact(ctx context.Context, appliance string, source dr.Source) (Contact, error) {
+	return call[Contact](ctx, c, "POST", "/v1/contact", url.Values{"appliance": {appliance}}, source)
 }
 
 // AddServer implements Operator.
@@ -175,6 +176,16 @@ func (c *Client) PreRecover(ctx context.Context, name, snapshot string) (Operati
 // Test implements Operator.
 func (c *Client) Test(ctx context.Context, name, snapshot string) (Operation, error) {
 	return call[Operation](ctx, c, "POST", "/v1/servers/"+seg(name)+"/test", nil, snapshotBody{snapshot})
+}
+
+// Replicate implements Operator.
+func (c *Client) Replicate(ctx context.Context, name, snapshot string) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/servers/"+seg(name)+"/replicate", nil, snapshotBody{snapshot})
+}
+
+// Appliances implements Operator.
+func (c *Client) Appliances(ctx context.Context) ([]ApplianceStatus, error) {
+	return call[[]ApplianceStatus](ctx, c, "GET", "/v1/appliances", nil, nil)
 }
 
 // Snapshots implements Operator.

@@ -15,8 +15,8 @@ import (
 type Operator interface {
 	Version(ctx context.Context) (Version, error)
 
-	// Contact connects to a source once, changing nothing, before it is protected.
-	Contact(ctx context.Context, source dr.Source) (Contact, error)
+	// Contact connects to a source once, from an appliance ("": this process), changing nothing, before it is protected.
+	Contact(ctx context.Context, appliance string, source dr.Source) (Contact, error)
 	AddServer(ctx context.Context, server dr.Server) (dr.Server, error)
 	UpdateServer(ctx context.Context, name string, change ServerChange) (dr.Server, error)
 	Servers(ctx context.Context) ([]ServerStatus, error)
@@ -30,6 +30,10 @@ type Operator interface {
 	SnapshotData(ctx context.Context, name string) (Operation, error)
 	// PreRecover makes a snapshot's rescue image anew. An empty snapshot means the newest.
 	PreRecover(ctx context.Context, name, snapshot string) (Operation, error)
+	// Replicate has a server's appliance send a snapshot to the far store now. An empty snapshot means the newest.
+	Replicate(ctx context.Context, name, snapshot string) (Operation, error)
+	// Appliances gives every appliance that a server names or that has said hello, by name.
+	Appliances(ctx context.Context) ([]ApplianceStatus, error)
 	// Test boots a snapshot's rescue image, making one if there is none. An empty snapshot means the newest.
 	Test(ctx context.Context, name, snapshot string) (Operation, error)
 	Snapshots(ctx context.Context, name string) ([]dr.Record, error) // newest first, without inventories
@@ -119,6 +123,7 @@ type ServerStatus struct {
 	Due        time.Time      `json:"due"`               // when the next snapshot is to be taken
 	DataDue    time.Time      `json:"data_due,omitzero"` // when the next one of data is
 	Tickets    int            `json:"tickets"`           // open ones
+	Near       *SiteServer    `json:"near,omitempty"`    // what its appliance last said of it
 	Operation  *Operation     `json:"operation,omitempty"`
 	Invocation *dr.Invocation `json:"invocation,omitempty"`
 	Holders    []string       `json:"holders,omitempty"` // silos on which last-known-good would boot at once
@@ -162,7 +167,7 @@ type InvokeRequest struct {
 // Operation is long work, seen from outside.
 type Operation struct {
 	ID       string          `json:"id"`
-	Kind     string          `json:"kind"` // protect, prerecover, test, rule, invoke, end-invocation, verify, collect, adopt
+	Kind     string          `json:"kind"` // protect, replicate, prerecover, test, rule, invoke, end-invocation, verify, collect, adopt
 	Server   string          `json:"server,omitempty"`
 	Subject  string          `json:"subject,omitempty"` // what it is about: a snapshot, verdict or invocation
 	State    OperationState  `json:"state"`

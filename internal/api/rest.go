@@ -24,13 +24,8 @@ const maxBody = 4 << 20
 
 // Handler offers an Operator and Files as REST under /v1, with its OpenAPI description at /openapi.json.
 func Handler(op Operator, files Files, version string) http.Handler {
-	huma.NewError = newError
 	mux := http.NewServeMux()
-	config := huma.DefaultConfig("Muster", version)
-	config.DocsPath = "" // huma's own page loads scripts from elsewhere
-	config.SchemasPath = ""
-	config.CreateHooks = nil // no $schema field in answers
-	a := humago.New(mux, config)
+	a := humago.New(mux, restConfig(version))
 	registerServers(a, op)
 	registerWork(a, op)
 	registerSilos(a, op)
@@ -93,8 +88,11 @@ type nothing struct{}
 
 func registerServers(a huma.API, op Operator) {
 	huma.Get(a, "/v1/version", func(ctx context.Context, _ *nothing) (*body[Version], error) { return answer(op.Version(ctx)) })
-	huma.Post(a, "/v1/contact", func(ctx context.Context, in *body[dr.Source]) (*body[Contact], error) {
-		return answer(op.Contact(ctx, in.Body))
+	huma.Post(a, "/v1/contact", func(ctx context.Context, in *struct {
+		Appliance string `query:"appliance" maxLength:"63"`
+		Body      dr.Source
+	}) (*body[Contact], error) {
+		return answer(op.Contact(ctx, in.Appliance, in.Body))
 	})
 	huma.Get(a, "/v1/servers", func(ctx context.Context, _ *nothing) (*body[[]ServerStatus], error) { return list(op.Servers(ctx)) })
 	huma.Post(a, "/v1/servers", func(ctx context.Context, in *body[dr.Server]) (*body[dr.Server], error) {
@@ -154,6 +152,12 @@ func registerWork(a huma.API, op Operator) {
 		Wait int   `query:"wait" minimum:"0" maximum:"30000" doc:"milliseconds to wait for that at most"`
 	}) (*body[Operation], error) {
 		return answer(op.Operation(ctx, in.Name, in.Seen, time.Duration(in.Wait)*time.Millisecond))
+	})
+	huma.Post(a, "/v1/servers/{name}/replicate", func(ctx context.Context, in *start) (*body[Operation], error) {
+		return answer(op.Replicate(ctx, in.Name, in.Body.Snapshot))
+	})
+	huma.Get(a, "/v1/appliances", func(ctx context.Context, _ *nothing) (*body[[]ApplianceStatus], error) {
+		return list(op.Appliances(ctx))
 	})
 	huma.Post(a, "/v1/operations/{name}/cancel", func(ctx context.Context, in *Named) (*nothing, error) {
 		_, err := answer(nothing{}, op.CancelOperation(ctx, in.Name))

@@ -1,9 +1,19 @@
 // Package appliance is the role of the box at the customer's site: it captures servers into a store, and gives single files
-// back. In this release it runs in the same process as the master; it has never heard of a virtual machine, and asks no
-// master about files.
+// back. It has never heard of a virtual machine, and asks no master about files.
 //
-// Knows: sources, and the store they are captured into.
-// Must not know: the catalog, hypervisors, why a snapshot is taken.
+//	Appliance  does what it is asked; the master's own process has one
+//	Node       an Appliance that is a process of its own: it has a schedule, an engine, a near store and a far one
+//
+// What a Node does goes through runs of its engine, each step of which may be repeated after a crash:
+//
+//	protect.SERVER.SNAPSHOT         (capture image →) capture → make room     when a server is due, or somebody asks
+//	replicate.SERVER.SNAPSHOT.SEND  send → note                               one at a time, in the order of dr.NextToSend
+//
+// What it remembers is in the near store (ledger), so that losing the engine costs only runs under way. It tells its
+// master how things stand, and not what happened: nothing has to be told in an order, or only once.
+//
+// Knows: sources, the stores they are captured into and sent to, when that is due.
+// Must not know: the catalog, hypervisors, what becomes of a snapshot.
 package appliance
 
 import (

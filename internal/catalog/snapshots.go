@@ -73,6 +73,41 @@ func (t *tx) recordSnapshot(s dr.Snapshot) (added bool, err error) {
 	return true, err
 }
 
+// RecordReplicated records that a snapshot, which is recorded if need be, is in the far store. It says whether that is news.
+func (c *Catalog) RecordReplicated(ctx context.Context, s dr.Snapshot, sent int64) (fresh bool, err error) {
+	err = c.write(ctx, "record replicated snapshot "+s.ID, func(t *tx) error {
+		fresh = false // a transaction may be tried again
+		added, err := t.recordSnapshot(s)
+		if err != nil {
+			return err
+		}
+		if added {
+			if err := t.hold(s); err != nil {
+				return err
+			}
+		}
+		row, err := one[snapshotRow](t.ctx, t, "snapshot", s.ID)
+		if err != nil || row.State != dr.Kept {
+			return err
+		}
+		server, err := one[serverRow](t.ctx, t, "server", s.ServerID)
+		if err != nil {
+			return err
+		}
+		if _, err := t.event(t.now, "snapshot.replicated", server.ID, server.Name, s.ID, "snapshot %s of %s is in the far store, %d bytes crossed the line", s.ID, server.Name, sent); err != nil {
+			return err
+		}
+		fresh = true
+		if err := t.do(`UPDATE snapshots SET state = ? WHERE id = ?`, dr.Replicated, s.ID); err != nil {
+			return err
+		}
+		return t.closeTickets(s.ServerID, t.now, "snapshot "+s.ID+" arrived", func(row ticketRow) (bool, error) {
+			return row.Problem == dr.ProblemCapture || row.Problem == dr.ProblemSend, nil
+		})
+	})
+	return fresh, err
+}
+
 // RecordPreRecovery records that a rescue image was made of a snapshot. Recorded again it does nothing.
 func (c *Catalog) RecordPreRecovery(ctx context.Context, p dr.PreRecovery) error {
 	return c.write(ctx, "record pre-recovery "+p.ID, func(t *tx) error {
@@ -246,12 +281,14 @@ func (c *Catalog) Snapshots(ctx context.Context, serverID string) ([]dr.Record, 
 }
 
 // TestsOverdue gives the snapshots of protected servers that were kept longer than grace before now and have no verdict
-// at all, oldest first: their test did not run (R72). An image that data goes onto is tested with the data. They are given as
-// Snapshots gives them, at most MaxList.
+// at all, oldest first: their test did not run (R72). An image that data goes onto is tested with the data; one that arrived
+// from an appliance after a newer one is not tested. They are given as Snapshots gives them, at most MaxList.
 func (c *Catalog) TestsOverdue(ctx context.Context, now time.Time, grace time.Duration) ([]dr.Record, error) {
 	var rows []listed
 	err := c.listing(&rows).Where("s.verdict = '' AND s.state IN ('kept', 'replicated', 'pre-recovered')").
 		Where("NOT EXISTS (SELECT 1 FROM snapshots AS d WHERE d.image = s.id)").
+		Where("NOT (s.state = 'replicated' AND EXISTS (SELECT 1 FROM snapshots AS n WHERE n.server_id = s.server_id AND n.kind = s.kind"+
+			" AND n.taken > s.taken AND n.state <> 'expired'))").
 		Where("s.recorded <= ?", stamp(now.Add(-grace))).Where("r.removed = 0").
 		OrderExpr("s.recorded, s.seq").Limit(MaxList).Scan(ctx)
 	if err != nil {

@@ -13,9 +13,10 @@ import (
 // Server is a protected machine. Its definition is kept in the catalog and, so that a lost catalog can be rebuilt,
 // as a record in the store. It holds no secret: an SSH key is named by its path.
 type Server struct {
-	ID         string     `json:"id"`                 // opaque, never reused
-	Name       string     `json:"name"`               // what people call it; see ValidateName
-	Customer   string     `json:"customer,omitempty"` // whose it is, named like a server; "": the installation's own
+	ID         string     `json:"id"`                  // opaque, never reused
+	Name       string     `json:"name"`                // what people call it; see ValidateName
+	Customer   string     `json:"customer,omitempty"`  // whose it is, named like a server; "": the installation's own
+	Appliance  string     `json:"appliance,omitempty"` // that captures it, by name; "": the master's own process
 	Source     Source     `json:"source"`
 	Schedule   Schedule   `json:"schedule"`
 	Tier       Tier       `json:"tier,omitempty"`    // "": TierImage
@@ -267,6 +268,9 @@ func (s Server) Validate() error {
 	}
 	if err := ValidateCustomer(s.Customer); err != nil {
 		errs = append(errs, err)
+	}
+	if s.Appliance != "" && !nameRE.MatchString(s.Appliance) {
+		add("appliance name %q: use 1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'", s.Appliance)
 	}
 	sources := 0
 	for _, set := range []bool{len(s.Source.Disks) > 0, s.Source.SSH != nil, s.Source.VM != nil} {

@@ -1,6 +1,7 @@
 package dr
 
 import (
+	"errors"
 	"fmt"
 	"time"
 )
@@ -72,6 +73,32 @@ func (s Snapshot) ImageID() string {
 func (s Snapshot) Onto(image Snapshot) Snapshot {
 	s.Disks, s.Inventory = image.Disks, image.Inventory
 	return s
+}
+
+// Validate says what is wrong with a snapshot that came from elsewhere. What is in the store is checked when it is read.
+func (s Snapshot) Validate() error {
+	err := errors.Join(ValidateID(s.ID), ValidateID(s.ServerID))
+	if s.Parent != "" {
+		err = errors.Join(err, ValidateID(s.Parent))
+	}
+	switch {
+	case err != nil:
+	case s.Taken.IsZero():
+		err = errors.New("it does not say when it was taken")
+	case s.IsData() && (s.Files == nil || ValidateID(s.Image) != nil || len(s.Disks) > 0):
+		err = errors.New("data has files, no disks, and an image that it goes onto")
+	case !s.IsData() && (s.Kind != "" && s.Kind != SnapshotImage || s.Image != "" || len(s.Disks) == 0 || len(s.Disks) > MaxDisks):
+		err = fmt.Errorf("an image has 1 to %d disks", MaxDisks)
+	}
+	for _, d := range s.Disks {
+		if err == nil && (d.Size <= 0 || d.BlockSize <= 0) {
+			err = errors.New("a disk has no size")
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("snapshot %.100q: %w", s.ID, err)
+	}
+	return nil
 }
 
 // Size is the total size of the disks in bytes, or of the files' content.

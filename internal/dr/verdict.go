@@ -227,6 +227,11 @@ const (
 	ProblemInvoked     Problem = "invocation-checks"  // it runs, and does not pass its checks
 	ProblemStopped     Problem = "invocation-stopped" // its machine is gone
 	ProblemHost        Problem = "host-not-ready"
+	ProblemArrival     Problem = "arrival-missing"      // a snapshot of an appliance that should have arrived did not
+	ProblemSend        Problem = "replication-failed"   // an appliance cannot send a snapshot
+	ProblemNearFull    Problem = "near-store-full"      // an appliance has no room to capture; one for each
+	ProblemAway        Problem = "appliance-away"       // one for each
+	ProblemClock       Problem = "clock-wrong"          // one for each appliance
 	ProblemSiloLost    Problem = "invocation-silo-lost" // nobody knows whether its machine runs
 )
 
@@ -299,8 +304,8 @@ func Expirable(records []Record, keep Retention, lkg string, pinned map[string]b
 	}
 	stays[newest[true]], stays[newest[false]] = true, true
 	for _, r := range live {
-		untested := r.State == Kept || r.State == Replicated
-		if untested && (r.Snapshot.IsData() || !tested[r.Snapshot.ID]) {
+		// One that arrived from an appliance after a newer one is not tested, and the newest stays anyway.
+		if r.State == Kept && (r.Snapshot.IsData() || !tested[r.Snapshot.ID]) {
 			stays[r.Snapshot.ID] = true
 		}
 	}

@@ -38,6 +38,9 @@ import (
 	"github.com/musterdr/muster/internal/vm/sim"
 )
 
+// Password opens a lab's store.
+const Password = password
+
 const (
 	password    = "the lab's"
 	home        = "local" // the silo of the lab's own process
@@ -64,6 +67,10 @@ type Lab struct {
 	networks *networks
 	exports  *exporter
 	stop     func() // ends the present process
+	sites    map[string]*Site
+
+	// Reach, if set, gives the appliances elsewhere that are no Site of the lab.
+	Reach func(name string) (api.Site, error)
 }
 
 // New makes an installation on which every machine is the given guest and every image holds a small Debian. silos names those
@@ -151,7 +158,8 @@ func (l *Lab) open() error {
 	closes = append(closes, func() { browser.Close() })
 	app := &appliance.Appliance{Store: st, Open: l.openSource, Browser: browser}
 	l.Store = st
-	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silos: silos, Home: home, Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now}
+	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silos: silos, Home: home, Sites: l.reach,
+		Log: quiet, Version: "lab", Data: l.Dir, Location: l.path("store"), Now: l.Clock.Now}
 	for _, n := range l.Nodes {
 		if n.Link != nil {
 			config.Access = n.Link.access
@@ -165,11 +173,14 @@ func (l *Lab) open() error {
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: api.Handler(l.Master, app, "lab"), ReadHeaderTimeout: time.Second}
+	server := &http.Server{Handler: api.Handler(l.Master, l.Master.Files(app), "lab"), ReadHeaderTimeout: time.Second}
 	go func() { _ = server.Serve(listener) }() // until it is closed
 	closes = append(closes, func() { server.Close() })
 	l.Client = api.Dial(l.path("api.sock"))
 	closes = append(closes, l.Client.Close)
+	for _, site := range l.sites {
+		site.atHome()
+	}
 	return l.Master.Start(ctx)
 }
 

@@ -12,7 +12,10 @@
 // Runs of one server wait for each other. Each step of a run may be repeated after a crash: everything asked of an
 // appliance or a silo is asked under an identifier chosen before the run began.
 //
-//	protect    (capture image →) capture → pre-recover → test → settle     every scheduled or wanted snapshot
+//	protect    (capture image →) capture → pre-recover → test → settle     every scheduled or wanted snapshot;
+//	           capture → replicate → …                                     one wanted of a server whose appliance is elsewhere;
+//	           pre-recover → test → settle                                 one that such an appliance took by itself, when it has arrived
+//	replicate  replicate                                                   an appliance is asked to send a snapshot now
 //	prerecover pre-recover
 //	test       (pre-recover →) test → settle
 //	rule       rule → settle                             a person accepts or refuses a held snapshot
@@ -47,15 +50,21 @@ type Config struct {
 	Engine    *engine.Engine // not launched yet
 	Store     *store.Store
 	Appliance api.Appliance
-	Silos     Silos
-	Home      string // the silo that is part of this process; "" none
-	Log       *slog.Logger
-	Version   string
-	Data      string           // folder of the installation, for people
-	Location  string           // of the store, for people
-	Now       func() time.Time // nil: time.Now
-	Tick      time.Duration    // how often the scheduler looks; 0: DefaultTick
-	Grace     time.Duration    // how long a snapshot may stay untested; 0: DefaultGrace
+	// Sites gives the appliance elsewhere of a name; an error if it is not connected. nil: there are none.
+	Sites func(name string) (api.Site, error)
+	// Far makes sure that a snapshot, of which an appliance says that it was replicated, is in the far store. nil: that store is Store.
+	// An error of kind api.Refused is for good.
+	Far      func(ctx context.Context, server dr.Server, snapshot string) error
+	Silos    Silos
+	Home     string // the silo that is part of this process; "" none
+	Log      *slog.Logger
+	Version  string
+	Data     string           // folder of the installation, for people
+	Location string           // of the store, for people
+	Now      func() time.Time // nil: time.Now
+	Tick     time.Duration    // how often the scheduler looks; 0: DefaultTick
+	Grace    time.Duration    // how long a snapshot may stay untested; 0: DefaultGrace
+	Away     time.Duration    // how long an appliance may be silent; 0: DefaultAway
 	// Access gives what a silo elsewhere needs to open the store of a server's customer; nil: silos have it.
 	Access func(ctx context.Context, server dr.Server) (*api.Access, error)
 	// Lease is how long leases of silos last unless they are renewed, and LeaseGrace how much later their work is given away; 0: dr's.
@@ -76,15 +85,21 @@ type Master struct {
 
 	mu       sync.Mutex
 	results  map[string]json.RawMessage // of finished verify, collect and adopt operations of this process
-	attempts map[string]attempt         // per server: the last scheduled capture
+	attempts map[string]dr.Attempt      // per server: the last scheduled capture
 	warned   map[string]bool            // invocations whose machine was found dead
 	collect  time.Time                  // when the store was last collected
 	woke     time.Time                  // when the scheduler last came round
+	sites    map[string]siteSeen        // appliances elsewhere, as they last said
+	said     map[string]bool            // problems that were said, so that they are not said again at every look
+	watched  time.Time                  // when the arrivals were last looked at
 
 	observed observed
 }
 
-var _ api.Operator = (*Master)(nil)
+var (
+	_ api.Operator = (*Master)(nil)
+	_ api.Home     = (*Master)(nil)
+)
 
 // Open makes a master and registers its work with the engine. Start sets it going.
 func Open(config Config) *Master {
@@ -97,12 +112,19 @@ func Open(config Config) *Master {
 	if config.Grace == 0 {
 		config.Grace = DefaultGrace
 	}
+	if config.Away == 0 {
+		config.Away = DefaultAway
+	}
 	if config.Lease == 0 {
 		config.Lease, config.LeaseGrace = dr.LeaseTime, dr.LeaseGrace
 	}
-	m := &Master{Config: config, started: config.Now(), farm: newFarm(),
-		results: map[string]json.RawMessage{}, attempts: map[string]attempt{}, warned: map[string]bool{}, collect: config.Now(), woke: config.Now()}
+	m := &Master{Config: config, started: config.Now(), farm: newFarm(), sites: map[string]siteSeen{}, said: map[string]bool{},
+		results: map[string]json.RawMessage{}, attempts: map[string]dr.Attempt{}, warned: map[string]bool{}, collect: config.Now(), woke: config.Now()}
+	if m.Far == nil {
+		m.Far = m.inStore
+	}
 	engine.Register(m.Engine, kindProtect, m.protect)
+	engine.Register(m.Engine, kindReplicate, m.replicate)
 	engine.Register(m.Engine, kindPreRecover, m.prerecover)
 	engine.Register(m.Engine, kindTest, m.test)
 	engine.Register(m.Engine, kindRule, m.rule)
@@ -116,11 +138,12 @@ func Open(config Config) *Master {
 
 // Shape names the form of the runs below: it changes when a step is added, removed, renamed or moved, so that a run begun
 // by an older release is failed and started anew rather than carried on wrongly. The program gives it to the engine.
-const Shape = "3"
+const Shape = "4"
 
 // The kinds of operation.
 const (
 	kindProtect    = "protect"
+	kindReplicate  = "replicate"
 	kindPreRecover = "prerecover"
 	kindTest       = "test"
 	kindRule       = "rule"
@@ -136,6 +159,9 @@ var kinds = []string{kindProtect, kindPreRecover, kindTest, kindRule, kindInvoke
 // Start makes the platform whole again after whatever ended the last process: machines and layers nobody owns are
 // removed, invocations are tended, and unfinished operations go on. Until ctx ends it keeps in touch with the silos.
 func (m *Master) Start(ctx context.Context) error {
+	if err := m.loadSites(ctx); err != nil {
+		return fmt.Errorf("start master: %w", err)
+	}
 	for _, name := range m.Silos.Names() {
 		if _, err := m.hear(ctx, name); err != nil {
 			m.Log.ErrorContext(ctx, "silo does not answer", "silo", name, "error", err)
@@ -148,9 +174,9 @@ func (m *Master) Start(ctx context.Context) error {
 		return fmt.Errorf("resume operations: %w", err)
 	}
 	m.tend(ctx)
-	go m.beat(ctx)
 	seq, err := m.Catalog.LastEvent(ctx)
 	m.observed.tally.Seq = seq // what is counted happened since
+	go m.beat(ctx)
 	return err
 }
 

@@ -35,8 +35,10 @@ type work struct {
 	SnapshotID  string    `json:"snapshot_id"`
 	PreRecovery string    `json:"pre_recovery"` // identifier of a new one; for test "" uses the snapshot's newest
 	VerdictID   string    `json:"verdict_id"`
-	Data        bool      `json:"data,omitempty"`  // the snapshot is of data
-	Image       string    `json:"image,omitempty"` // of the image that is taken first and that the data goes onto; "" one that is kept
+	Data        bool      `json:"data,omitempty"`      // the snapshot is of data
+	Image       string    `json:"image,omitempty"`     // of the image that is taken first and that the data goes onto; "" one that is kept
+	Appliance   string    `json:"appliance,omitempty"` // that captures, if it is elsewhere
+	Arrived     bool      `json:"arrived,omitempty"`   // the snapshot has come from an appliance by itself
 	Asked       time.Time `json:"asked"`
 }
 
@@ -68,7 +70,10 @@ func (m *Master) SnapshotData(ctx context.Context, name string) (api.Operation, 
 func (m *Master) beginProtect(ctx context.Context, s dr.Server, dataOnly, refuse bool) (api.Operation, error) {
 	now := m.Now()
 	in := work{ServerID: s.ID, SnapshotID: dr.NewSnapshotID(now), PreRecovery: dr.NewID("pre"), VerdictID: dr.NewID("verdict"), Asked: now,
-		Data: s.HasData()}
+		Data: s.HasData(), Appliance: s.Appliance}
+	if _, err := m.capturer(s.Appliance); err != nil {
+		return api.Operation{}, err
+	}
 	if s.HasData() && !dataOnly {
 		in.Image = dr.NewSnapshotID(now)
 	}
@@ -149,6 +154,9 @@ func (m *Master) pick(ctx context.Context, name, snapshot string) (dr.Server, dr
 
 // protect is the night's work on one server.
 func (m *Master) protect(r *engine.Run, in work) error {
+	if in.Arrived {
+		return m.prepareAndTest(r, in)
+	}
 	if in.Image != "" {
 		if err := m.captureStep(r, in, "capture image", api.SnapshotTask{ID: in.Image}); err != nil {
 			return err
@@ -157,11 +165,21 @@ func (m *Master) protect(r *engine.Run, in work) error {
 	if err := m.captureStep(r, in, "capture", api.SnapshotTask{ID: in.SnapshotID, Image: in.Image}); err != nil {
 		return err
 	}
+	if in.Appliance != "" {
+		_, err := engine.Step(r, "replicate", remote(sendLimit), func(ctx context.Context) (string, error) { return m.replicated(ctx, r, in, in.SnapshotID) })
+		if err != nil {
+			return m.ticket(r, in, dr.ProblemSend, "a snapshot did not come into the far store", err)
+		}
+	}
 	return m.prepareAndTest(r, in)
 }
 
 func (m *Master) captureStep(r *engine.Run, in work, step string, task api.SnapshotTask) error {
-	_, err := engine.Step(r, step, engine.StepOptions{Limit: captureLimit, Attempts: 1}, func(ctx context.Context) (string, error) {
+	options := engine.StepOptions{Limit: captureLimit, Attempts: 1}
+	if in.Appliance != "" {
+		options = remote(captureLimit)
+	}
+	_, err := engine.Step(r, step, options, func(ctx context.Context) (string, error) {
 		return task.ID, m.capture(ctx, r, in, task)
 	})
 	if err != nil {
@@ -187,6 +205,14 @@ func (m *Master) capture(ctx context.Context, r *engine.Run, in work, task api.S
 			return engine.Permanent(err)
 		}
 		task.Image = image.ID
+	}
+	if in.Appliance != "" { // it knows its own history, and brings the snapshot when it sends it
+		site, err := m.site(in.Appliance)
+		if err != nil {
+			return err
+		}
+		_, err = site.Snapshot(ctx, task, r.Report)
+		return lasting(err)
 	}
 	last, ok, err := m.Catalog.LastSnapshot(ctx, s.ID, kind)
 	if err != nil {

@@ -9,18 +9,6 @@ import (
 	"github.com/musterdr/muster/internal/engine"
 )
 
-// attempt is the last scheduled capture of a server in this process.
-type attempt struct {
-	at       time.Time
-	failures int
-}
-
-// Waiting after failed captures: doubled from the first to the second, never longer than the schedule itself.
-const (
-	firstRetry = 5 * time.Minute
-	lastRetry  = 2 * time.Hour
-)
-
 // collectEvery is how often the store is asked to free what expired.
 const collectEvery = 24 * time.Hour
 
@@ -58,6 +46,9 @@ func (m *Master) Wake(ctx context.Context) {
 		return
 	}
 	for _, s := range servers {
+		if s.Appliance != "" {
+			continue // it is captured by the appliance, when that finds it due
+		}
 		if _, busy := running[s.Name]; busy {
 			continue
 		}
@@ -65,6 +56,7 @@ func (m *Master) Wake(ctx context.Context) {
 			m.Log.ErrorContext(ctx, "schedule server", "server", s.Name, "error", err)
 		}
 	}
+	m.watchSites(ctx, servers)
 	m.overdue(ctx, running)
 	m.tend(ctx)
 	m.spreadSoon(ctx)
@@ -88,29 +80,23 @@ func (m *Master) wakeServer(ctx context.Context, s dr.Server) error {
 		return err
 	}
 	now := m.Now()
-	due := dueOf(s, newest, now)
-	if due.next().After(now) || m.backOff(s).After(now) {
-		return nil
-	}
+	due := s.Dues(newest, now)
 	m.mu.Lock()
 	a := m.attempts[s.ID]
-	if !newest.last.IsZero() && !newest.last.Before(a.at) {
-		a.failures = 0 // the last attempt kept something
+	wait := due.Next().After(now) || a.Again(s, now).After(now)
+	if !wait {
+		m.attempts[s.ID] = a.Begin(newest.Last, now)
 	}
-	m.attempts[s.ID] = attempt{at: now, failures: a.failures + 1}
 	m.mu.Unlock()
-	_, err = m.beginProtect(ctx, s, !s.HasImage() || due.image.After(now), true)
+	if wait {
+		return nil
+	}
+	_, err = m.beginProtect(ctx, s, !s.HasImage() || due.Image.After(now), true)
 	return err
 }
 
-// taken says when the newest snapshots of each kind were taken, zero for never.
-type taken struct {
-	image, data time.Time
-	last        time.Time // of the one that was recorded last
-}
-
-func (m *Master) newest(ctx context.Context, s dr.Server) (t taken, err error) {
-	for kind, at := range map[dr.SnapshotKind]*time.Time{dr.SnapshotImage: &t.image, dr.SnapshotData: &t.data, "": &t.last} {
+func (m *Master) newest(ctx context.Context, s dr.Server) (t dr.Taken, err error) {
+	for kind, at := range map[dr.SnapshotKind]*time.Time{dr.SnapshotImage: &t.Image, dr.SnapshotData: &t.Data, "": &t.Last} {
 		rec, ok, err := m.Catalog.LastSnapshot(ctx, s.ID, kind)
 		if err != nil {
 			return t, err
@@ -120,45 +106,6 @@ func (m *Master) newest(ctx context.Context, s dr.Server) (t taken, err error) {
 		}
 	}
 	return t, nil
-}
-
-// dues says when the next snapshots are to be taken; zero for what the tier does not have.
-type dues struct {
-	image, data time.Time
-}
-
-func dueOf(s dr.Server, t taken, now time.Time) (d dues) {
-	if s.HasImage() {
-		d.image = s.Schedule.Due(t.image, now)
-	}
-	if s.HasData() {
-		d.data = s.Data.Schedule().Due(t.data, now)
-	}
-	return d
-}
-
-// next is the earlier of the two.
-func (d dues) next() time.Time {
-	if d.image.IsZero() || !d.data.IsZero() && d.data.Before(d.image) {
-		return d.data
-	}
-	return d.image
-}
-
-// backOff says when the next attempt may be made at the earliest, given those that kept nothing.
-func (m *Master) backOff(s dr.Server) time.Time {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	a, ok := m.attempts[s.ID]
-	if !ok || a.at.After(m.Now()) {
-		return time.Time{}
-	}
-	every := s.Schedule.Every
-	if s.HasData() {
-		every = min(every, s.Data.Schedule().Every)
-	}
-	wait := min(firstRetry<<min(a.failures-1, 10), lastRetry, every)
-	return a.at.Add(wait)
 }
 
 // overdue finds snapshots that should have been tested and were not, raises a ticket and tests them (R72).
@@ -173,8 +120,8 @@ func (m *Master) overdue(ctx context.Context, running map[string]api.Operation) 
 		if err != nil {
 			continue // no longer protected
 		}
-		if _, busy := running[s.Name]; busy {
-			continue
+		if _, busy := running[s.Name]; busy || s.Appliance != "" && rec.State == dr.Kept {
+			continue // what has not arrived is missed by watchSites
 		}
 		detail := "snapshot " + rec.Snapshot.ID + " was kept at " + rec.Snapshot.Taken.Format(time.RFC3339) + " and has not been tested since; it is tested now"
 		if _, err := m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemTestMissing, "a test that should have run did not", detail, rec.Snapshot.ID, m.Now()); err != nil {

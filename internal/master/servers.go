@@ -13,8 +13,12 @@ import (
 )
 
 // Contact implements api.Operator.
-func (m *Master) Contact(ctx context.Context, source dr.Source) (api.Contact, error) {
-	return m.Appliance.Contact(ctx, source)
+func (m *Master) Contact(ctx context.Context, appliance string, source dr.Source) (api.Contact, error) {
+	from, err := m.capturer(appliance)
+	if err != nil {
+		return api.Contact{}, err
+	}
+	return from.Contact(ctx, source)
 }
 
 // AddServer implements api.Operator.
@@ -39,6 +43,7 @@ func (m *Master) AddServer(ctx context.Context, server dr.Server) (dr.Server, er
 		}
 		return dr.Server{}, err
 	}
+	m.look(ctx, server.Appliance)
 	return server, nil
 }
 
@@ -58,6 +63,7 @@ func (m *Master) UpdateServer(ctx context.Context, name string, change api.Serve
 	if err := m.Store.PutRecord(ctx, dr.ServerRecord, server.ID, server); err != nil {
 		return dr.Server{}, fmt.Errorf("keep definition of %s in the store: %w", server.Name, err)
 	}
+	m.look(ctx, server.Appliance)
 	return server, nil
 }
 
@@ -79,6 +85,8 @@ func (m *Master) validate(ctx context.Context, server *dr.Server) error {
 		return api.Errorf(api.Invalid, "standby of %s: %w", server.Name, err)
 	case !standby.HasImage() || standby.ID == server.ID:
 		return api.Errorf(api.Invalid, "standby of %s: %s has no image of its own", server.Name, standby.Name)
+	case standby.Appliance != server.Appliance:
+		return api.Errorf(api.Invalid, "standby of %s: %s is captured by another appliance", server.Name, standby.Name)
 	}
 	server.Standby = standby.ID
 	return nil
@@ -196,8 +204,11 @@ func (m *Master) status(ctx context.Context, s dr.Server, running map[string]api
 	if err != nil {
 		return out, err
 	}
-	due := dueOf(s, newest, m.Now())
-	out.Due, out.DataDue = due.next(), due.data
+	due := s.Dues(newest, m.Now())
+	out.Due, out.DataDue = due.Next(), due.Data
+	if out.Near = m.near(s); out.Near != nil {
+		out.Due = out.Near.Due
+	}
 	tickets, err := m.Catalog.Tickets(ctx, catalog.TicketFilter{ServerID: s.ID})
 	if err != nil {
 		return out, err
@@ -251,6 +262,10 @@ func (m *Master) RemoveServer(ctx context.Context, name string) error {
 	}
 	if err := m.Store.DropPartial(ctx, s.ID); err != nil {
 		return err
+	}
+	if s.Appliance != "" { // it cleans up when it learns of it
+		m.look(ctx, s.Appliance)
+		return nil
 	}
 	// The source may be gone for good: what is left there is a cache folder, and not reaching it is no reason to fail.
 	if err := m.Appliance.Forget(ctx, s.Source); err != nil {

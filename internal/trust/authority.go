@@ -267,6 +267,36 @@ func (a *Authority) CustomerKey(customer string) (string, error) {
 	return strings.TrimSpace(string(key)), nil
 }
 
+// GiveCustomerKey makes a key that of a customer: of a far store that is there already. One that has another key is refused, because
+// what was captured with it could not be read any more.
+func (a *Authority) GiveCustomerKey(customer, key string) error {
+	if err := dr.ValidateLabel("customer", customer); err != nil {
+		return err
+	}
+	name := filepath.Join(dirCustomers, customer+".key.age")
+	err := a.update(func(*book) error {
+		have, err := a.unseal(name)
+		switch {
+		case errors.Is(err, os.ErrNotExist):
+		case err != nil:
+			return err
+		case strings.TrimSpace(string(have)) == key:
+			return nil
+		default:
+			return refuse("customer %s has another key already: take a customer of which no appliance has joined", customer)
+		}
+		sealed, err := seal([]byte(key), a.identity.Recipient())
+		if err != nil {
+			return err
+		}
+		return durable.WriteFile(a.path(name), sealed, 0o600)
+	})
+	if err != nil {
+		return fmt.Errorf("give customer %s its key: %w", customer, err)
+	}
+	return nil
+}
+
 func (a *Authority) unseal(name string) ([]byte, error) {
 	return openSealed(a.path(name), a.identity)
 }

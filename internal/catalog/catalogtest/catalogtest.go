@@ -23,52 +23,53 @@ import (
 // first, which the crash test needs.
 func Run(t *testing.T, dsn func(t *testing.T) string) {
 	for name, test := range map[string]func(w *world){
-		"a server is found by name and by id":                      serverFound,
-		"a name is one server's, and free once it is removed":      serverNames,
-		"a removed server leaves its history":                      serverRemoved,
-		"a snapshot is recorded once":                              snapshotOnce,
-		"a snapshot that is kept closes the capture ticket":        snapshotClosesCapture,
-		"lists are newest first and leave out what is large":       snapshotLists,
-		"the last snapshot is the last recorded":                   lastSnapshot,
-		"a pass verifies, promotes and says so, once":              passPromotes,
-		"a pass on an older snapshot does not move back":           passOlder,
-		"a fail rejects, keeps last-known-good, opens one ticket":  failKeeps,
-		"a pass closes what it proves gone and nothing newer":      passCloses,
-		"a missed objective is one ticket however often":           missedObjective,
-		"two inconclusive tests in a row raise a ticket":           inconclusive,
-		"a verdict that cannot be is refused whole":                verdictRefused,
-		"last-known-good comes with what was tested":               lkgAsTested,
-		"a problem has one open ticket":                            ticketOnce,
-		"a suspicious snapshot that passes waits for a person":     heldWaits,
-		"what builds on a suspicious snapshot waits too":           heldInherited,
-		"an accepted snapshot is promoted, and those after it":     acceptPromotes,
-		"a refused snapshot never becomes last-known-good":         refuseRejects,
-		"damage that is undone ends the hold":                      heldUndone,
-		"there is nothing to decide where nothing is held":         ruleRefused,
-		"adopting loses neither a hold nor what a person said":     adoptHolds,
-		"a silo joins, drains, is lost and comes back":             siloLife,
-		"work has one lease, each new one a higher term":           leaseGranted,
-		"what comes under an old term is refused":                  leaseFences,
-		"the work of a lost silo is taken once, but no invocation": siloLost,
-		"a silo that is heard of keeps its leases":                 leaseRenewed,
-		"grants at once do not overcommit memory":                  grantsAtOnce,
-		"deltas are known where they are held":                     deltasHeld,
-		"an invocation goes only where it may":                     invocationStates,
-		"last-known-good and what runs are never expired":          expireRefused,
-		"a test that did not run is found":                         overdue,
-		"every change writes an event, without gaps":               events,
-		"a clock stepped back changes no order":                    clockBack,
-		"a lost catalog is rebuilt, and adopting again is nothing": adopt,
-		"what does not fit is left and said":                       adoptLeaves,
-		"verbs at once do not disturb each other":                  concurrent,
-		"whatever the sequence of verbs the invariants hold":       sequences,
-		"a long history is listed quickly":                         many,
-		"where servers stand is told at once":                      standings,
-		"what happened since is counted, and only that":            tallied,
-		"open tickets are counted by kind":                         problems,
-		"a check changes nothing, and fails where writing does":    checked,
-		"whoever is told hears of what took effect, in order":      told,
-		"a month is metered from the record":                       metered,
+		"a server is found by name and by id":                               serverFound,
+		"a name is one server's, and free once it is removed":               serverNames,
+		"a removed server leaves its history":                               serverRemoved,
+		"a snapshot is recorded once":                                       snapshotOnce,
+		"a snapshot that is kept closes the capture ticket":                 snapshotClosesCapture,
+		"lists are newest first and leave out what is large":                snapshotLists,
+		"the last snapshot is the last recorded":                            lastSnapshot,
+		"a pass verifies, promotes and says so, once":                       passPromotes,
+		"a pass on an older snapshot does not move back":                    passOlder,
+		"a fail rejects, keeps last-known-good, opens one ticket":           failKeeps,
+		"a pass closes what it proves gone and nothing newer":               passCloses,
+		"a missed objective is one ticket however often":                    missedObjective,
+		"two inconclusive tests in a row raise a ticket":                    inconclusive,
+		"a verdict that cannot be is refused whole":                         verdictRefused,
+		"last-known-good comes with what was tested":                        lkgAsTested,
+		"a problem has one open ticket":                                     ticketOnce,
+		"a suspicious snapshot that passes waits for a person":              heldWaits,
+		"what builds on a suspicious snapshot waits too":                    heldInherited,
+		"an accepted snapshot is promoted, and those after it":              acceptPromotes,
+		"a refused snapshot never becomes last-known-good":                  refuseRejects,
+		"damage that is undone ends the hold":                               heldUndone,
+		"there is nothing to decide where nothing is held":                  ruleRefused,
+		"adopting loses neither a hold nor what a person said":              adoptHolds,
+		"an invocation goes only where it may":                              invocationStates,
+		"last-known-good and what runs are never expired":                   expireRefused,
+		"a test that did not run is found":                                  overdue,
+		"what arrives is recorded once, and only the newest is owed a test": arrivals,
+		"every change writes an event, without gaps":                        events,
+		"a clock stepped back changes no order":                             clockBack,
+		"a lost catalog is rebuilt, and adopting again is nothing":          adopt,
+		"what does not fit is left and said":                                adoptLeaves,
+		"verbs at once do not disturb each other":                           concurrent,
+		"whatever the sequence of verbs the invariants hold":                sequences,
+		"a long history is listed quickly":                                  many,
+		"where servers stand is told at once":                               standings,
+		"what happened since is counted, and only that":                     tallied,
+		"open tickets are counted by kind":                                  problems,
+		"a check changes nothing, and fails where writing does":             checked,
+		"whoever is told hears of what took effect, in order":               told,
+		"a month is metered from the record":                                metered,
+		"a silo joins, drains, is lost and comes back":                      siloLife,
+		"work has one lease, each new one a higher term":                    leaseGranted,
+		"what comes under an old term is refused":                           leaseFences,
+		"the work of a lost silo is taken once, but no invocation":          siloLost,
+		"a silo that is heard of keeps its leases":                          leaseRenewed,
+		"grants at once do not overcommit memory":                           grantsAtOnce,
+		"deltas are known where they are held":                              deltasHeld,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -354,6 +355,42 @@ func expireRefused(w *world) {
 	_, err := w.RecordVerdict(w.ctx, verdict(c, 1, dr.Inconclusive))
 	w.refused("a verdict on an expired snapshot", err)
 	w.refused("a pre-recovery of an expired snapshot", w.RecordPreRecovery(w.ctx, preRecovery(c, 7)))
+}
+
+func arrivals(w *world) {
+	w.must(w.AddServer(w.ctx, server(1)))
+	_, err := w.OpenTicket(w.ctx, "srv-1", dr.ProblemSend, "a snapshot could not be sent", "", "", w.clock.now())
+	w.must(err)
+	newest, older := snapshot(1, 2), snapshot(1, 1)
+	for i, s := range []dr.Snapshot{newest, older, newest} {
+		fresh, err := w.RecordReplicated(w.ctx, s, 100)
+		w.must(err)
+		if fresh != (i < 2) {
+			w.t.Errorf("arrival %d is news: %t", i, fresh)
+		}
+		w.state(s.ID, dr.Replicated)
+	}
+	open, err := w.Tickets(w.ctx, catalog.TicketFilter{})
+	if w.must(err); len(open) != 0 {
+		w.t.Errorf("tickets after it arrived: %v", open)
+	}
+	w.clock.advance(2 * time.Hour)
+	late, err := w.TestsOverdue(w.ctx, w.clock.now(), time.Hour)
+	if w.must(err); len(late) != 1 || late[0].Snapshot.ID != newest.ID {
+		w.t.Errorf("%d tests are overdue: only that of the newest is", len(late))
+	}
+	w.must(w.RecordPreRecovery(w.ctx, preRecovery(newest, 0)))
+	w.judge(newest, 1, dr.Pass)
+	_, err = w.RecordReplicated(w.ctx, newest, 100)
+	w.must(err)
+	w.state(newest.ID, dr.Verified)
+	kept := snapshot(1, 3)
+	w.must(w.RecordSnapshot(w.ctx, kept))
+	if fresh, err := w.RecordReplicated(w.ctx, kept, 100); err != nil || !fresh {
+		w.t.Errorf("one that was recorded before is news: %t, %v", fresh, err)
+	}
+	_, err = w.RecordReplicated(w.ctx, snapshot(9, 1), 100)
+	w.is(err, catalog.ErrNotFound)
 }
 
 func overdue(w *world) {
