@@ -32,7 +32,7 @@ func (m *Master) beat(ctx context.Context) {
 			under.Go(func() {
 				_, err := m.hear(ctx, name)
 				if !errors.Is(err, errAsking) && ctx.Err() == nil {
-					m.tellAway(name, err)
+					m.tellAway(ctx, name, err)
 				}
 			})
 		}
@@ -44,15 +44,15 @@ func (m *Master) beat(ctx context.Context) {
 var errAsking = errors.New("it is being asked")
 
 // tellAway logs that a silo went away, or answers again, once each time.
-func (m *Master) tellAway(name string, err error) {
+func (m *Master) tellAway(ctx context.Context, name string, err error) {
 	m.farm.mu.Lock()
 	defer m.farm.mu.Unlock()
 	if away := err != nil; away != m.farm.away[name] {
 		m.farm.away[name] = away
 		if away {
-			m.Log.Warn("silo does not answer", "silo", name, "error", err)
+			m.Log.WarnContext(ctx, "silo does not answer", "silo", name, "error", err)
 		} else {
-			m.Log.Info("silo answers again", "silo", name)
+			m.Log.InfoContext(ctx, "silo answers again", "silo", name)
 		}
 	}
 }
@@ -124,12 +124,12 @@ func (m *Master) hear(ctx context.Context, name string) (pulse, error) {
 func (m *Master) reap(ctx context.Context, name string, s api.Silo) {
 	alive, err := m.alive(ctx, name)
 	if err != nil {
-		m.Log.Error("look for what a silo runs", "silo", name, "error", err)
+		m.Log.ErrorContext(ctx, "look for what a silo runs", "silo", name, "error", err)
 		return
 	}
 	removed, err := s.Reap(ctx, alive)
 	if err != nil {
-		m.Log.Error("remove what a crash left", "silo", name, "error", err)
+		m.Log.ErrorContext(ctx, "remove what a crash left", "silo", name, "error", err)
 	}
 	for _, what := range removed {
 		m.event(ctx, "silo.reaped", "", what, "removed "+what+" from silo "+name+", left by a process that ended or was given up")
@@ -166,7 +166,7 @@ func (m *Master) alive(ctx context.Context, name string) (alive []string, err er
 func (m *Master) lookAfter(ctx context.Context, silos []dr.Silo) {
 	all, err := m.Catalog.Leases(ctx)
 	if err != nil {
-		m.Log.Error("look at leases", "error", err)
+		m.Log.ErrorContext(ctx, "look at leases", "error", err)
 		return
 	}
 	for _, l := range all {
@@ -183,7 +183,7 @@ func (m *Master) lookAfter(ctx context.Context, silos []dr.Silo) {
 			m.fenceOnce(ctx, inv, l)
 		}
 		if err != nil {
-			m.Log.Error("look after invocation", "invocation", l.Work.ID, "error", err)
+			m.Log.ErrorContext(ctx, "look after invocation", "invocation", l.Work.ID, "error", err)
 		}
 	}
 }
@@ -198,7 +198,7 @@ func (m *Master) fenceOnce(ctx context.Context, inv dr.Invocation, l dr.Lease) {
 	m.farm.fencing[inv.ID] = true
 	go func() {
 		if err := m.fence(ctx, inv, l); err != nil {
-			m.Log.Error("stop machine that was given up", "invocation", inv.ID, "silo", l.Silo, "error", err)
+			m.Log.ErrorContext(ctx, "stop machine that was given up", "invocation", inv.ID, "silo", l.Silo, "error", err)
 		}
 		m.farm.mu.Lock()
 		delete(m.farm.fencing, inv.ID)
@@ -231,7 +231,7 @@ func keptAt(path string) string {
 func (m *Master) judge(ctx context.Context) {
 	silos, err := m.Catalog.Silos(ctx)
 	if err != nil {
-		m.Log.Error("look at silos", "error", err)
+		m.Log.ErrorContext(ctx, "look at silos", "error", err)
 		return
 	}
 	for i, s := range silos {
@@ -247,11 +247,11 @@ func (m *Master) judge(ctx context.Context) {
 		}
 		taken, left, err := m.Catalog.LoseSilo(ctx, s.Name, s.Beats)
 		if err != nil {
-			m.Log.Error("lose silo", "silo", s.Name, "error", err)
+			m.Log.ErrorContext(ctx, "lose silo", "silo", s.Name, "error", err)
 			continue
 		}
 		silos[i].State = dr.SiloLost
-		m.Log.Error("silo lost", "silo", s.Name, "taken", len(taken), "left", len(left))
+		m.Log.ErrorContext(ctx, "silo lost", "silo", s.Name, "taken", len(taken), "left", len(left))
 		for _, l := range left {
 			m.machineLost(ctx, l)
 		}
@@ -268,7 +268,7 @@ func (m *Master) machineLost(ctx context.Context, l dr.Lease) {
 		_, err = m.Catalog.OpenTicket(ctx, inv.ServerID, dr.ProblemSiloLost, "the silo of an invoked machine is lost", detail, inv.SnapshotID, m.Now())
 	}
 	if err != nil {
-		m.Log.Error("open ticket", "invocation", l.Work.ID, "error", err)
+		m.Log.ErrorContext(ctx, "open ticket", "invocation", l.Work.ID, "error", err)
 	}
 }
 
@@ -277,7 +277,7 @@ func (m *Master) machineLost(ctx context.Context, l dr.Lease) {
 func (m *Master) endCalls(ctx context.Context) {
 	leases, err := m.Catalog.Leases(ctx)
 	if err != nil {
-		m.Log.Error("look at leases", "error", err)
+		m.Log.ErrorContext(ctx, "look at leases", "error", err)
 		return
 	}
 	terms := map[string]int64{}

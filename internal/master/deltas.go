@@ -73,7 +73,7 @@ func (m *Master) spreadSoon(ctx context.Context) {
 func (m *Master) spread(ctx context.Context) {
 	silos, err := m.reached(ctx)
 	if err != nil {
-		m.Log.Error("look at silos", "error", err)
+		m.Log.ErrorContext(ctx, "look at silos", "error", err)
 		return
 	}
 	active := 0
@@ -88,7 +88,7 @@ func (m *Master) spread(ctx context.Context) {
 	thin, err := m.Catalog.Thin(ctx)
 	if err != nil || len(thin) == 0 {
 		if err != nil {
-			m.Log.Error("look for deltas that few hold", "error", err)
+			m.Log.ErrorContext(ctx, "look for deltas that few hold", "error", err)
 		}
 		return
 	}
@@ -109,7 +109,7 @@ func (m *Master) spread(ctx context.Context) {
 	}
 	where, err := m.where(ctx, pres...)
 	if err != nil {
-		m.Log.Error("look for deltas", "error", err)
+		m.Log.ErrorContext(ctx, "look for deltas", "error", err)
 		return
 	}
 	copies := dr.Spread(images, silos, where)
@@ -118,7 +118,7 @@ func (m *Master) spread(ctx context.Context) {
 			return
 		}
 		if err := m.hold(ctx, servers[c.PreRecovery], c); err != nil {
-			m.Log.Error("have deltas held by another silo", "silo", c.Silo, "pre_recovery", c.PreRecovery, "error", err)
+			m.Log.ErrorContext(ctx, "have deltas held by another silo", "silo", c.Silo, "pre_recovery", c.PreRecovery, "error", err)
 		}
 	}
 }

@@ -196,7 +196,7 @@ func (m *Master) place(ctx context.Context) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), placeLimit)
 	defer cancel()
 	if err := m.decide(ctx, waiting); err != nil {
-		m.Log.Error("place work", "error", err)
+		m.Log.ErrorContext(ctx, "place work", "error", err)
 	}
 }
 
@@ -353,7 +353,7 @@ func (m *Master) under(ctx context.Context, r *engine.Run, l dr.Lease, limit tim
 		if ctx.Err() != nil {
 			return err
 		}
-		m.Log.Warn("silo went away", "silo", l.Silo, "work", l.Work.ID, "error", err)
+		m.Log.WarnContext(ctx, "silo went away", "silo", l.Silo, "work", l.Work.ID, "error", err)
 		return errMoved
 	}
 	m.letGo(ctx, l, letGoLimit)
@@ -387,7 +387,7 @@ func (m *Master) letGo(ctx context.Context, l dr.Lease, limit time.Duration) {
 // endLease gives a lease back and lets others have the room.
 func (m *Master) endLease(ctx context.Context, l dr.Lease) {
 	if err := m.Catalog.EndLease(context.WithoutCancel(ctx), l.Work.ID, l.Term); err != nil {
-		m.Log.Error("give back lease", "work", l.Work.ID, "error", err)
+		m.Log.ErrorContext(ctx, "give back lease", "work", l.Work.ID, "error", err)
 		return
 	}
 	m.change()

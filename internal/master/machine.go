@@ -77,7 +77,7 @@ func (m *Master) startMachine(ctx context.Context, r *engine.Run, inv *dr.Invoca
 		if err == nil || api.KindOf(err) != api.Unavailable || ctx.Err() != nil || !mayMove(*inv) || moves >= maxMoves {
 			return err
 		}
-		m.Log.Warn("silo went away", "silo", l.Silo, "work", inv.ID, "error", err)
+		m.Log.WarnContext(ctx, "silo went away", "silo", l.Silo, "work", inv.ID, "error", err)
 		m.moveAway(ctx, l)
 		w.Avoid = append(w.Avoid, l.Silo)
 	}
@@ -244,7 +244,7 @@ func (m *Master) adoptInvocations(ctx context.Context) error {
 			_, err = m.Catalog.Grant(ctx, w, m.Home, 0, time.Time{})
 		}
 		if err != nil {
-			m.Log.Error("take over invocation", "invocation", inv.ID, "error", err)
+			m.Log.ErrorContext(ctx, "take over invocation", "invocation", inv.ID, "error", err)
 		}
 	}
 	leases, err := m.Catalog.Leases(ctx)
