@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net/url"
@@ -85,7 +84,7 @@ func (f fleet) measure(ctx context.Context, database, dsn, runs string) ([]Row, 
 		return nil, err
 	}
 	defer c.Close()
-	quiet := slog.New(slog.NewTextHandler(io.Discard, nil))
+	quiet := slog.New(slog.DiscardHandler)
 	e, err := engine.Open(ctx, engine.Config{DSN: runs, Version: "bench", Logger: quiet})
 	if err != nil {
 		return nil, err

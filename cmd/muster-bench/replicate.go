@@ -296,7 +296,7 @@ func (b *bench) cuts(ctx context.Context, near *store.Store, disk string) (Row, 
 	if err := keepFile(ctx, near, id, "", disk, nil, nil); err != nil {
 		return Row{}, err
 	}
-	defer near.Forget(ctx, id)
+	defer func() { _ = near.Forget(ctx, id) }()
 	var sent [2]int64
 	for i := range sent {
 		far, err := b.newAway("replicate-cut")

@@ -216,7 +216,7 @@ func (n *Node) thin(ctx context.Context, need int64) (dropped int, err error) {
 			return dropped, err
 		}
 		dropped++
-		n.Log.Info("snapshot let go to make room", "snapshot", id)
+		n.Log.InfoContext(ctx, "snapshot let go to make room", "snapshot", id)
 	}
 	return dropped, nil
 }

@@ -95,7 +95,7 @@ func (n *Node) welcome(ctx context.Context, w api.Welcome) error {
 		if err != nil {
 			return err
 		}
-		n.Log.Info("definitions of servers taken over", "servers", len(w.Servers), "removed", len(removed))
+		n.Log.InfoContext(ctx, "definitions of servers taken over", "servers", len(w.Servers), "removed", len(removed))
 		for _, s := range removed {
 			n.release(ctx, s)
 		}
@@ -139,12 +139,12 @@ func (n *Node) release(ctx context.Context, s dr.Server) {
 	}
 	err = errors.Join(err, n.Appliance.Store.DropPartial(ctx, s.ID), n.Appliance.Store.SetLKG(ctx, s.ID, ""))
 	if err != nil {
-		n.Log.Warn("let go of server", "server", s.Name, "error", err)
+		n.Log.WarnContext(ctx, "let go of server", "server", s.Name, "error", err)
 	}
 	limited, cancel := context.WithTimeout(ctx, releaseLimit)
 	defer cancel()
 	if err := n.Appliance.Forget(limited, s.Source); err != nil {
-		n.Log.Warn("the agent's cache folder may be left on the server", "server", s.Name, "error", err)
+		n.Log.WarnContext(ctx, "the agent's cache folder may be left on the server", "server", s.Name, "error", err)
 	}
 }
 
@@ -190,7 +190,7 @@ func (n *Node) tellPart(ctx context.Context, part []passage) error {
 			return err
 		}
 		if refused != "" {
-			n.Log.Warn("the master refuses a snapshot", "snapshot", id, "why", refused)
+			n.Log.WarnContext(ctx, "the master refuses a snapshot", "snapshot", id, "why", refused)
 		}
 	}
 	return nil

@@ -193,7 +193,7 @@ func (n *Node) poke() {
 func (n *Node) Wake(ctx context.Context) {
 	runs, err := n.Engine.List(ctx, engine.Filter{Unfinished: true})
 	if err != nil {
-		n.Log.Error("schedule", "error", err)
+		n.Log.ErrorContext(ctx, "schedule", "error", err)
 		return
 	}
 	busy, sending := map[string]bool{}, false
@@ -212,12 +212,12 @@ func (n *Node) Wake(ctx context.Context) {
 			continue
 		}
 		if err := n.wakeServer(ctx, s); err != nil && !errors.Is(err, engine.ErrBusy) {
-			n.Log.Error("schedule server", "server", s.Name, "error", err)
+			n.Log.ErrorContext(ctx, "schedule server", "server", s.Name, "error", err)
 		}
 	}
 	if !sending {
 		if err := n.sendNext(ctx); err != nil {
-			n.Log.Error("send", "error", err)
+			n.Log.ErrorContext(ctx, "send", "error", err)
 		}
 	}
 	if now := n.Now(); len(runs) == 0 && (now.Sub(n.collect) > collectEvery || now.Before(n.collect)) {

@@ -112,7 +112,7 @@ func (n *Node) sent(ctx context.Context, in sending, t api.Transfer) error {
 	if err := n.note(ctx, in.Snapshot, func(p *passage) { p.Transfer = &t }); err != nil {
 		return err
 	}
-	n.Log.Info("snapshot is in the far store", "snapshot", in.Snapshot, "sent", t.Sent)
+	n.Log.InfoContext(ctx, "snapshot is in the far store", "snapshot", in.Snapshot, "sent", t.Sent)
 	return n.over(ctx, in.ServerID, dr.ProblemSend)
 }
 

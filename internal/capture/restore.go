@@ -71,7 +71,7 @@ func (s *Session) Restore(ctx context.Context, plan RestorePlan, feed Feed, plac
 		}
 	case <-timer.C:
 		hangUp()
-		_ = <-fed // only that it was hung up on
+		<-fed // only that it was hung up on
 	}
 	return err
 }

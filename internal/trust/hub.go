@@ -119,7 +119,7 @@ func (h *Hub) receive(ctx context.Context, raw net.Conn, ready *queue) {
 	err := t.HandshakeContext(shake)
 	cancel()
 	if err != nil {
-		h.log.Debug("shake hands", "address", raw.RemoteAddr().String(), "error", err)
+		h.log.DebugContext(ctx, "shake hands", "address", raw.RemoteAddr().String(), "error", err)
 		c.cut()
 		return
 	}

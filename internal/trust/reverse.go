@@ -28,7 +28,7 @@ func (h *Hub) reverse(ctx context.Context, c *conn) {
 		DialContext: func(context.Context, string, string) (net.Conn, error) { return c, nil }}
 	client, err := transport.NewClientConn(ctx, "http", "node:1")
 	if err != nil {
-		h.log.Debug("open a reverse connection", "node", c.peer.String(), "error", err)
+		h.log.DebugContext(ctx, "open a reverse connection", "node", c.peer.String(), "error", err)
 		c.cut()
 		return
 	}

@@ -355,12 +355,14 @@ func (p *place) DeleteBlob(ctx context.Context, id blob.ID) error {
 func (p *place) TryLock(name string, exclusive bool) (func(), bool, error) {
 	token := rand.Text()
 	ctx, cancel := context.WithCancel(context.Background())
-	var resp *http.Response
+	var held io.ReadCloser // the answer, as long as the lock
 	err := again(ctx, func(ctx context.Context) error {
 		token = rand.Text() // one that may have been taken by a question that broke off goes with its connection
-		var err error
-		resp, err = p.ask(ctx, http.MethodPost, pathLocks,
+		resp, err := p.ask(ctx, http.MethodPost, pathLocks,
 			url.Values{"name": {name}, "token": {token}, "exclusive": {strconv.FormatBool(exclusive)}}, nil, nil, 0)
+		if err == nil {
+			held = resp.Body
+		}
 		return err
 	})
 	if err != nil {
@@ -376,8 +378,8 @@ func (p *place) TryLock(name string, exclusive bool) (func(), bool, error) {
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		_, _ = io.Copy(io.Discard, resp.Body) // it ends when the lock does
-		_ = resp.Body.Close()
+		_, _ = io.Copy(io.Discard, held) // it ends when the lock does
+		_ = held.Close()
 		p.mu.Lock()
 		defer p.mu.Unlock()
 		if _, mine := p.locks[token]; mine {
