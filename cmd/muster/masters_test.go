@@ -87,7 +87,14 @@ func rehearse(t *testing.T, l *lab.Lab, restoreArgs ...string) (restored string)
 	said(t, "--dir", l.Dir, "master", "backup", "--recipient", id.Recipient().String(), file)
 
 	l.Crash()
-	l.Fault = nil
+	compared := make(chan struct{})
+	l.Fault = func(ctx context.Context, call string) error { // what is under way goes on when all was compared
+		select {
+		case <-compared:
+		case <-ctx.Done():
+		}
+		return ctx.Err()
+	}
 	restored = filepath.Join(t.TempDir(), "elsewhere", "muster")
 	said(t, append([]string{"--dir", restored, "master", "restore", "--identity", key, file}, restoreArgs...)...)
 	if key, err := os.ReadFile(filepath.Join(restored, "store.key")); err != nil || string(key) != "the key\n" {
@@ -112,6 +119,7 @@ func rehearse(t *testing.T, l *lab.Lab, restoreArgs ...string) (restored string)
 	if after := facts(t, l); after != before {
 		t.Errorf("known after\n%s\nbefore\n%s", after, before)
 	}
+	close(compared)
 	op, err := l.Operation(ctx, second.ID, 0, 0)
 	if op = l.Finish(op, err); op.State != api.OperationSucceeded {
 		t.Errorf("what was under way: %s: %s", op.State, op.Error)

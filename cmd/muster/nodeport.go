@@ -99,7 +99,7 @@ func (n *nodePort) serve(ctx context.Context, handlers map[string]http.Handler) 
 	if n == nil {
 		return nil
 	}
-	n.log.Info("the master listens for nodes", "name", n.authority.Name(), "address", n.listener.Addr().String())
+	n.log.InfoContext(ctx, "the master listens for nodes", "name", n.authority.Name(), "address", n.listener.Addr().String())
 	return n.hub.Serve(ctx, n.listener, handlers)
 }
 

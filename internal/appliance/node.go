@@ -161,7 +161,7 @@ func (n *Node) keepHome(ctx context.Context) {
 	defer ticker.Stop()
 	for {
 		if err := n.Hail(ctx); err != nil && ctx.Err() == nil {
-			n.Log.Warn("tell the master", "error", err)
+			n.Log.WarnContext(ctx, "tell the master", "error", err)
 		}
 		select {
 		case <-ctx.Done():
@@ -223,10 +223,10 @@ func (n *Node) Wake(ctx context.Context) {
 	if now := n.Now(); len(runs) == 0 && (now.Sub(n.collect) > collectEvery || now.Before(n.collect)) {
 		n.collect = now
 		if _, err := n.Appliance.Store.Collect(ctx, store.CollectOptions{}, nil); err != nil && !errors.Is(err, store.ErrBusy) {
-			n.Log.Error("collect near store", "error", err)
+			n.Log.ErrorContext(ctx, "collect near store", "error", err)
 		}
 		if _, err := n.Engine.Prune(ctx, now.Add(-keepRuns)); err != nil {
-			n.Log.Error("forget old runs", "error", err)
+			n.Log.ErrorContext(ctx, "forget old runs", "error", err)
 		}
 	}
 }
@@ -242,7 +242,7 @@ func (n *Node) look(ctx context.Context) {
 	n.mu.Unlock()
 	if due {
 		if err := n.makeRoom(ctx); err != nil {
-			n.Log.Warn("make room in the near store", "error", err)
+			n.Log.WarnContext(ctx, "make room in the near store", "error", err)
 		}
 	}
 }

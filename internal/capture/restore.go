@@ -71,7 +71,9 @@ func (s *Session) Restore(ctx context.Context, plan RestorePlan, feed Feed, plac
 		}
 	case <-timer.C:
 		hangUp()
-		<-fed // only that it was hung up on
+		if ferr := <-fed; err == nil { // it was hung up on, and that is all it has to say
+			err = ferr
+		}
 	}
 	return err
 }

@@ -211,7 +211,7 @@ func (s *Server) accept(ctx context.Context, l net.Listener, mine map[*client]st
 				return err
 			}
 			// Out of descriptors, most likely: they come back when clients leave.
-			s.log().Warn("nbd: accept", "error", err)
+			s.log().WarnContext(ctx, "nbd: accept", "error", err)
 			select {
 			case <-ctx.Done():
 				return ctx.Err()

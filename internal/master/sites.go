@@ -270,7 +270,7 @@ func (m *Master) Arrived(ctx context.Context, from string, arrivals []api.Arriva
 			m.event(ctx, "arrival.refused", "", a.Snapshot.ID, "a snapshot of appliance "+from+" was refused: "+known.Message)
 		default: // it is told again
 			failed = err
-			m.Log.Warn("take in a snapshot", "appliance", from, "snapshot", a.Snapshot.ID, "error", err)
+			m.Log.WarnContext(ctx, "take in a snapshot", "appliance", from, "snapshot", a.Snapshot.ID, "error", err)
 		}
 	}
 	if len(out) == 0 && failed != nil {
@@ -481,7 +481,7 @@ func (m *Master) watchSites(ctx context.Context) {
 		}
 		wanted[s.Appliance] = append(wanted[s.Appliance], s.Name)
 		if err := m.watchServer(ctx, s, now); err != nil {
-			m.Log.Error("look for missing snapshots", "server", s.Name, "error", err)
+			m.Log.ErrorContext(ctx, "look for missing snapshots", "server", s.Name, "error", err)
 		}
 	}
 	for name, its := range wanted {
@@ -494,7 +494,7 @@ func (m *Master) watchSites(ctx context.Context) {
 		}
 		detail := fmt.Sprintf("it was last heard of %s. It goes on capturing %s by itself if it runs; look at its power and its line", lastHeard(seen[name].Seen), strings.Join(its, ", "))
 		if _, err := m.Catalog.OpenTicket(ctx, "", dr.ProblemAway+dr.Problem("/"+name), "appliance "+name+" is away", detail, "", now); err != nil {
-			m.Log.Error("open ticket", "error", err)
+			m.Log.ErrorContext(ctx, "open ticket", "error", err)
 		}
 	}
 }

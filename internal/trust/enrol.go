@@ -133,20 +133,20 @@ func (h *Hub) join(r *http.Request, in joinRequest) (granted, error) {
 		// Before the token is spent, so that a key that cannot be made spends none. A stranger makes none: it has to be
 		// known to the book.
 		if err := h.authority.invited(in.Secret, public, who); err != nil {
-			h.log.Warn("a node may not join", "node", who.String(), "address", address, "reason", err.Error())
+			h.log.WarnContext(r.Context(), "a node may not join", "node", who.String(), "address", address, "reason", err.Error())
 			return granted{}, err
 		}
 		if out.CustomerKey, err = h.authority.CustomerKey(who.Customer); err != nil {
-			h.log.Error("open the customer's key", "customer", who.Customer, "error", err)
+			h.log.ErrorContext(r.Context(), "open the customer's key", "customer", who.Customer, "error", err)
 			return granted{}, err
 		}
 	}
 	cert, err := h.authority.redeem(in.Secret, public, who, func() (*x509.Certificate, error) { return h.authority.certify(who, public) })
 	if err != nil {
-		h.log.Warn("a node may not join", "node", who.String(), "address", address, "reason", err.Error())
+		h.log.WarnContext(r.Context(), "a node may not join", "node", who.String(), "address", address, "reason", err.Error())
 		return granted{}, err
 	}
-	h.log.Info("a node joined", "node", who.String(), "address", address, "serial", serialOf(cert))
+	h.log.InfoContext(r.Context(), "a node joined", "node", who.String(), "address", address, "serial", serialOf(cert))
 	out.Certificate = cert.Raw
 	return out, nil
 }
@@ -159,7 +159,7 @@ func (h *Hub) renew(r *http.Request, in renewRequest) (granted, error) {
 		return granted{}, refuse("%v", err)
 	}
 	if who.Serial = peer.Serial; who != peer {
-		h.log.Warn("a node asks for another's certificate", "node", peer.String(), "asks_for", who.String())
+		h.log.WarnContext(r.Context(), "a node asks for another's certificate", "node", peer.String(), "asks_for", who.String())
 		return granted{}, refuse("%s may not have a certificate of %s", peer, who)
 	}
 	cert, err := h.authority.renew(peer, c.joined, func() (*x509.Certificate, error) {
@@ -168,7 +168,7 @@ func (h *Hub) renew(r *http.Request, in renewRequest) (granted, error) {
 	if err != nil {
 		return granted{}, err
 	}
-	h.log.Info("a certificate was renewed", "node", peer.String(), "serial", serialOf(cert))
+	h.log.InfoContext(r.Context(), "a certificate was renewed", "node", peer.String(), "serial", serialOf(cert))
 	out := h.greeting()
 	out.Certificate = cert.Raw
 	return out, nil

@@ -91,7 +91,7 @@ func (h *Hub) accept(ctx context.Context, listener net.Listener, ready *queue, w
 		case errors.Is(err, net.ErrClosed):
 			return fmt.Errorf("accept nodes: %w", err)
 		default: // no descriptor is left, or the connection was gone at once
-			h.log.Warn("accept a connection", "error", err)
+			h.log.WarnContext(ctx, "accept a connection", "error", err)
 			select {
 			case <-ctx.Done():
 			case <-time.After(h.timing.look):
@@ -288,7 +288,7 @@ func (h *Hub) watch(ctx context.Context) {
 		b, err := h.authority.book()
 		if (err != nil) != broken {
 			broken = err != nil
-			h.log.Error("read the book of nodes", "error", err)
+			h.log.ErrorContext(ctx, "read the book of nodes", "error", err)
 		}
 		if err == nil && b != last {
 			last = b

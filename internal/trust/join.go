@@ -38,7 +38,7 @@ func Join(ctx context.Context, dir string, token Token) (*Node, error) {
 
 func (n *Node) join(ctx context.Context, token Token) error {
 	if now := n.now(); now.After(token.Expires) {
-		n.Log.Warn("the token has expired by this machine's clock", "expired", token.Expires, "now", now)
+		n.Log.WarnContext(ctx, "the token has expired by this machine's clock", "expired", token.Expires, "now", now)
 	}
 	if err := os.MkdirAll(n.dir, 0o700); err != nil {
 		return err

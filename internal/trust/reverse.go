@@ -44,7 +44,7 @@ func (h *Hub) reverse(ctx context.Context, c *conn) {
 	if !alive {
 		return
 	}
-	h.log.Info("a node is connected", "node", l.peer.String(), "address", c.RemoteAddr().String(), "again", old != nil)
+	h.log.InfoContext(ctx, "a node is connected", "node", l.peer.String(), "address", c.RemoteAddr().String(), "again", old != nil)
 	if old != nil {
 		old.conn.cut()
 	}

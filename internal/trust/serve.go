@@ -63,14 +63,14 @@ func (n *Node) keepRenewed(ctx context.Context) {
 		if err := n.renew(ctx); err != nil {
 			if text := err.Error(); ctx.Err() == nil && text != told {
 				told = text
-				n.Log.Warn("the certificate is due and was not renewed; trying again", "expires", s.cert.NotAfter, "error", err)
+				n.Log.WarnContext(ctx, "the certificate is due and was not renewed; trying again", "expires", s.cert.NotAfter, "error", err)
 			}
 			wait, _ := pause.Next()
 			next = time.Now().Add(wait)
 			continue
 		}
 		pause, told = n.pauses(), ""
-		n.Log.Info("the certificate was renewed", "expires", n.Expires())
+		n.Log.InfoContext(ctx, "the certificate was renewed", "expires", n.Expires())
 	}
 }
 

@@ -357,8 +357,8 @@ func (p *place) TryLock(name string, exclusive bool) (func(), bool, error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	var held io.ReadCloser // the answer, as long as the lock
 	err := again(ctx, func(ctx context.Context) error {
-		token = rand.Text() // one that may have been taken by a question that broke off goes with its connection
-		resp, err := p.ask(ctx, http.MethodPost, pathLocks,
+		token = rand.Text()                                 // one that may have been taken by a question that broke off goes with its connection
+		resp, err := p.ask(ctx, http.MethodPost, pathLocks, //nolint:bodyclose // it is held, and closed when the lock is let go
 			url.Values{"name": {name}, "token": {token}, "exclusive": {strconv.FormatBool(exclusive)}}, nil, nil, 0)
 		if err == nil {
 			held = resp.Body

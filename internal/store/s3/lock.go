@@ -465,7 +465,7 @@ func (t *table) run(ctx context.Context) {
 		if t.id != "" {
 			bound, cancel := context.WithTimeout(ctx, max(t.t.valid, time.Second))
 			if err := t.tell(bound); err != nil && ctx.Err() == nil && !errors.Is(err, ErrLost) {
-				slog.Warn("the locks on the store could not be renewed", "store", t.p.d.String(), "error", err.Error())
+				slog.WarnContext(ctx, "the locks on the store could not be renewed", "store", t.p.d.String(), "error", err.Error())
 			}
 			cancel()
 		}
