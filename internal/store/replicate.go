@@ -30,7 +30,7 @@ import (
 // ReplicateOptions say how a snapshot is replicated.
 type ReplicateOptions struct {
 	// Rate is how many bytes a second may be sent now: 0 as many as there are, less than 0 none until it says otherwise. It is
-	// asked often. nil: no limit.
+	// asked often, from many goroutines. nil: no limit.
 	Rate func() int64
 }
 

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"slices"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -265,10 +266,10 @@ func cutOff(t *testing.T, p pair) {
 
 func rates(t *testing.T, p pair) {
 	write(t, p.near, "snap-1", "", NewDisk(1<<20, 11), nil)
-	asked := 0
+	var asked atomic.Int64
 	began := time.Now()
 	rate := func() int64 {
-		if asked++; asked == 1 {
+		if asked.Add(1) == 1 {
 			return -1 // not now
 		}
 		return 2 << 20
