@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"strings"
@@ -200,6 +201,9 @@ func (s *Store) tidy(ctx context.Context) {
 	blobs, err := s.rep.IndexBlobs(ctx, false)
 	if err == nil && len(blobs) > tidyAbove {
 		err = maintain(ctx, s.rep, maintenance.ModeQuick, maintenance.SafetyFull)
+	}
+	if errors.Is(err, ErrForbidden) { // who may only add does not tidy up
+		return
 	}
 	if err != nil {
 		slog.WarnContext(ctx, "index blobs were not compacted", "store", s.String(), "error", s.explain(err).Error())

@@ -59,6 +59,7 @@ var (
 	ErrNotAStore   = errors.New("there is no store")
 	ErrNotEmpty    = errors.New("the place is not empty")
 	ErrBadPassword = errors.New("the password is wrong")
+	ErrForbidden   = errors.New("the store does not allow it")
 	ErrLocked      = errors.New("the place keeps it locked")
 	ErrNoLocks     = errors.New("the place does not lock what it keeps")
 )

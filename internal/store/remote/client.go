@@ -107,7 +107,7 @@ func meaning(code int, text string) error {
 	case http.StatusRequestedRangeNotSatisfiable:
 		err = blob.ErrInvalidRange
 	case http.StatusForbidden:
-		err = ErrForbidden
+		err = store.ErrForbidden
 	case statusFull:
 		err = syscall.ENOSPC
 	case statusExists:

@@ -49,9 +49,6 @@ const (
 	resumable   = 64 << 10  // bytes from which on the beginning of a blob is worth keeping
 )
 
-// ErrForbidden is what a place answers to what one has no right to.
-var ErrForbidden = errors.New("the store over there does not allow it")
-
 // errLockLost is that a change was to be made under a lock that is no longer held.
 var errLockLost = errors.New("a lock was lost with the connection; what is under way has to begin anew")
 

@@ -114,10 +114,10 @@ func TestWhoMayAppendCanTakeNothingAway(t *testing.T) {
 		t.Fatal(all, err)
 	}
 	for _, m := range all {
-		if err := p.DeleteBlob(t.Context(), m.BlobID); !errors.Is(err, remote.ErrForbidden) {
+		if err := p.DeleteBlob(t.Context(), m.BlobID); !errors.Is(err, store.ErrForbidden) {
 			t.Errorf("delete %s: %v", m.BlobID, err)
 		}
-		if err := p.PutBlob(t.Context(), m.BlobID, store.Bytes("another"), blob.PutOptions{}); !errors.Is(err, remote.ErrForbidden) {
+		if err := p.PutBlob(t.Context(), m.BlobID, store.Bytes("another"), blob.PutOptions{}); !errors.Is(err, store.ErrForbidden) {
 			t.Errorf("overwrite %s: %v", m.BlobID, err)
 		}
 		same, err := storetest.ReadBlob(t.Context(), p, m.BlobID)
@@ -128,7 +128,7 @@ func TestWhoMayAppendCanTakeNothingAway(t *testing.T) {
 			t.Errorf("put %s again as it is: %v", m.BlobID, err)
 		}
 	}
-	if err := p.Sweep(t.Context(), 0); !errors.Is(err, remote.ErrForbidden) {
+	if err := p.Sweep(t.Context(), 0); !errors.Is(err, store.ErrForbidden) {
 		t.Errorf("sweep: %v", err)
 	}
 	rights = remote.Read
@@ -136,7 +136,7 @@ func TestWhoMayAppendCanTakeNothingAway(t *testing.T) {
 		t.Errorf("a reader puts: %d", status)
 	}
 	rights = remote.None
-	if _, err := drv.Open(t.Context()); !errors.Is(err, remote.ErrForbidden) {
+	if _, err := drv.Open(t.Context()); !errors.Is(err, store.ErrForbidden) {
 		t.Errorf("somebody with no rights opens: %v", err)
 	}
 }

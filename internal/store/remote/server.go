@@ -143,7 +143,7 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, create bool, leas
 		return status{http.StatusForbidden, err}
 	}
 	if rights < least {
-		return refuse(http.StatusForbidden, "%w: %s %s", ErrForbidden, r.Method, r.URL.Path)
+		return refuse(http.StatusForbidden, "%w: %s %s", store.ErrForbidden, r.Method, r.URL.Path)
 	}
 	q := &request{Request: r, w: w, name: drv.String(), rights: rights}
 	if q.place, err = s.openPlace(r.Context(), drv, create); err != nil {
@@ -440,7 +440,7 @@ func (s *Server) keep(r *request, id blob.ID, data, digest []byte) error {
 			return s.say(r, id)
 		case err == nil:
 			if fresh, ferr := s.fresh(ctx, r.place, id); ferr != nil || !fresh {
-				return errors.Join(ferr, refuse(http.StatusForbidden, "put blob %s: %w: it is there, and is another one", id, ErrForbidden))
+				return errors.Join(ferr, refuse(http.StatusForbidden, "put blob %s: %w: it is there, and is another one", id, store.ErrForbidden))
 			}
 		case !errors.Is(err, blob.ErrBlobNotFound):
 			return err
@@ -512,7 +512,7 @@ func (s *Server) delete(r *request) error {
 		return err
 	}
 	if r.rights < Own && !strings.HasPrefix(string(id), sessionPrefix) {
-		return refuse(http.StatusForbidden, "delete blob %s: %w", id, ErrForbidden)
+		return refuse(http.StatusForbidden, "delete blob %s: %w", id, store.ErrForbidden)
 	}
 	if err := s.underLocks(r); err != nil {
 		return err
