@@ -138,7 +138,9 @@ func machine(t *testing.T) string {
 	for name, sector := range map[string]string{"root.img": "2048", "srv.img": "133120", "win.img": "788480", "usb.img": "829440"} {
 		run(t, "dd", "if="+part(name), "of="+disk, "bs=512", "seek="+sector, "conv=notrunc,sparse", "status=none")
 	}
-	// This host's kernel may know neither volumes nor subvolumes.
+	// This host's kernel may know neither volumes nor subvolumes, and its KVM may not work.
+	t.Setenv("LIBGUESTFS_BACKEND", "direct")
+	t.Setenv("LIBGUESTFS_BACKEND_SETTINGS", "force_tcg")
 	run(t, "guestfish", "--rw", "--format=raw", "-a", disk, "run",
 		":", "pvcreate", "/dev/sda5", ":", "vgcreate", "vg0", "/dev/sda5", ":", "lvcreate", "opt", "vg0", "16",
 		":", "mkfs", "ext4", "/dev/vg0/opt", ":", "mount", "/dev/vg0/opt", "/", ":", "write", "/tool", "in a volume", ":", "umount", "/",
