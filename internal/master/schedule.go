@@ -56,7 +56,8 @@ func (m *Master) Wake(ctx context.Context) {
 	m.overdue(ctx, running)
 	m.tend(ctx)
 	m.spreadSoon(ctx)
-	if now := m.Now(); len(running) == 0 && now.Sub(m.collect) > collectEvery {
+	// Best when nothing runs; but on a master that is never idle the locks of a bucket would run out.
+	if now := m.Now(); now.Sub(m.collect) > 2*collectEvery || len(running) == 0 && now.Sub(m.collect) > collectEvery {
 		m.collect = now
 		if _, err := m.CollectStore(ctx, false); err != nil {
 			m.Log.ErrorContext(ctx, "collect store", "error", err)
