@@ -28,7 +28,7 @@ type place struct {
 
 // Reading.
 const (
-	readTries  = 4
+	readTries  = 8
 	firstPause = 100 * time.Millisecond // before a read is repeated; doubles
 	stall      = 20 * time.Second       // without a byte, a body counts as cut off
 	hedgeSize  = 4 << 20                // reads up to this size are asked for twice if the first is slow
