@@ -11,8 +11,8 @@ import (
 // done its work.
 var Calls = []string{"snapshot", "pre-recover", "test", "keep deltas", "invoke", "check", "end"}
 
-func around[T any](ctx context.Context, l *Lab, call string, do func() (T, error)) (T, error) {
-	fault := l.Fault
+// around makes a call, and asks fault, if there is one, before it and after it.
+func around[T any](ctx context.Context, fault func(context.Context, string) error, call string, do func() (T, error)) (T, error) {
 	if fault == nil {
 		return do()
 	}
@@ -35,7 +35,7 @@ type faultyAppliance struct {
 }
 
 func (f faultyAppliance) Snapshot(ctx context.Context, task api.SnapshotTask, report dr.Progress) (dr.Snapshot, error) {
-	return around(ctx, f.lab, "snapshot", func() (dr.Snapshot, error) { return f.Appliance.Snapshot(ctx, task, report) })
+	return around(ctx, f.lab.Fault, "snapshot", func() (dr.Snapshot, error) { return f.Appliance.Snapshot(ctx, task, report) })
 }
 
 type faultySilo struct {
@@ -44,25 +44,25 @@ type faultySilo struct {
 }
 
 func (f faultySilo) PreRecover(ctx context.Context, task api.PreRecoverTask, report dr.Progress) (dr.PreRecovery, error) {
-	return around(ctx, f.lab, "pre-recover", func() (dr.PreRecovery, error) { return f.Silo.PreRecover(ctx, task, report) })
+	return around(ctx, f.lab.Fault, "pre-recover", func() (dr.PreRecovery, error) { return f.Silo.PreRecover(ctx, task, report) })
 }
 
 func (f faultySilo) Test(ctx context.Context, task api.TestTask, report dr.Progress) (dr.Verdict, error) {
-	return around(ctx, f.lab, "test", func() (dr.Verdict, error) { return f.Silo.Test(ctx, task, report) })
+	return around(ctx, f.lab.Fault, "test", func() (dr.Verdict, error) { return f.Silo.Test(ctx, task, report) })
 }
 
 func (f faultySilo) KeepDeltas(ctx context.Context, task api.DeltasTask) (string, error) {
-	return around(ctx, f.lab, "keep deltas", func() (string, error) { return f.Silo.KeepDeltas(ctx, task) })
+	return around(ctx, f.lab.Fault, "keep deltas", func() (string, error) { return f.Silo.KeepDeltas(ctx, task) })
 }
 
 func (f faultySilo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progress) (api.Invoked, error) {
-	return around(ctx, f.lab, "invoke", func() (api.Invoked, error) { return f.Silo.Invoke(ctx, task, report) })
+	return around(ctx, f.lab.Fault, "invoke", func() (api.Invoked, error) { return f.Silo.Invoke(ctx, task, report) })
 }
 
 func (f faultySilo) CheckInvoked(ctx context.Context, task api.InvokeTask, report dr.Progress) ([]dr.CheckResult, error) {
-	return around(ctx, f.lab, "check", func() ([]dr.CheckResult, error) { return f.Silo.CheckInvoked(ctx, task, report) })
+	return around(ctx, f.lab.Fault, "check", func() ([]dr.CheckResult, error) { return f.Silo.CheckInvoked(ctx, task, report) })
 }
 
 func (f faultySilo) EndInvocation(ctx context.Context, task api.InvokeTask, keep bool) (string, error) {
-	return around(ctx, f.lab, "end", func() (string, error) { return f.Silo.EndInvocation(ctx, task, keep) })
+	return around(ctx, f.lab.Fault, "end", func() (string, error) { return f.Silo.EndInvocation(ctx, task, keep) })
 }

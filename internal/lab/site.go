@@ -168,7 +168,7 @@ func (s *Site) open() error {
 	config := appliance.NodeConfig{Appliance: &appliance.Appliance{Store: st, Open: s.openSource, Browser: browser}, Name: s.name, Engine: eng,
 		Home: faultyHome{api.RemoteHome(client, s.line.up.URL), s}, Log: quiet, Version: "lab", Now: s.Clock.Now, Reserve: 1}
 	config.Far = func(ctx context.Context) (*store.Store, error) {
-		return aroundSite(ctx, s, "far store", func() (*store.Store, error) {
+		return around(ctx, s.Fault, "far store", func() (*store.Store, error) {
 			return store.Open(ctx, remote.New(client, s.line.up.URL+"/store"), password)
 		})
 	}
@@ -241,26 +241,8 @@ func (s *Site) Night() {
 	}
 }
 
-func aroundSite[T any](ctx context.Context, s *Site, call string, do func() (T, error)) (T, error) {
-	fault := s.Fault
-	if fault == nil {
-		return do()
-	}
-	var none T
-	if err := fault(ctx, "before "+call); err != nil {
-		return none, err
-	}
-	v, err := do()
-	if err == nil {
-		if err := fault(ctx, "after "+call); err != nil {
-			return none, err
-		}
-	}
-	return v, err
-}
-
 func (s *Site) openSource(ctx context.Context, source dr.Source) (capture.Source, error) {
-	return aroundSite(ctx, s, "open source", func() (capture.Source, error) { return s.lab.openSource(ctx, source) })
+	return around(ctx, s.Fault, "open source", func() (capture.Source, error) { return s.lab.openSource(ctx, source) })
 }
 
 type faultyHome struct {
@@ -269,12 +251,12 @@ type faultyHome struct {
 }
 
 func (f faultyHome) Hello(ctx context.Context, from string, h api.Hello) (api.Welcome, error) {
-	return aroundSite(ctx, f.site, "hello", func() (api.Welcome, error) { return f.Home.Hello(ctx, from, h) })
+	return around(ctx, f.site.Fault, "hello", func() (api.Welcome, error) { return f.Home.Hello(ctx, from, h) })
 }
 
 func (f faultyHome) Arrived(ctx context.Context, from string, a []api.Arrival) (map[string]string, error) {
 	if len(a) == 0 {
 		return f.Home.Arrived(ctx, from, a)
 	}
-	return aroundSite(ctx, f.site, "arrived", func() (map[string]string, error) { return f.Home.Arrived(ctx, from, a) })
+	return around(ctx, f.site.Fault, "arrived", func() (map[string]string, error) { return f.Home.Arrived(ctx, from, a) })
 }
