@@ -12,15 +12,11 @@ import (
 	"golang.org/x/time/rate"
 )
 
-// bytesOf is a blob that is read into memory.
-type bytesOf struct{ buf bytes.Buffer }
+// Buffer is a blob in memory, to be read into. It implements blob.OutputBuffer.
+type Buffer struct{ bytes.Buffer }
 
-func (b *bytesOf) Write(p []byte) (int, error) { return b.buf.Write(p) }
-func (b *bytesOf) Reset()                      { b.buf.Reset() }
-func (b *bytesOf) Length() int                 { return b.buf.Len() }
-
-// Bytes gives what was read. It is not to be changed.
-func (b *bytesOf) Bytes() Bytes { return b.buf.Bytes() }
+// Length implements blob.OutputBuffer.
+func (b *Buffer) Length() int { return b.Len() }
 
 // Bytes is a blob in memory, to be put.
 type Bytes []byte

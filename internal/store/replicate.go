@@ -393,12 +393,12 @@ func (s *Store) packed(ctx context.Context, pack blob.ID) (int64, error) {
 
 // sendPack sends a pack as it is, unless an earlier attempt did, and enters what is in it into the far index.
 func (r *replication) sendPack(ctx context.Context, p *packOf) error {
-	var read bytesOf
-	read.buf.Grow(packSize + packSlack)
+	var read Buffer
+	read.Grow(packSize + packSlack)
 	if err := r.near.place.GetBlob(ctx, p.id, 0, -1, &read); err != nil {
 		return damaged(fmt.Errorf("read pack %s: %w", p.id, err))
 	}
-	data := read.Bytes()
+	data := Bytes(read.Bytes())
 	if err := r.prove(p, data); err != nil {
 		return err
 	}

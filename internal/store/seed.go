@@ -192,7 +192,7 @@ func (s *Store) exportPack(ctx context.Context, dir string, id blob.ID) (line pa
 	if !packRE.MatchString(string(id)) {
 		return line, false, fmt.Errorf("pack %q has a name that no seed carries", id)
 	}
-	var read bytesOf
+	var read Buffer
 	if err := s.place.GetBlob(ctx, id, 0, -1, &read); err != nil {
 		return line, false, damaged(fmt.Errorf("read pack %s: %w", id, err))
 	}
@@ -367,7 +367,7 @@ func (p packLine) put(ctx context.Context, place Place, dir string) (fresh bool,
 		return false, fmt.Errorf("%w: pack %s has %d bytes there and %d on the disk", ErrDamaged, p.id, there.Length, p.size)
 	}
 	place.Evict(ctx, p.id)
-	var back bytesOf
+	var back Buffer
 	if err := place.GetBlob(ctx, p.id, 0, -1, &back); err != nil {
 		return false, fmt.Errorf("read back pack %s: %w", p.id, err)
 	}

@@ -19,7 +19,6 @@
 package cached
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 	"os"
@@ -145,7 +144,7 @@ func (p *place) GetBlob(ctx context.Context, id blob.ID, offset, length int64, o
 		_, err := output.Write(data)
 		return err
 	}
-	var m memory
+	var m store.Buffer
 	if err := p.Place.GetBlob(ctx, id, offset, length, &m); err != nil {
 		return err
 	}
@@ -154,10 +153,6 @@ func (p *place) GetBlob(ctx context.Context, id blob.ID, offset, length int64, o
 	_, err := output.Write(e.data)
 	return err
 }
-
-type memory struct{ bytes.Buffer }
-
-func (m *memory) Length() int { return m.Len() }
 
 // keep hands an entry to whoever writes, unless too many wait.
 func (p *place) keep(e entry) {

@@ -38,7 +38,7 @@ func TestATruncatedAnswerIsNoData(t *testing.T) {
 	g := start(t, t.TempDir())
 	plain := g.bucket(t, false)
 	p := create(t, plain)
-	if err := p.PutBlob(t.Context(), "p1", bytesOf(strings.Repeat("0123456789", 1000)), blob.PutOptions{}); err != nil {
+	if err := p.PutBlob(t.Context(), "p1", store.Bytes(strings.Repeat("0123456789", 1000)), blob.PutOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	for _, keep := range []int{0, 1, 99} {
@@ -53,7 +53,7 @@ func TestATruncatedAnswerIsNoData(t *testing.T) {
 			w.WriteHeader(http.StatusPartialContent)
 			w.Write(bytes.Repeat([]byte{'0'}, keep))
 		}))
-		var out memory
+		var out store.Buffer
 		if err := bad.GetBlob(t.Context(), "p1", 100, 100, &out); err == nil || out.Len() != 0 {
 			t.Errorf("%d bytes of 100: %v, %d bytes came out", keep, err, out.Len())
 		}
@@ -62,7 +62,7 @@ func TestATruncatedAnswerIsNoData(t *testing.T) {
 		r.Header.Del("Range") // not signed: the service gives all of it
 		pass.ServeHTTP(w, r)
 	}))
-	var out memory
+	var out store.Buffer
 	if err := whole.GetBlob(t.Context(), "p1", 100, 100, &out); err == nil || out.Len() != 0 {
 		t.Errorf("all where a part was asked for: %v, %d bytes", err, out.Len())
 	}
@@ -75,24 +75,20 @@ func TestATruncatedAnswerIsNoData(t *testing.T) {
 	if err := p.GetBlob(t.Context(), "p2", 0, -1, &out); !errors.Is(err, blob.ErrBlobNotFound) {
 		t.Errorf("what is not there: %v", err)
 	}
-	if err := p.PutBlob(t.Context(), "p1", bytesOf("other"), blob.PutOptions{}); !errors.Is(err, blob.ErrBlobAlreadyExists) {
+	if err := p.PutBlob(t.Context(), "p1", store.Bytes("other"), blob.PutOptions{}); !errors.Is(err, blob.ErrBlobAlreadyExists) {
 		t.Errorf("overwritten: %v", err)
 	}
-	if err := p.PutBlob(t.Context(), "p1", bytesOf(strings.Repeat("0123456789", 1000)), blob.PutOptions{}); err != nil {
+	if err := p.PutBlob(t.Context(), "p1", store.Bytes(strings.Repeat("0123456789", 1000)), blob.PutOptions{}); err != nil {
 		t.Errorf("the same again: %v", err)
 	}
 }
-
-type memory struct{ bytes.Buffer }
-
-func (m *memory) Length() int { return m.Len() }
 
 // Of each blob the first read hangs: nobody waits for it.
 func TestASlowReadIsAskedForAgain(t *testing.T) {
 	g := start(t, t.TempDir())
 	plain := g.bucket(t, false)
 	p := create(t, plain)
-	if err := p.PutBlob(t.Context(), "p1", bytesOf("0123456789"), blob.PutOptions{}); err != nil {
+	if err := p.PutBlob(t.Context(), "p1", store.Bytes("0123456789"), blob.PutOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	var mu sync.Mutex
@@ -108,7 +104,7 @@ func TestASlowReadIsAskedForAgain(t *testing.T) {
 		}
 		pass.ServeHTTP(w, r)
 	}))
-	var out memory
+	var out store.Buffer
 	began := time.Now()
 	if err := slow.GetBlob(t.Context(), "p1", 2, 3, &out); err != nil || out.String() != "234" {
 		t.Fatal(err)
@@ -184,7 +180,7 @@ func TestABucketThatKeepsVersionsIsKeptTidy(t *testing.T) {
 	d := g.bucket(t, true)
 	p := create(t, d)
 	for range 5 {
-		if err := p.PutBlob(t.Context(), "kopia.maintenance", bytesOf(time.Now().String()), blob.PutOptions{}); err != nil {
+		if err := p.PutBlob(t.Context(), "kopia.maintenance", store.Bytes(time.Now().String()), blob.PutOptions{}); err != nil {
 			t.Fatal(err)
 		}
 		try(t, p, "publish", true, true)()
@@ -218,7 +214,7 @@ func TestABucketIsExamined(t *testing.T) {
 	}
 	// A lock's end is counted by the service's clock.
 	late.Retention = 3 * time.Hour
-	if err := create(t, late).PutBlob(t.Context(), "p1", bytesOf("x"), blob.PutOptions{}); err != nil {
+	if err := create(t, late).PutBlob(t.Context(), "p1", store.Bytes("x"), blob.PutOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	for _, o := range versions(t, g, locked) {

@@ -269,7 +269,7 @@ func TestALockedBlobIsRemovedEarlyOnlyIfApproved(t *testing.T) {
 	d := g.bucket(t, true)
 	d.Retention, d.Governance = time.Hour, true
 	p := create(t, d)
-	if err := p.PutBlob(t.Context(), "p1", bytesOf("one"), blob.PutOptions{}); err != nil {
+	if err := p.PutBlob(t.Context(), "p1", store.Bytes("one"), blob.PutOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	refused := errors.New("two of three said no")
@@ -294,7 +294,7 @@ func TestALockedBlobIsRemovedEarlyOnlyIfApproved(t *testing.T) {
 	}
 	d.Governance = false
 	p = open(t, d)
-	if err := p.PutBlob(t.Context(), "p2", bytesOf("two"), blob.PutOptions{}); err != nil {
+	if err := p.PutBlob(t.Context(), "p2", store.Bytes("two"), blob.PutOptions{}); err != nil {
 		t.Fatal(err)
 	}
 	if err := p.DeleteBlob(t.Context(), "p2"); !errors.Is(err, store.ErrLocked) {

@@ -23,20 +23,6 @@ import (
 
 const beat = 100 * time.Millisecond
 
-// bytesOf is a blob in memory.
-type bytesOf string
-
-func (b bytesOf) Length() int { return len(b) }
-func (b bytesOf) WriteTo(w io.Writer) (int64, error) {
-	n, err := io.WriteString(w, string(b))
-	return int64(n), err
-}
-func (b bytesOf) Reader() io.ReadSeekCloser { return noClose{strings.NewReader(string(b))} }
-
-type noClose struct{ *strings.Reader }
-
-func (noClose) Close() error { return nil }
-
 // TestMain is also a process that holds a lock: "muster-test hold ENDPOINT BUCKET FILE". It says what it did, a line each, and goes on with every
 // line it is told.
 func TestMain(m *testing.M) {
@@ -69,7 +55,7 @@ func holdLock(d s3.Driver) error {
 			fmt.Println("locked again", taken, err)
 			continue
 		}
-		err := p.PutBlob(ctx, blob.ID(fmt.Sprintf("p%d", n)), bytesOf("x"), blob.PutOptions{})
+		err := p.PutBlob(ctx, blob.ID(fmt.Sprintf("p%d", n)), store.Bytes("x"), blob.PutOptions{})
 		fmt.Println("put", errors.Is(err, s3.ErrLost), err)
 	}
 	return p.Close(ctx)
@@ -279,12 +265,12 @@ func TestAHolderThatIsCutOffWaitsAndGoesOn(t *testing.T) {
 	unlock := try(t, a, "ingest", false, true)
 	cut.Store(true)
 	<-time.After(4 * beat) // the lease runs out
-	err := a.PutBlob(t.Context(), "p1", bytesOf("x"), blob.PutOptions{})
+	err := a.PutBlob(t.Context(), "p1", store.Bytes("x"), blob.PutOptions{})
 	if err == nil || !strings.Contains(err.Error(), "could not be renewed") {
 		t.Fatalf("put without a lease: %v", err)
 	}
 	cut.Store(false)
-	for began := time.Now(); err != nil; err = a.PutBlob(t.Context(), "p1", bytesOf("x"), blob.PutOptions{}) {
+	for began := time.Now(); err != nil; err = a.PutBlob(t.Context(), "p1", store.Bytes("x"), blob.PutOptions{}) {
 		if errors.Is(err, s3.ErrLost) || time.Since(began) > 20*time.Second {
 			t.Fatal(err)
 		}

@@ -12,6 +12,8 @@ import (
 
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/minio/minio-go/v7"
+
+	"github.com/musterdr/muster/internal/store"
 )
 
 // place is an open bucket.
@@ -110,7 +112,7 @@ func (p *place) put(ctx context.Context, id blob.ID, data blob.Bytes, onlyNew bo
 
 // compare says whether the service has just these bytes.
 func (p *place) compare(ctx context.Context, id blob.ID, data blob.Bytes) error {
-	var got, want memory
+	var got, want store.Buffer
 	if _, err := data.WriteTo(&want); err != nil {
 		return err
 	}
@@ -122,10 +124,6 @@ func (p *place) compare(ctx context.Context, id blob.ID, data blob.Bytes) error 
 	}
 	return nil
 }
-
-type memory struct{ bytes.Buffer }
-
-func (m *memory) Length() int { return m.Len() }
 
 // GetBlob reads a blob or a part of it, again from the start if the answer was cut off.
 func (p *place) GetBlob(ctx context.Context, id blob.ID, offset, length int64, output blob.OutputBuffer) error {
@@ -184,7 +182,7 @@ func (p *place) hedged(ctx context.Context, id blob.ID, offset, length int64) ([
 	defer cancel()
 	got := make(chan answer, 2)
 	ask := func() {
-		var m memory
+		var m store.Buffer
 		err := p.again(ctx, func() error {
 			m.Reset()
 			return p.stream(ctx, id, offset, length, &m)
