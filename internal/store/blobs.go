@@ -108,15 +108,20 @@ func (p *pace) slow(ctx context.Context, data Bytes) blob.Bytes {
 	return paced{Bytes: data, ctx: ctx, pace: p}
 }
 
+// Unpaced gives a blob without its pace, for those who read it and do not send it.
+func Unpaced(data blob.Bytes) blob.Bytes {
+	if p, ok := data.(paced); ok {
+		return p.Bytes
+	}
+	return data
+}
+
 // paced is a blob that is read no faster than a pace allows, the first time.
 type paced struct {
 	Bytes
 	ctx  context.Context
 	pace *pace
 }
-
-// Memory gives the blob without its pace, for those who do not send it.
-func (b paced) Memory() Bytes { return b.Bytes }
 
 func (b paced) Reader() io.ReadSeekCloser { return &pacedReader{bytes.NewReader(b.Bytes), b} }
 

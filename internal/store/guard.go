@@ -108,11 +108,8 @@ func (g *guard) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 		}
 		return &placeError{fmt.Errorf("put blob %s: %w", id, err)}
 	}
-	if m, ok := data.(interface{ Memory() Bytes }); ok { // reading back is not sending
-		data = m.Memory()
-	}
 	if _, ok := g.Place.(Attesting); !ok {
-		if err := readBack(ctx, g.Place, id, data); err != nil {
+		if err := readBack(ctx, g.Place, id, Unpaced(data)); err != nil {
 			return err
 		}
 	}

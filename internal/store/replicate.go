@@ -293,7 +293,11 @@ const (
 )
 
 func (r *replication) has(ctx context.Context, id content.ID) (presence, error) {
-	info, err := r.session.ContentInfo(ctx, id)
+	return presenceIn(ctx, r.session, id)
+}
+
+func presenceIn(ctx context.Context, rep repo.Repository, id content.ID) (presence, error) {
+	info, err := rep.ContentInfo(ctx, id)
 	switch {
 	case errors.Is(err, content.ErrContentNotFound):
 		return absent, nil
@@ -522,11 +526,11 @@ func (r *replication) flush(ctx context.Context) error {
 		lost := &packOf{missing: map[content.ID]content.Info{}}
 		for _, p := range fresh {
 			for id, info := range p.missing {
-				there, err := r.far.rep.ContentInfo(ctx, id)
-				if err != nil && !errors.Is(err, content.ErrContentNotFound) {
+				there, err := presenceIn(ctx, r.far.rep, id)
+				if err != nil {
 					return err
 				}
-				if err != nil || there.Deleted {
+				if there != present {
 					lost.missing[id] = info
 				}
 			}

@@ -125,7 +125,7 @@ func meaning(code int, text string) error {
 	default:
 		return fmt.Errorf("the store over there answered %d: %s", code, text)
 	}
-	if text == "" || strings.Contains(text, err.Error()) && len(text) == len(err.Error()) {
+	if text == "" || text == err.Error() {
 		return err
 	}
 	return fmt.Errorf("%w (%s)", err, text)
@@ -187,13 +187,17 @@ type arrived struct {
 // Has implements store.Attesting.
 func (p *place) Has(ctx context.Context, id blob.ID, data store.Bytes) (bool, error) {
 	var a arrived
-	err := p.simple(ctx, http.MethodGet, pathArrived, url.Values{"id": {string(id)}, "digest": {digestOf(data)}}, nil, &a)
+	digest, err := digestOf(data)
+	if err == nil {
+		err = p.simple(ctx, http.MethodGet, pathArrived, url.Values{"id": {string(id)}, "digest": {digest}}, nil, &a)
+	}
 	return a.There, err
 }
 
-func digestOf(data store.Bytes) string {
-	sum := blake3.Sum256(data)
-	return hex.EncodeToString(sum[:])
+func digestOf(data blob.Bytes) (string, error) {
+	sum := blake3.New()
+	_, err := store.Unpaced(data).WriteTo(sum)
+	return hex.EncodeToString(sum.Sum(nil)), err
 }
 
 // PutBlob sends a blob, or what of it has not arrived yet.
@@ -204,11 +208,10 @@ func (p *place) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 	if data.Length() > MaxBlob {
 		return fmt.Errorf("put blob %s: it has %d bytes; the most is %d", id, data.Length(), MaxBlob)
 	}
-	sum := blake3.New()
-	if _, err := copyBlob(sum, data); err != nil {
+	digest, err := digestOf(data)
+	if err != nil {
 		return err
 	}
-	digest := hex.EncodeToString(sum.Sum(nil))
 	return again(ctx, func(ctx context.Context) error {
 		var a arrived // of an earlier attempt
 		if data.Length() >= resumable {
@@ -218,14 +221,6 @@ func (p *place) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 		}
 		return p.send(ctx, id, data, digest, min(max(a.Have, 0), int64(data.Length())), opts)
 	})
-}
-
-// copyBlob copies a blob without its pace: what counts it is sending.
-func copyBlob(w io.Writer, data blob.Bytes) (int64, error) {
-	if d, ok := data.(interface{ Memory() store.Bytes }); ok {
-		return d.Memory().WriteTo(w)
-	}
-	return data.WriteTo(w)
 }
 
 func (p *place) send(ctx context.Context, id blob.ID, data blob.Bytes, digest string, offset int64, opts blob.PutOptions) error {
