@@ -255,3 +255,14 @@ func registerRecord(a huma.API, op Operator) {
 	})
 	huma.Get(a, "/v1/doctor", func(ctx context.Context, _ *nothing) (*body[[]Finding], error) { return list(op.Doctor(ctx)) })
 }
+
+// Once: huma has one such function for all handlers of a process.
+func init() { huma.NewError = newError }
+
+func restConfig(version string) huma.Config {
+	config := huma.DefaultConfig("Muster", version)
+	config.DocsPath = "" // huma's own page loads scripts from elsewhere
+	config.SchemasPath = ""
+	config.CreateHooks = nil // no $schema field in answers
+	return config
+}

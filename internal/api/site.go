@@ -5,7 +5,6 @@ import (
 	"net/http"
 	"time"
 
-	"github.com/danielgtaylor/huma/v2"
 	"github.com/danielgtaylor/huma/v2/adapters/humago"
 
 	"github.com/musterdr/muster/internal/dr"
@@ -213,13 +212,4 @@ type ApplianceStatus struct {
 	Skew      time.Duration `json:"skew"`          // how far its clock is ahead
 	Servers   []string      `json:"servers"`       // that it is to protect
 	Hello     Hello         `json:"hello"`         // the last
-}
-
-func restConfig(version string) huma.Config {
-	huma.NewError = newError
-	config := huma.DefaultConfig("Muster", version)
-	config.DocsPath = "" // huma's own page loads scripts from elsewhere
-	config.SchemasPath = ""
-	config.CreateHooks = nil // no $schema field in answers
-	return config
 }

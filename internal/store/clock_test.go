@@ -3,8 +3,11 @@ package store
 import (
 	"context"
 	"encoding/json"
+	"math/rand/v2"
 	"testing"
 	"time"
+
+	"github.com/musterdr/muster/internal/dr"
 )
 
 // What is deleted stays deleted although the clock was stepped back behind the time at which it was put.
@@ -40,4 +43,35 @@ func TestClockSteppedBackBringsNothingBack(t *testing.T) {
 		t.Errorf("%d snapshots, %v", len(all), err)
 	}
 	_ = s.Close(context.Background())
+}
+
+// What a store wrote whose clock is ahead of the one that dates its files is freed like everything else.
+func TestCollectingFreesWhatWasWrittenByAClockThatIsAhead(t *testing.T) {
+	s := openCopy(t)
+	s.raiseFloor(time.Now().Add(3 * time.Minute))
+	w, err := s.Begin(t.Context(), "snap-ahead", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	d, err := w.Disk(t.Context(), "sda", 4<<20, MinBlockSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	noise := make([]byte, 4<<20)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(noise)
+	for i := int64(0); i < 4<<20/MinBlockSize; i++ {
+		if err := d.Write(t.Context(), i, noise[i*MinBlockSize:(i+1)*MinBlockSize]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := w.Commit(t.Context(), dr.Snapshot{ServerID: "srv-1", Server: "shop", Taken: time.Now()}); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Forget(t.Context(), "snap-ahead"); err != nil {
+		t.Fatal(err)
+	}
+	r, err := s.Collect(t.Context(), CollectOptions{Immediate: true}, nil)
+	if err != nil || r.Freed() < 3<<20 {
+		t.Errorf("collected %+v, %v", r, err)
+	}
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"strings"
 	"time"
 
@@ -144,13 +145,15 @@ func (s *Store) collect(ctx context.Context, opts CollectOptions, progress dr.Pr
 	if opts.Immediate {
 		safety = maintenance.SafetyNone
 		safety.RewriteMinAge = rewriteAge
+		// What was written by a store whose clock is ahead of the place's, as ours is after this, is nobody's either.
+		safety.MinContentAgeSubjectToGC = math.MinInt64
 		release, err := s.lockAlone(lockPublish) // a record being put must not lose its blob
 		if err != nil {
 			return r, fmt.Errorf("%w: a record is being put", err)
 		}
 		defer release()
 		// Kopia counts in seconds and dates a deletion after what it deletes: what was written just now would stay.
-		s.raiseFloor(time.Now().Add(immediateStep))
+		s.raiseFloor(s.now().Add(immediateStep))
 	}
 	if err := s.rep.Refresh(ctx); err != nil {
 		return r, err
