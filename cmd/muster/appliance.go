@@ -267,9 +267,13 @@ func (p *platform) openNode(ctx context.Context, i install, set applianceSetting
 	if err != nil {
 		return nil, err
 	}
+	key, err := i.makeSSHKey(line.Peer().Name)
+	if err != nil {
+		return nil, err
+	}
 	node, err = appliance.OpenNode(ctx, appliance.NodeConfig{Appliance: &appliance.Appliance{Store: st, Open: i.openSource, Browser: browser},
 		Name: line.Peer().Name, Engine: eng, Home: api.RemoteHome(line.Client(), masterURL), Far: far, Windows: windows, Zone: zone,
-		Reserve: set.Reserve << 30, Floor: set.Floor, Log: p.log, Version: version})
+		Reserve: set.Reserve << 30, Floor: set.Floor, Log: p.log, Version: version, SSHKey: key})
 	return node, err
 }
 

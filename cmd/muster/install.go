@@ -17,12 +17,14 @@ import (
 	"github.com/musterdr/muster/internal/database"
 	"github.com/musterdr/muster/internal/durable"
 	"github.com/musterdr/muster/internal/store"
+	"github.com/musterdr/muster/internal/trust"
 )
 
 // install is an installation: one folder with its settings, keys, catalog and silo, and where its sockets are.
 //
 //	DIR/muster.yaml   settings
 //	DIR/store.key     what opens the store; without it the store is noise
+//	DIR/ssh.key       with which it logs in on servers for which no other key was named
 //	DIR/store/        the store, unless settings name another place
 //	DIR/cache/        what was read of a store in a bucket
 //	DIR/catalog.db    what is known and proven, unless settings name a database
@@ -77,11 +79,32 @@ func (i install) engine(s settings) string {
 	return i.path("engine.db")
 }
 
+// wholeDir is where packages keep the whole platform.
+const wholeDir = "/var/lib/muster"
+
+// roleDirs are where packages keep a role that is a process of its own.
+var roleDirs = map[trust.Role]string{trust.Appliance: "/var/lib/muster-appliance", trust.Silo: "/var/lib/muster-silo"}
+
+// defaultDir is the folder that is meant where none is named: that of the whole platform, or, on a machine that has only one of the roles,
+// that role's.
 func defaultDir() string {
 	if dir := os.Getenv("MUSTER_DIR"); dir != "" {
 		return dir
 	}
-	return "/var/lib/muster"
+	if isDir(wholeDir) {
+		return wholeDir
+	}
+	for _, role := range []trust.Role{trust.Appliance, trust.Silo} {
+		if isDir(roleDirs[role]) {
+			return roleDirs[role]
+		}
+	}
+	return wholeDir
+}
+
+func isDir(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.IsDir()
 }
 
 func installation(cmd *cobra.Command) install {

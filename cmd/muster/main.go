@@ -133,7 +133,8 @@ newest that answered as last-known-good. On the day, it boots that one for real.
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
 		return withCode(exitUsage, fmt.Errorf("%w; see '%s --help'", err, cmd.CommandPath()))
 	})
-	root.PersistentFlags().String("dir", defaultDir(), "folder of the installation (environment: MUSTER_DIR)")
+	root.PersistentFlags().String("dir", defaultDir(), "folder of the installation (environment: MUSTER_DIR); where only an appliance or a silo is installed, that one's")
+	root.PersistentFlags().Lookup("dir").DefValue = wholeDir // on whatever machine the manual is written
 	root.PersistentFlags().Bool("json", false, "print JSON, for programs")
 	root.AddGroup(&cobra.Group{ID: "day", Title: "On the day:"}, &cobra.Group{ID: "night", Title: "Every night:"},
 		&cobra.Group{ID: "record", Title: "What happened:"}, &cobra.Group{ID: "house", Title: "The installation:"})

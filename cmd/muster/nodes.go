@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/base64"
 	"errors"
 	"fmt"
@@ -347,7 +348,8 @@ func completeNodes(cmd *cobra.Command, args []string, _ string) ([]string, cobra
 
 func applianceCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "appliance", Short: "Make this machine an appliance of a master, and run it"}
-	cmd.AddCommand(applianceServeCommand(), applianceSetCommand(), applianceStatusCommand(), applianceSeedCommand(), applianceListCommand())
+	cmd.AddCommand(applianceServeCommand(), applianceSetCommand(), applianceStatusCommand(), applianceSeedCommand(), applianceListCommand(),
+		applianceKeyCommand(), applianceConsoleCommand())
 	cmd.AddCommand(joinCommand(trust.Appliance, "  muster appliance join muster1.appliance.acme.office.…\n  muster appliance join --file office.token"))
 	return cmd
 }
@@ -363,29 +365,24 @@ certificate renews itself while this machine reaches the master at least once in
 If the connection breaks off, run it again with the same token.`,
 		Example: example}
 	file := cmd.Flags().String("file", "", "read the token from this file; - is standard input")
+	wipe := cmd.Flags().Bool("erase", false, "overwrite and remove the file once the machine has joined")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		text, err := tokenText(cmd, args, *file)
 		if err != nil {
 			return err
 		}
-		token, err := trust.ParseToken(text)
-		if err != nil {
-			return withCode(exitUsage, err)
-		}
-		if token.Peer.Role != role {
-			return withCode(exitUsage, fmt.Errorf("the token is for %s: use 'muster %s join'", token.Peer, token.Peer.Role))
+		if *wipe && (*file == "" || *file == "-") {
+			return withCode(exitUsage, errors.New("--erase goes with --file"))
 		}
 		i := installation(cmd)
-		if err := os.MkdirAll(i.Dir, 0o711); err != nil {
-			return fmt.Errorf("make folder: %w", err)
-		}
-		node, err := trust.Join(cmd.Context(), i.nodeDir(), token)
-		var unreached *net.OpError
-		if errors.As(err, &unreached) {
-			return withCode(exitUnavailable, fmt.Errorf("%w; is the address right, does 'muster serve' run there, and does a firewall let this machine out to it?", err))
-		}
+		node, err := i.join(cmd.Context(), role, text)
 		if err != nil {
 			return err
+		}
+		if *wipe {
+			if err := erase(*file); err != nil {
+				return fmt.Errorf("this machine has joined, and the token, which is void now, is still there: %w", err)
+			}
 		}
 		if wantJSON(cmd) {
 			return printJSON(cmd, map[string]any{"role": node.Peer().Role, "customer": node.Peer().Customer, "name": node.Peer().Name,
@@ -395,6 +392,45 @@ If the connection breaks off, run it again with the same token.`,
 		return nil
 	}
 	return cmd
+}
+
+// join joins with a token for a role.
+func (i install) join(ctx context.Context, role trust.Role, text string) (*trust.Node, error) {
+	token, err := trust.ParseToken(text)
+	if err != nil {
+		return nil, withCode(exitUsage, err)
+	}
+	if token.Peer.Role != role {
+		return nil, withCode(exitUsage, fmt.Errorf("the token is for %s: use 'muster %s join'", token.Peer, token.Peer.Role))
+	}
+	if err := os.MkdirAll(i.Dir, 0o711); err != nil {
+		return nil, fmt.Errorf("make folder: %w", err)
+	}
+	node, err := trust.Join(ctx, i.nodeDir(), token)
+	var unreached *net.OpError
+	if errors.As(err, &unreached) {
+		return nil, withCode(exitUnavailable, fmt.Errorf("%w; is the address right, does 'muster serve' run there, and does a firewall let this machine out to it?", err))
+	}
+	return node, err
+}
+
+// erase overwrites a small file where it lies and removes it.
+func erase(path string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return fmt.Errorf("erase token: %w", err)
+	}
+	_, err = f.Write(make([]byte, maxTokenFile))
+	if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+		err = os.Remove(path)
+	}
+	if err == nil {
+		err = durable.Sync(filepath.Dir(path))
+	}
+	if err != nil {
+		return fmt.Errorf("erase token: %w", err)
+	}
+	return nil
 }
 
 func tokenText(cmd *cobra.Command, args []string, file string) (string, error) {

@@ -140,6 +140,9 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 	if err := p.lock(i); err != nil {
 		return err
 	}
+	if _, err := i.makeSSHKey("own"); err != nil {
+		return err
+	}
 	nodes, err := i.openNodePort(cmd, o.listen, o.passphraseFile, p.log)
 	if err != nil {
 		return err
@@ -352,7 +355,11 @@ func (i install) openSource(ctx context.Context, source dr.Source) (capture.Sour
 	case source.SSH == nil:
 		return capturedisk.Open(source.Disks)
 	}
-	return capturessh.Open(ctx, *source.SSH, func(system, arch string) ([]byte, error) {
+	server := *source.SSH
+	if server.KeyFile == "" {
+		server.KeyFile = i.sshKey()
+	}
+	return capturessh.Open(ctx, server, func(system, arch string) ([]byte, error) {
 		name := "muster-agent"
 		if arch != "amd64" {
 			name += "-" + arch

@@ -52,7 +52,7 @@ func (f *serverFlags) register(cmd *cobra.Command) {
 	fl.StringVar(&f.overlays, "overlays", "", "folder with overlays of your own for this server")
 	fl.IntVar(&f.keepLast, "keep-last", 0, "snapshots to keep besides last-known-good; 0 keeps all")
 	fl.StringVar(&f.signs, "signs", string(dr.SignsNormal), "how soon a snapshot is held for signs of tampering: off, low, normal or high")
-	fl.StringVar(&f.key, "key", "", "private SSH key of the user")
+	fl.StringVar(&f.key, "key", "", "private SSH key of the user; empty: the one that this installation, or the appliance, has made: 'muster appliance key'")
 	fl.BoolVar(&f.resident, "resident", false, "with --ssh: leave programs in the server's kernel that note what is written, so that a snapshot reads only that")
 	fl.StringVar(&f.tier, "tier", string(dr.TierImage), "what is captured: image, image+data or data")
 	fl.StringArrayVar(&f.data, "data", nil, "folder that is captured file by file, as /srv (may be repeated)")
@@ -80,7 +80,7 @@ func serverAddCommand() *cobra.Command {
 	var disks, only []string
 	var accept bool
 	cmd := &cobra.Command{
-		Use:   "add NAME (--ssh USER@HOST[:PORT] --key FILE | --vm DOMAIN | --disk PATH…)",
+		Use:   "add NAME (--ssh USER@HOST[:PORT] [--key FILE] | --vm DOMAIN | --disk PATH…)",
 		Short: "Protect a server",
 		Long: `Protect a server. With --ssh a live Linux server is captured over its own SSH: a small agent is copied into
 /var/cache/muster there, runs as root while a snapshot is taken, and changes nothing else. With --vm a virtual machine that
@@ -114,7 +114,7 @@ compatible system and the application installed.
 
 The server's host key is shown on first contact and must be confirmed; afterwards only that key is accepted.`,
 		Example: `  muster server add shop --ssh root@10.0.0.5 --key /root/.ssh/muster --resident --rto 15m --rpo 24h --check shop-checks.yaml
-  muster server add till --appliance office --ssh root@10.1.0.5 --key /root/.ssh/muster
+  muster server add till --appliance office --ssh root@10.1.0.5
   muster server add mail --vm mail-1 --rto 15m --rpo 24h
   muster server add lab --vm lab --connect 'qemu:///system?socket=/run/other/libvirt-sock' --only-disk vda
   muster server add old --disk /images/old.raw

@@ -49,6 +49,7 @@ type Hello struct {
 	Used        int64         `json:"used"`               // bytes of the near store
 	Free        int64         `json:"free"`               // bytes free where it lies; -1 unknown
 	Problems    []SiteProblem `json:"problems,omitempty"` // that are there now
+	SSHKey      string        `json:"ssh_key,omitempty"`  // public half of the key that it has made to log in on servers, as in authorized_keys
 }
 
 // SiteProblem is something that keeps an appliance from its work. It is told until it is over.

@@ -50,7 +50,7 @@ func (n *Node) hello() api.Hello {
 	u := n.usage
 	n.mu.Unlock()
 	h := api.Hello{Version: n.Version, Clock: n.Now().UTC(), Started: n.started.UTC(), Definitions: n.definitions(), Snapshots: len(near),
-		Owed: n.owed(), Used: u.Bytes, Free: u.Free, Problems: n.troubles(), Servers: []api.SiteServer{}}
+		Owed: n.owed(), SSHKey: n.SSHKey, Used: u.Bytes, Free: u.Free, Problems: n.troubles(), Servers: []api.SiteServer{}}
 	for _, s := range n.protected() {
 		h.Servers = append(h.Servers, n.siteServer(s, near))
 	}

@@ -30,6 +30,7 @@ type NodeConfig struct {
 	Floor   int            // snapshots of each server and kind that are never let go; 0: DefaultFloor
 	Log     *slog.Logger
 	Version string
+	SSHKey  string           // public half of its own key; see api.Hello
 	Now     func() time.Time // nil: time.Now
 	Tick    time.Duration    // how often it looks what is due; 0: DefaultTick
 }

@@ -57,7 +57,7 @@ type SSHSource struct {
 	User        string        `json:"user"`
 	Host        string        `json:"host"`
 	Port        int           `json:"port"`
-	KeyFile     string        `json:"key_file"`               // private key on the appliance
+	KeyFile     string        `json:"key_file"`               // private key on the appliance; "": the key that the appliance has made itself
 	HostKey     string        `json:"host_key"`               // authorized_keys form: "ssh-ed25519 AAAA…"; checked on every connection
 	Disks       []string      `json:"disks,omitempty"`        // kernel names or absolute paths; none: every disk in use
 	FreezeLimit time.Duration `json:"freeze_limit,omitempty"` // the longest a file system may stay frozen; 0: DefaultFreezeLimit
@@ -292,8 +292,8 @@ func (s Server) Validate() error {
 		}
 	}
 	if ssh := s.Source.SSH; ssh != nil {
-		if ssh.KeyFile == "" || !filepath.IsAbs(ssh.KeyFile) {
-			add("SSH key %q: give the absolute path of a private key (--key FILE)", ssh.KeyFile)
+		if ssh.KeyFile != "" && !filepath.IsAbs(ssh.KeyFile) {
+			add("SSH key %q: give the absolute path of a private key, or none for the appliance's own (--key FILE)", ssh.KeyFile)
 		}
 		if ssh.HostKey == "" {
 			add("server %s has no host key: connect once and confirm it, or give --host-key", s.Name)

@@ -144,21 +144,22 @@ func (s *Source) handshake(ctx context.Context, signer ssh.Signer, algorithms []
 	c, channels, requests, err := ssh.NewClientConn(conn, address, config)
 	if err != nil {
 		raw.Close()
-		return s.explain(ctx, err, refused)
+		return s.explain(ctx, signer, err, refused)
 	}
 	s.conn, s.client = conn, ssh.NewClient(c, channels, requests)
 	return nil
 }
 
 // explain says what a failed handshake means.
-func (s *Source) explain(ctx context.Context, err, refused error) error {
+func (s *Source) explain(ctx context.Context, signer ssh.Signer, err, refused error) error {
 	switch {
 	case refused != nil:
 		return refused
 	case ctx.Err() != nil:
 		return fmt.Errorf("the SSH handshake did not end within %s: %w", dialLimit, ctx.Err())
 	case strings.Contains(err.Error(), "unable to authenticate"):
-		return fmt.Errorf("it refuses the key %s for user %s: add the public half to that user's authorized_keys on the server, and see that sshd lets it log in", s.source.KeyFile, s.source.User)
+		public := strings.TrimSpace(string(ssh.MarshalAuthorizedKey(signer.PublicKey())))
+		return fmt.Errorf("it refuses the key %s for user %s: add the line %q to that user's authorized_keys on the server, and see that sshd lets it log in", s.source.KeyFile, s.source.User, public)
 	}
 	return err
 }
