@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -152,7 +151,8 @@ a second, "unlimited", or "none". Times are those of --time-zone, on the days to
 }
 
 func applianceServeCommand() *cobra.Command {
-	return &cobra.Command{Use: "serve", Short: "Run this appliance: capture, keep, and send to the master", Args: cobra.NoArgs,
+	var logs logFlags
+	cmd := &cobra.Command{Use: "serve", Short: "Run this appliance: capture, keep, and send to the master", Args: cobra.NoArgs,
 		Long: `Run this appliance until interrupted. It captures its servers when they are due, keeps as much of their history as its disk has room
 for, and sends it to the master, the newest first. For all but the sending it needs nobody: without the master it goes on for days by
 the definitions that it has, and catches up afterwards.
@@ -162,15 +162,21 @@ It opens connections to the master and to its servers, and listens nowhere: the 
 		Example: `  muster appliance join --file office.token
   muster appliance set --bandwidth 'mon-fri 08:00-18:00 2MB/s; else unlimited'
   muster appliance serve`,
-		RunE: func(cmd *cobra.Command, _ []string) error { return serveAppliance(cmd, installation(cmd)) }}
+		RunE: func(cmd *cobra.Command, _ []string) error { return serveAppliance(cmd, installation(cmd), logs) }}
+	logs.register(cmd)
+	return cmd
 }
 
 // masterURL is the base of what a node asks its master.
 const masterURL = "https://master"
 
-func serveAppliance(cmd *cobra.Command, i install) error {
+func serveAppliance(cmd *cobra.Command, i install, logs logFlags) error {
 	ctx := cmd.Context()
-	p := &platform{log: slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))}
+	log, err := logs.open(ctx, cmd.ErrOrStderr())
+	if err != nil {
+		return err
+	}
+	p := &platform{log: log}
 	defer p.close()
 	line, err := trust.OpenNode(i.nodeDir())
 	if errors.Is(err, trust.ErrNone) {
@@ -207,6 +213,10 @@ func serveAppliance(cmd *cobra.Command, i install) error {
 	go func() { defer close(reached); line.Serve(ctx, handler) }()
 	ran := make(chan error, 1)
 	go func() { ran <- node.Run(ctx) }()
+	p.notify(ctx, func(ctx context.Context) error {
+		_, err := node.Status(ctx) // its engine and its near store answer
+		return err
+	})
 	p.log.Info("appliance serves", "version", version, "name", node.Name, "dir", i.Dir, "socket", apiSocket(i))
 	running := true
 	select {

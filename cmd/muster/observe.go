@@ -52,9 +52,9 @@ func observed(operator, observer http.Handler) http.Handler {
 	return mux
 }
 
-// notify tells systemd, if it started us, that we serve, and then as often as it wants to hear it that we live. If we do not, it
-// starts us anew.
-func (p *platform) notify(ctx context.Context, o api.Observer) {
+// notify tells systemd, if it started us, that we serve, and then as often as it wants to hear it that we live, as long as alive
+// has nothing to say against it. If we do not, it starts us anew.
+func (p *platform) notify(ctx context.Context, alive func(context.Context) error) {
 	if told, err := daemon.SdNotify(false, daemon.SdNotifyReady); err != nil || !told {
 		if err != nil {
 			p.log.WarnContext(ctx, "tell systemd", "error", err)
@@ -73,10 +73,10 @@ func (p *platform) notify(ctx context.Context, o api.Observer) {
 		tick := time.NewTicker(every / 3)
 		defer tick.Stop()
 		for {
-			if h := o.Health(ctx); h.Alive {
+			if err := alive(ctx); err == nil {
 				_, _ = daemon.SdNotify(false, daemon.SdNotifyWatchdog) // what does not reach it is what it watches for
 			} else if ctx.Err() == nil {
-				p.log.ErrorContext(ctx, "not alive", "health", fmt.Sprint(h.Checks))
+				p.log.ErrorContext(ctx, "not alive", "error", err)
 			}
 			select {
 			case <-ctx.Done():
@@ -85,6 +85,16 @@ func (p *platform) notify(ctx context.Context, o api.Observer) {
 			}
 		}
 	}()
+}
+
+// lives says what of a master's health a restart would mend.
+func lives(o api.Observer) func(context.Context) error {
+	return func(ctx context.Context) error {
+		if h := o.Health(ctx); !h.Alive {
+			return fmt.Errorf("its parts say %v", h.Checks)
+		}
+		return nil
+	}
 }
 
 func metricsCommand() *cobra.Command {

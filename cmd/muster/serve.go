@@ -181,7 +181,7 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 			served <- err
 		}
 	}()
-	p.notify(ctx, m)
+	p.notify(ctx, lives(m))
 	p.log.Info("muster serves", "version", version, "dir", i.Dir, "socket", apiSocket(i))
 	scheduled := make(chan struct{})
 	go func() { defer close(scheduled); m.Run(ctx) }()

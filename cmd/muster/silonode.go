@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"log/slog"
 	"os"
 	"slices"
 
@@ -78,6 +77,8 @@ tests end by themselves; invoked machines run on.`,
 		Example: `  muster silo join --file silo-1.token
   muster silo serve --reserve bank --reserve mill`}
 	var c siloSettings
+	var logs logFlags
+	logs.register(cmd)
 	fl := cmd.Flags()
 	fl.StringArrayVar(&c.reserved, "reserve", nil, "customer that this silo is for (may be repeated); without it everybody's")
 	fl.IntVar(&c.memory, "memory", 0, "MiB that rescue machines may have all together; 0: seven eighths of this host's")
@@ -85,7 +86,7 @@ tests end by themselves; invoked machines run on.`,
 	fl.IntVar(&c.MaxMemory, "max-memory", 0, "MiB a rescue machine may have; 0: half this host's")
 	fl.IntVar(&c.MaxCPUs, "max-cpus", 0, "processors a rescue machine may have; 0: this host's")
 	fl.StringVar(&c.Libvirt, "libvirt", "", "libvirt's socket; empty: the system's")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return serveSilo(cmd, installation(cmd), c) }
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error { return serveSilo(cmd, installation(cmd), c, logs) }
 	return cmd
 }
 
@@ -96,9 +97,13 @@ type siloSettings struct {
 	memory, tests int
 }
 
-func serveSilo(cmd *cobra.Command, i install, c siloSettings) error {
+func serveSilo(cmd *cobra.Command, i install, c siloSettings, logs logFlags) error {
 	ctx := cmd.Context()
-	p := &platform{log: slog.New(slog.NewTextHandler(cmd.ErrOrStderr(), nil))}
+	log, err := logs.open(ctx, cmd.ErrOrStderr())
+	if err != nil {
+		return err
+	}
+	p := &platform{log: log}
 	defer p.close()
 	node, err := trust.OpenNode(i.nodeDir())
 	if err != nil {
@@ -120,6 +125,7 @@ func serveSilo(cmd *cobra.Command, i install, c siloSettings) error {
 		return err
 	}
 	// What an earlier process left of boot tests the master has removed as soon as it hears of this one.
+	p.notify(ctx, func(context.Context) error { return nil }) // libvirt that hangs is not mended by starting us anew
 	p.log.Info("silo serves", "version", version, "name", node.Peer().Name, "master", node.Master())
 	node.Serve(ctx, api.SiloHandler(s))
 	p.log.Info("silo stops; invoked machines run on")
