@@ -25,11 +25,26 @@ install: ## the programs, into $(PREFIX); as root, after make build
 	install -D -t $(DESTDIR)$(PREFIX)/lib/muster bin/muster-agent bin/muster-agent-arm64 bin/muster-agent.exe bin/muster-guest
 
 .PHONY: deb
-deb: ## the Debian package, into build/deb
+deb: ## the Debian packages, into build/deb
 	scripts/deps build
 	scripts/deps tools
 	$(MAKE) --no-print-directory build
 	scripts/deb
+	scripts/deb "" muster-appliance
+
+.PHONY: appliance
+appliance: ## the appliance: its Debian package, into build/deb, and a disk that boots, into build/appliance
+	scripts/deps build box
+	scripts/deps tools
+	$(MAKE) --no-print-directory build
+	$(SUDO) scripts/appliance "$$(scripts/deb "" muster-appliance)"
+
+.PHONY: test-appliance
+test-appliance: ## the appliance's disk, by its written guide: from power on to a tested snapshot of a real server
+	scripts/deps run build box demo
+	scripts/deps tools
+	$(MAKE) --no-print-directory build
+	$(SUDO) scripts/test-appliance
 
 .PHONY: test-deb
 test-deb: build ## the package in a clean Debian with a systemd of its own: install, serve, upgrade, remove, purge
