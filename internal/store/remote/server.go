@@ -70,6 +70,25 @@ func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server
 	return s
 }
 
+// nameInPath is the part of a path that names a place.
+const nameInPath = "place"
+
+// Named serves places by names: below PREFIX/NAME/ what the server serves by itself. NameOf tells which name a request gave.
+func (s *Server) Named(prefix string) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc(prefix+"/{"+nameInPath+"}/", func(w http.ResponseWriter, r *http.Request) {
+		name := r.PathValue(nameInPath)
+		http.StripPrefix(prefix+"/"+name, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			r.SetPathValue(nameInPath, name) // which the next pattern would forget
+			s.ServeHTTP(w, r)
+		})).ServeHTTP(w, r)
+	})
+	return mux
+}
+
+// NameOf gives the name below which a request came, "" if it came below none.
+func NameOf(r *http.Request) string { return r.PathValue(nameInPath) }
+
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
