@@ -1,4 +1,4 @@
-package customers_test
+package store_test
 
 import (
 	"errors"
@@ -9,16 +9,15 @@ import (
 	"time"
 
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/customers"
 	"github.com/musterdr/muster/internal/store/folder"
 )
 
-func key(customer string) (string, error) { return "the key of " + customer, nil }
+func keyOf(customer string) (string, error) { return "the key of " + customer, nil }
 
-func driver(c customers.Customer) (store.Driver, error) { return folder.Driver{Path: c.Place}, nil }
+func farOf(c store.Customer) (store.Driver, error) { return folder.Driver{Path: c.Place}, nil }
 
 // book opens the customers of an installation in a folder, as another process would.
-func book(t *testing.T, dir string) *customers.Book {
+func customersIn(t *testing.T, dir string) *store.Customers {
 	t.Helper()
 	drv := folder.Driver{Path: filepath.Join(dir, "own")}
 	if err := store.Create(t.Context(), drv, "own"); err != nil && !errors.Is(err, store.ErrNotEmpty) {
@@ -28,7 +27,7 @@ func book(t *testing.T, dir string) *customers.Book {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := customers.Open(t.Context(), customers.Config{Own: own, OwnOf: "old", Driver: driver, Key: key})
+	b, err := store.OpenCustomers(t.Context(), store.CustomersConfig{Own: own, OwnOf: "old", Driver: farOf, Key: keyOf})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -43,11 +42,11 @@ func book(t *testing.T, dir string) *customers.Book {
 func TestACustomerThatIsAddedIsKnownToEveryProcess(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	one, other := book(t, dir), book(t, dir)
-	if _, err := other.Of(t.Context(), "acme"); !errors.Is(err, customers.ErrUnknown) {
+	one, other := customersIn(t, dir), customersIn(t, dir)
+	if _, err := other.Of(t.Context(), "acme"); !errors.Is(err, store.ErrUnknownCustomer) {
 		t.Errorf("before it was added: %v", err)
 	}
-	acme := customers.Customer{Name: "acme", Place: filepath.Join(dir, "acme"), Created: time.Now()}
+	acme := store.Customer{Name: "acme", Place: filepath.Join(dir, "acme"), Created: time.Now()}
 	if err := one.Add(t.Context(), acme); err != nil {
 		t.Fatal(err)
 	}
@@ -75,7 +74,7 @@ func TestACustomerThatIsAddedIsKnownToEveryProcess(t *testing.T) {
 			t.Errorf("stores %p and %p, own %p", st, stores[0], other.Own)
 		}
 	}
-	if err := one.Add(t.Context(), acme); !errors.Is(err, customers.ErrExists) {
+	if err := one.Add(t.Context(), acme); !errors.Is(err, store.ErrCustomerExists) {
 		t.Errorf("added twice: %v", err)
 	}
 	for _, own := range []string{"", "old"} {
@@ -88,20 +87,20 @@ func TestACustomerThatIsAddedIsKnownToEveryProcess(t *testing.T) {
 func TestTwoCustomersNeverShareAPlace(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	b := book(t, dir)
+	b := customersIn(t, dir)
 	place := filepath.Join(dir, "one")
-	if err := b.Add(t.Context(), customers.Customer{Name: "acme", Place: place}); err != nil {
+	if err := b.Add(t.Context(), store.Customer{Name: "acme", Place: place}); err != nil {
 		t.Fatal(err)
 	}
-	if err := b.Add(t.Context(), customers.Customer{Name: "bank", Place: place}); !errors.Is(err, store.ErrBadPassword) {
+	if err := b.Add(t.Context(), store.Customer{Name: "bank", Place: place}); !errors.Is(err, store.ErrBadPassword) {
 		t.Errorf("added to the place of another: %v", err)
 	}
 	for _, name := range []string{"old", "", "Bank", strings.Repeat("x", 64)} {
-		if err := b.Add(t.Context(), customers.Customer{Name: name, Place: filepath.Join(dir, "two")}); err == nil {
+		if err := b.Add(t.Context(), store.Customer{Name: name, Place: filepath.Join(dir, "two")}); err == nil {
 			t.Errorf("added %q", name)
 		}
 	}
-	if err := b.Add(t.Context(), customers.Customer{Name: "bank"}); err == nil {
+	if err := b.Add(t.Context(), store.Customer{Name: "bank"}); err == nil {
 		t.Error("added without a place")
 	}
 	list, err := b.List(t.Context())
@@ -113,9 +112,9 @@ func TestTwoCustomersNeverShareAPlace(t *testing.T) {
 func TestAStoreThatMovedIsTakenOnlyIfTheKeyOpensIt(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	b := book(t, dir)
+	b := customersIn(t, dir)
 	for _, name := range []string{"acme", "bank"} {
-		if err := b.Add(t.Context(), customers.Customer{Name: name, Place: filepath.Join(dir, name)}); err != nil {
+		if err := b.Add(t.Context(), store.Customer{Name: name, Place: filepath.Join(dir, name)}); err != nil {
 			t.Fatal(err)
 		}
 	}
