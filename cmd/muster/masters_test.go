@@ -43,7 +43,7 @@ func rehearse(t *testing.T, l *lab.Lab, restoreArgs ...string) (restored string)
 	if err := os.WriteFile(i.path("store.key"), []byte("the key\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	l.AddCustomer("acme") // whose far store is no part of a backup either
+	l.AddCustomer("acme")                            // whose far store is no part of a backup either
 	disk := filepath.Join(l.Dir, "silo", "shop.raw") // of a silo: no part of a backup
 	if err := os.WriteFile(disk, bytes.Repeat([]byte("shop"), 256<<10), 0o600); err != nil {
 		t.Fatal(err)
