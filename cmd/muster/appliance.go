@@ -239,12 +239,9 @@ func serveAppliance(cmd *cobra.Command, i install, logs logFlags) error {
 
 // openNode opens the parts of an appliance in the order in which they need each other.
 func (p *platform) openNode(ctx context.Context, i install, set applianceSettings, line *trust.Node) (*appliance.Node, error) {
+	var st *store.Store // the near one, once there is one
 	far := func(ctx context.Context) (*store.Store, error) {
-		st, err := store.Open(ctx, remote.New(line.Client(), masterURL+storePlace), line.CustomerKey())
-		if err != nil {
-			return nil, fmt.Errorf("open far store: %w", err)
-		}
-		return st, nil
+		return openFar(ctx, remote.New(line.Client(), masterURL+storePlace), line.CustomerKey(), st)
 	}
 	st, err := i.openNear(ctx, set, far)
 	if err != nil {
@@ -285,6 +282,28 @@ func (p *platform) openNode(ctx context.Context, i install, set applianceSetting
 		Name: line.Peer().Name, Engine: eng, Home: api.RemoteHome(line.Client(), masterURL), Far: far, Windows: windows, Zone: zone,
 		Reserve: set.Reserve << 30, Floor: set.Floor, Log: p.log, Version: version, SSHKey: key})
 	return node, err
+}
+
+// openFar opens the far store. One that the master awaits from its customer's first appliance is made, like the near store if there is one.
+func openFar(ctx context.Context, drv store.Driver, key string, near *store.Store) (*store.Store, error) {
+	st, err := store.Open(ctx, drv, key)
+	if errors.Is(err, store.ErrNotAStore) {
+		if near != nil {
+			err = store.CreateLike(ctx, drv, key, near)
+		} else {
+			err = store.Create(ctx, drv, key)
+		}
+		if err == nil {
+			st, err = store.Open(ctx, drv, key)
+		}
+		if errors.Is(err, store.ErrForbidden) {
+			err = fmt.Errorf("%w, and none is awaited from here: is the disk there on which the master has it? (%w)", store.ErrNotAStore, err)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open far store: %w", err)
+	}
+	return st, nil
 }
 
 // openNear opens the near store. The first time it is made, with the secrets of the far one: what is sealed here is good there.

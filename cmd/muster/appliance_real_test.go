@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"github.com/musterdr/muster/internal/store"
 	"log/slog"
 	"math/rand/v2"
 	"net"
@@ -20,7 +21,6 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/lab"
-	"github.com/musterdr/muster/internal/store/customers"
 	"github.com/musterdr/muster/internal/trust"
 )
 
@@ -90,7 +90,7 @@ func (o *office) serveMaster() {
 	}
 	port := &nodePort{authority: authority, hub: trust.NewHub(authority, slog.New(slog.DiscardHandler)), log: slog.New(slog.DiscardHandler), listener: listener}
 	o.l.Reach = port.site
-	book, err := customers.Open(t.Context(), customers.Config{Own: o.l.Store, OwnOf: "acme"})
+	book, err := store.OpenCustomers(t.Context(), store.CustomersConfig{Own: o.l.Store, OwnOf: "acme"})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -13,7 +13,6 @@ import (
 
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/customers"
 	"github.com/musterdr/muster/internal/store/s3"
 )
 
@@ -27,7 +26,7 @@ func masterCustomerCommand() *cobra.Command {
 }
 
 // withBook does something with the customers of an installation, beside a 'muster serve' that may be running.
-func withBook(cmd *cobra.Command, passphraseFile string, do func(i install, set settings, book *customers.Book) error) error {
+func withBook(cmd *cobra.Command, passphraseFile string, do func(i install, set settings, book *store.Customers) error) error {
 	i := installation(cmd)
 	authority, err := i.openAuthority(cmd, passphraseFile)
 	if err != nil {
@@ -44,9 +43,9 @@ func withBook(cmd *cobra.Command, passphraseFile string, do func(i install, set 
 	}
 	err = do(i, set, book)
 	switch {
-	case errors.Is(err, customers.ErrUnknown):
+	case errors.Is(err, store.ErrUnknownCustomer):
 		err = withCode(exitNotFound, err)
-	case errors.Is(err, customers.ErrExists):
+	case errors.Is(err, store.ErrCustomerExists):
 		err = withCode(exitRefused, err)
 	}
 	return errors.Join(err, book.Close())
@@ -58,19 +57,24 @@ func customerAddCommand() *cobra.Command {
 another place.
 
 With --key-file a far store that is there already becomes the customer's: after a master was lost, with the key that each of the customer's
-appliances has. 'muster store adopt' then finds what it holds.`,
+appliances has. 'muster store adopt' then finds what it holds.
+
+With --awaited the far store is made by the customer's first appliance, when it connects. That is for an appliance which has a near store from a master that is lost:
+what it holds can be sent only into a far store with the same secrets.`,
 		Example: `  muster master customer add acme
   muster master customer add acme --store /mnt/raid/acme
   muster master customer add acme --store 's3://acme/muster?endpoint=https://s3.example.org'`}
 	place := cmd.Flags().String("store", "", "folder of the far store, or s3://BUCKET/PREFIX?endpoint=https://HOST (default: beside the installation's own)")
 	keyFile := cmd.Flags().String("key-file", "", "key of a far store that is there already")
+	awaited := cmd.Flags().Bool("awaited", false, "make no far store: the customer's first appliance makes it, like the near store that it may have already")
+	cmd.MarkFlagsMutuallyExclusive("awaited", "key-file")
 	passphraseFile := cmd.Flags().String("passphrase-file", "", "file with the master's passphrase, if it has one (default: ask)")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		if err := dr.ValidateLabel("customer", args[0]); err != nil {
 			return withCode(exitUsage, err)
 		}
-		return withBook(cmd, *passphraseFile, func(_ install, set settings, book *customers.Book) error {
-			c := customers.Customer{Name: args[0], Created: time.Now().UTC()}
+		return withBook(cmd, *passphraseFile, func(_ install, set settings, book *store.Customers) error {
+			c := store.Customer{Name: args[0], Created: time.Now().UTC(), Awaited: *awaited}
 			var err error
 			if c.Place, err = set.farPlace(c.Name, *place); err != nil {
 				return err
@@ -137,7 +141,7 @@ func customerListCommand() *cobra.Command {
 			return err
 		}
 		if wantJSON(cmd) {
-			return printJSON(cmd, append([]customers.Customer{}, all...))
+			return printJSON(cmd, append([]store.Customer{}, all...))
 		}
 		if len(all) == 0 {
 			fmt.Fprintln(cmd.OutOrStdout(), "There are no customers yet: add one with 'muster master customer add NAME'.")
@@ -162,7 +166,7 @@ the customer's key first.`,
 	passphraseFile := cmd.Flags().String("passphrase-file", "", "file with the master's passphrase, if it has one (default: ask)")
 	_ = cmd.MarkFlagRequired("store")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return withBook(cmd, *passphraseFile, func(_ install, set settings, book *customers.Book) error {
+		return withBook(cmd, *passphraseFile, func(_ install, set settings, book *store.Customers) error {
 			to, err := set.farPlace(args[0], *place)
 			if err == nil {
 				err = book.Move(cmd.Context(), args[0], to)
@@ -188,8 +192,8 @@ func (i install) farDriverOf(cmd *cobra.Command, customer string) (store.Driver,
 	if err != nil {
 		return nil, err
 	}
-	driver, err := farStores{i, set, book}.driver(cmd.Context(), customer)
-	if errors.Is(err, customers.ErrUnknown) {
+	driver, _, err := farStores{i, set, book}.open(cmd.Context(), customer)
+	if errors.Is(err, store.ErrUnknownCustomer) {
 		err = withCode(exitNotFound, err)
 	}
 	return driver, err

@@ -14,7 +14,6 @@ import (
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/master"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/customers"
 	"github.com/musterdr/muster/internal/store/remote"
 	"github.com/musterdr/muster/internal/trust"
 )
@@ -81,8 +80,7 @@ func nodeHandlers(m *master.Master, far farStores) (map[string]http.Handler, fun
 		default:
 			return nil, remote.None, errors.New("this store is not for you")
 		}
-		driver, err := far.driver(r.Context(), customer)
-		return driver, remote.Append, err
+		return far.open(r.Context(), customer)
 	})
 	home := api.HomeHandler(m, func(ctx context.Context) (string, error) {
 		peer, ok := trust.PeerOf(ctx)
@@ -109,19 +107,24 @@ const (
 type farStores struct {
 	install install
 	set     settings
-	book    *customers.Book
+	book    *store.Customers
 }
 
-// driver reaches the far store of a customer; of "" the installation's own.
-func (f farStores) driver(ctx context.Context, customer string) (store.Driver, error) {
+// open reaches the far store of a customer, of "" the installation's own, for a node, and says what that may do there.
+func (f farStores) open(ctx context.Context, customer string) (drv store.Driver, may remote.Rights, err error) {
 	if f.book.Owns(customer) {
-		return f.install.driver(f.set)
+		drv, err = f.install.driver(f.set)
+		return drv, remote.Append, err
 	}
 	c, err := f.book.Customer(ctx, customer)
 	if err != nil {
-		return nil, err
+		return nil, remote.None, err
 	}
-	return f.install.farDriver(f.set, c)
+	if may = remote.Append; c.Awaited {
+		may = remote.Make
+	}
+	drv, err = f.install.farDriver(f.set, c)
+	return drv, may, err
 }
 
 // Open implements silo.Stores for the silo of this process.
@@ -150,9 +153,9 @@ func (f farStores) access(own string) func(context.Context, dr.Server) (*api.Acc
 }
 
 // openBook opens the customers of an installation. authority is nil where there is none: then there are no customers either.
-func (i install) openBook(ctx context.Context, own *store.Store, set settings, authority *trust.Authority) (*customers.Book, error) {
-	return customers.Open(ctx, customers.Config{Own: own, OwnOf: set.Customer,
-		Driver: func(c customers.Customer) (store.Driver, error) { return i.farDriver(set, c) },
+func (i install) openBook(ctx context.Context, own *store.Store, set settings, authority *trust.Authority) (*store.Customers, error) {
+	return store.OpenCustomers(ctx, store.CustomersConfig{Own: own, OwnOf: set.Customer,
+		Driver: func(c store.Customer) (store.Driver, error) { return i.farDriver(set, c) },
 		Key: func(customer string) (string, error) {
 			if authority == nil {
 				return "", withCode(exitRefused, fmt.Errorf("the key of customer %s is in the authority, which is not there: see 'muster master init'", customer))

@@ -10,7 +10,6 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/store/cached"
-	"github.com/musterdr/muster/internal/store/customers"
 	"github.com/musterdr/muster/internal/store/folder"
 	"github.com/musterdr/muster/internal/store/s3"
 )
@@ -35,7 +34,7 @@ func (s settings) bucket() (s3.Driver, error) {
 func (i install) driver(s settings) (store.Driver, error) { return i.driverAt(s, i.path("cache")) }
 
 // farDriver reaches the far store of a customer: where the customer's record says, or beside the installation's own store.
-func (i install) farDriver(s settings, c customers.Customer) (store.Driver, error) {
+func (i install) farDriver(s settings, c store.Customer) (store.Driver, error) {
 	s.Store = c.Place
 	return i.driverAt(s, i.path("cache-"+c.Name))
 }

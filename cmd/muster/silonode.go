@@ -15,7 +15,6 @@ import (
 	"github.com/musterdr/muster/internal/master"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/customers"
 	"github.com/musterdr/muster/internal/store/remote"
 	"github.com/musterdr/muster/internal/trust"
 )
@@ -150,7 +149,7 @@ func (i install) toldDriver(t told) (store.Driver, error) {
 		if err != nil {
 			return nil, err
 		}
-		return i.farDriver(set, customers.Customer{Name: t.Customer, Place: t.Location})
+		return i.farDriver(set, store.Customer{Name: t.Customer, Place: t.Location})
 	}
 	node, err := trust.OpenNode(i.nodeDir())
 	if err != nil {

@@ -10,14 +10,13 @@ import (
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/customers"
 	"github.com/musterdr/muster/internal/store/folder"
 )
 
 // AddCustomer gives a customer a far store of its own.
 func (l *Lab) AddCustomer(name string) {
 	l.t.Helper()
-	err := l.Customers.Add(context.Background(), customers.Customer{Name: name, Place: l.path("store.customers/" + name), Created: l.Clock.Now()})
+	err := l.Customers.Add(context.Background(), store.Customer{Name: name, Place: l.path("store.customers/" + name), Created: l.Clock.Now()})
 	if err != nil {
 		l.t.Fatal(err)
 	}
@@ -26,7 +25,7 @@ func (l *Lab) AddCustomer(name string) {
 // farKey is what opens a customer's far store.
 func farKey(customer string) (string, error) { return password + " of " + customer, nil }
 
-func (l *Lab) farDriver(c customers.Customer) (store.Driver, error) {
+func (l *Lab) farDriver(c store.Customer) (store.Driver, error) {
 	return folder.Driver{Path: c.Place}, nil
 }
 
@@ -34,7 +33,10 @@ func (l *Lab) customerOf(appliance string) (string, error) {
 	if s := l.sites[appliance]; s != nil {
 		return s.customer, nil
 	}
-	if l.Reach != nil {
+	switch {
+	case l.Whose != nil:
+		return l.Whose(appliance)
+	case l.Reach != nil:
 		return "", nil
 	}
 	return "", fmt.Errorf("there is no appliance %q", appliance)
@@ -49,7 +51,7 @@ func (l *Lab) access(_ context.Context, s dr.Server) (*api.Access, error) {
 	if l.Customers.Owns(customer) {
 		return &api.Access{Place: storesAt + "/-", Password: password}, nil
 	}
-	key, err := farKey(customer)
+	key, err := l.Customers.Key(customer)
 	return &api.Access{Customer: customer, Place: storesAt + "/" + customer, Password: key}, err
 }
 
@@ -70,7 +72,7 @@ func (l *Lab) driverAt(place string) (store.Driver, error) {
 }
 
 // own are the stores of a silo that is part of its master's process.
-type own struct{ *customers.Book }
+type own struct{ *store.Customers }
 
 // Open implements silo.Stores.
 func (o own) Open(ctx context.Context, access *api.Access) (*store.Store, func(), error) {

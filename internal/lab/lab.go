@@ -33,7 +33,6 @@ import (
 	"github.com/musterdr/muster/internal/prerecover/tree"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/customers"
 	"github.com/musterdr/muster/internal/store/folder"
 	"github.com/musterdr/muster/internal/vm"
 	"github.com/musterdr/muster/internal/vm/sim"
@@ -59,7 +58,7 @@ type Lab struct {
 	Host      *sim.Host
 	Dir       string
 	Clock     *Clock
-	Customers *customers.Book // of the present process
+	Customers *store.Customers // of the present process
 	// Database, if set, is a postgres:// URL: catalog and work are there, and not in files.
 	Database string
 	// Fault, if set, is asked before every call of an appliance or a silo, and its error is the call's. It is how a test
@@ -79,6 +78,8 @@ type Lab struct {
 
 	// Reach, if set, gives the appliances elsewhere that are no Site of the lab.
 	Reach func(name string) (api.Site, error)
+	// Whose, if set, says of which customer those are; otherwise they are the installation's own.
+	Whose func(appliance string) (string, error)
 }
 
 // New makes an installation on which every machine is the given guest and every image holds a small Debian. silos names those
@@ -186,7 +187,7 @@ func (l *Lab) open() error {
 		return err
 	}
 	closes = append(closes, func() { st.Close(context.Background()) })
-	if l.Customers, err = customers.Open(ctx, customers.Config{Own: st, Driver: l.farDriver, Key: farKey}); err != nil {
+	if l.Customers, err = store.OpenCustomers(ctx, store.CustomersConfig{Own: st, Driver: l.farDriver, Key: farKey}); err != nil {
 		return err
 	}
 	closes = append(closes, func() { l.Customers.Close() })

@@ -42,7 +42,6 @@ import (
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/customers"
 )
 
 // Config is what a master is made of. All fields are needed but those with a default.
@@ -52,7 +51,7 @@ type Config struct {
 	Store     *store.Store   // the installation's own
 	Appliance api.Appliance
 	// Customers have far stores of their own; nil: there are none.
-	Customers *customers.Book
+	Customers *store.Customers
 	// CustomerOf says whose an appliance elsewhere is; an error if it is nobody's. nil: nobody asks.
 	CustomerOf func(appliance string) (string, error)
 	// Sites gives the appliance elsewhere of a name; an error if it is not connected. nil: there are none.

@@ -8,7 +8,6 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/customers"
 )
 
 // storeOf gives the store in which a server's snapshots lie, and what is written of it besides.
@@ -17,7 +16,7 @@ func (m *Master) storeOf(ctx context.Context, s dr.Server) (*store.Store, error)
 		return m.Store, nil
 	}
 	st, err := m.Customers.Of(ctx, s.StoredFor())
-	if errors.Is(err, customers.ErrUnknown) {
+	if errors.Is(err, store.ErrUnknownCustomer) {
 		return nil, api.Errorf(api.NotFound, "find the store of %s: %w", s.Name, err)
 	}
 	return st, err
@@ -41,30 +40,34 @@ type oneStore struct {
 }
 
 // stores gives every store, the installation's own first.
-func (m *Master) stores(ctx context.Context) ([]oneStore, error) {
+func (m *Master) stores(ctx context.Context) []oneStore {
 	out := []oneStore{{Store: m.Store, Location: m.Location}}
 	if m.Customers == nil {
-		return out, nil
+		return out
 	}
-	all, err := m.Customers.List(ctx)
-	if err != nil {
-		return out, err
-	}
-	for _, c := range all {
+	for _, c := range m.Customers.Known() {
 		one := oneStore{Customer: c.Name, Location: c.Place}
 		if one.Store, one.Err = m.Customers.Of(ctx, c.Name); one.Err == nil {
 			one.Location = one.Store.String()
 		}
 		out = append(out, one)
 	}
-	return out, nil
+	return out
+}
+
+// readCustomers looks again which customers there are: another process may have added one.
+func (m *Master) readCustomers(ctx context.Context) error {
+	if m.Customers == nil {
+		return nil
+	}
+	_, err := m.Customers.List(ctx)
+	return err
 }
 
 // eachStore does something with every store. What cannot be done with one is told, and the others are gone on with.
 func (m *Master) eachStore(ctx context.Context, do func(st oneStore) error) error {
-	all, err := m.stores(ctx)
-	errs := []error{err}
-	for _, one := range all {
+	var errs []error
+	for _, one := range m.stores(ctx) {
 		if ctx.Err() != nil {
 			return errors.Join(append(errs, context.Cause(ctx))...)
 		}

@@ -26,8 +26,8 @@ const storeKey = "store"
 
 // StoreUsage implements api.Operator.
 func (m *Master) StoreUsage(ctx context.Context) (out []api.StoreUsage, err error) {
-	all, err := m.stores(ctx)
-	for _, st := range all {
+	err = m.readCustomers(ctx)
+	for _, st := range m.stores(ctx) {
 		of := api.StoreUsage{Customer: st.Customer, Location: st.Location, Free: -1}
 		err := st.Err
 		if err == nil {
@@ -207,8 +207,10 @@ func (m *Master) adoptStore(r *engine.Run, in storeWork) error {
 // adopt completes the catalog from what the stores hold. A customer's store can be written to by the customer's appliances: it is
 // believed only about that customer's own servers.
 func (m *Master) adopt(ctx context.Context) (catalog.Adopted, error) {
-	var all holding
-	all.lkg = map[string]string{}
+	all := holding{lkg: map[string]string{}}
+	if err := m.readCustomers(ctx); err != nil {
+		return catalog.Adopted{}, err
+	}
 	err := m.eachStore(ctx, func(st oneStore) error {
 		h, err := m.holdings(ctx, st)
 		if err == nil {
