@@ -180,6 +180,11 @@ func (s standing) next() string {
 	case len(s.status.Hello.Servers) == 0:
 		return "nothing has to be done here. On the master: 'muster appliance key " + s.status.Name + "'\n             gives the line that lets it log in on servers; then 'muster server add'."
 	}
+	for _, one := range s.status.Hello.Servers {
+		if one.Replicated.IsZero() {
+			return "nothing has to be done here. Of " + tame(one.Name) + " nothing has arrived at the master yet: see what it is doing."
+		}
+	}
 	return "nothing has to be done here. It works."
 }
 

@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/crypto/ssh"
 
@@ -100,7 +101,8 @@ func TestAConsoleSaysWhatIsToDoNext(t *testing.T) {
 		"wait":                        {network: there, node: joined},
 		"the master is not reached":   {network: there, node: joined, status: with("away: refused")},
 		"muster appliance key office": {network: there, node: joined, status: with("connected")},
-		"It works":                    {network: there, node: joined, status: with("connected", api.SiteServer{Name: "till"})},
+		"It works":                    {network: there, node: joined, status: with("connected", api.SiteServer{Name: "till", Replicated: time.Now()})},
+		"nothing has arrived":         {network: there, node: joined, status: with("connected", api.SiteServer{Name: "till"})},
 	} {
 		if next := s.next(); !strings.Contains(next, want) {
 			t.Errorf("it says %q; want %q", next, want)
