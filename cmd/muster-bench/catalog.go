@@ -20,7 +20,7 @@ import (
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/catalog"
-	"github.com/musterdr/muster/internal/catalog/pgserver"
+	"github.com/musterdr/muster/internal/database/pgserver"
 	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/master"
 )
@@ -50,7 +50,7 @@ func catalogAtScale(ctx context.Context, b *bench) ([]Row, error) {
 	for _, name := range []string{file, file + "-wal"} { // room for the other
 		_ = os.Remove(name)
 	}
-	server, err := pgserver.Start(ctx, dir)
+	server, err := pgserver.Start(ctx, pgserver.Config{Parent: dir, Hasty: true})
 	if errors.Is(err, pgserver.ErrNotInstalled) {
 		fmt.Fprintln(os.Stderr, "NOT measured: the catalog on PostgreSQL, which is not installed (apt-get install postgresql)")
 		return rows, nil
