@@ -99,7 +99,7 @@ func (m multiplier) all(ctx context.Context, statements []string) error {
 var copies = []struct{ table, mine string }{
 	{"servers", "t.id"}, {"snapshots", "t.server_id"}, {"pre_recoveries", "(SELECT s.server_id FROM snapshots AS s WHERE s.id = t.snapshot_id)"}, {"verdicts", "t.server_id"},
 	{"promotions", "t.server_id"}, {"tickets", "t.server_id"}, {"invocations", "t.server_id"}, {"deltas", "(SELECT s.server_id FROM snapshots AS s WHERE s.id = t.snapshot_id)"},
-	{"events", "t.server_id"},
+	{"books", "t.server_id"}, {"events", "t.server_id"},
 }
 
 // multiply moves the templates' rows aside, makes those of all servers from them night by night, as they come in earnest, and numbers

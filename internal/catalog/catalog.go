@@ -52,8 +52,10 @@ func Open(ctx context.Context, dsn string) (*Catalog, error) {
 		return nil, errors.Join(fmt.Errorf("open catalog: %w", err), db.Close())
 	}
 	c := &Catalog{Now: time.Now, db: db, lock: lock}
-	if err := c.planAll(ctx); err != nil {
-		return nil, errors.Join(fmt.Errorf("open catalog: %w", err), db.Close())
+	for _, work := range []func(context.Context) error{c.planAll, c.bookAll} { // what an older release did not keep
+		if err := work(ctx); err != nil {
+			return nil, errors.Join(fmt.Errorf("open catalog: %w", err), db.Close())
+		}
 	}
 	return c, nil
 }
@@ -169,6 +171,7 @@ type (
 		LastAt        int64
 		NewestAt      int64
 		Due           int64
+		Booked        int64 // 1: its history is in its books
 	}
 	snapshotRow struct {
 		bun.BaseModel `bun:"table:snapshots"`

@@ -73,6 +73,9 @@ func (t *tx) recordSnapshot(s dr.Snapshot) (added bool, err error) {
 	if err != nil {
 		return false, err
 	}
+	if err := t.book(server, func(b *dr.Books) error { b.Snapshot(s); return nil }); err != nil {
+		return false, err
+	}
 	return true, t.plan(s.ServerID)
 }
 
@@ -223,6 +226,9 @@ func (t *tx) expire(id string) error {
 		return err
 	}
 	if err := t.do(`DELETE FROM deltas WHERE snapshot_id = ?`, id); err != nil {
+		return err
+	}
+	if err := t.bookExpired(server, row); err != nil {
 		return err
 	}
 	if _, err := t.event(t.now, "snapshot.expired", server.ID, server.Name, id, "snapshot %s of %s expired", id, server.Name); err != nil {

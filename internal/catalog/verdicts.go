@@ -142,6 +142,9 @@ func (t *tx) storeVerdict(v dr.Verdict, row snapshotRow, server serverRow) error
 	if err != nil {
 		return err
 	}
+	if err := t.bookTest(server, v); err != nil {
+		return err
+	}
 	ruling, err := row.ruling()
 	if err != nil {
 		return err

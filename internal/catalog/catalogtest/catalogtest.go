@@ -58,6 +58,7 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 		"a long history is listed quickly":                                  many,
 		"servers are listed page by page":                                   standings,
 		"what an older release recorded is due when it should be":           planned,
+		"what an older release recorded is in the books":                    booked,
 		"where servers stand is told at once":                               figures,
 		"what happened since is counted, and only that":                     tallied,
 		"open tickets are counted by kind":                                  problems,
