@@ -292,7 +292,7 @@ func (f fleet) ask(ctx context.Context, full full, m *master.Master) ([]Row, err
 		lower("tick, "+full.database, sum, statusLimit, "milliseconds, sum of 95ths, for what the scheduler asks every few seconds; "+size, tickFigures),
 		lower("promotion, "+full.database, promoted, statusLimit, "milliseconds, the 95th of a hundred, for the transaction that records a verdict with which last-known-good moves, synced; "+size, promoteFigures),
 		lower("slowest other page, "+full.database, slowest, pageLimit, "milliseconds, the 95th of a hundred; "+size, otherFigures),
-		lower("slowest of what is asked seldom, "+full.database, rare, pageLimit, fmt.Sprintf("milliseconds, the slowest of %d, for a scrape of all metrics and for what customers had in a month; %s", seldom, size), rareFigures+counted),
+		lower("slowest of what is asked seldom, "+full.database, rare, pageLimit, fmt.Sprintf("milliseconds, the slowest of %d, for a scrape of all metrics, for what customers had in a month, and for the last-known-goods to be spread, once a minute; %s", seldom, size), rareFigures+counted),
 	}, nil
 }
 
@@ -317,10 +317,6 @@ func (f fleet) tick(ctx context.Context, m *master.Master) []question {
 		}},
 		{"leases", func() (int, error) {
 			list, err := m.Catalog.Leases(ctx)
-			return len(list), err
-		}},
-		{"deltas that few hold", func() (int, error) {
-			list, err := m.Catalog.Thin(ctx)
 			return len(list), err
 		}},
 		{"what is under way", func() (int, error) {
@@ -370,6 +366,7 @@ func (f fleet) rare(ctx context.Context, m *master.Master) []question {
 		}
 	}
 	return []question{
+		{"deltas that few hold", func() (int, error) { list, err := m.Catalog.Thin(ctx); return len(list), err }},
 		{"figures", func() (int, error) { list, err := m.Figures(ctx); return len(list.Servers), err }},
 		{"meter of this month", month(0)},
 		{"meter of the last", month(1)},
