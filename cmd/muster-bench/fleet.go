@@ -178,10 +178,15 @@ func (t *template) night(ctx context.Context, c *catalog.Catalog, n, nights int,
 			}
 		}
 	}
-	if old := n - retained; old >= 0 && (t.tier == "" || t.kept[old].Kind == dr.SnapshotData) {
-		return c.Expire(ctx, t.kept[old].ID)
+	old := n - retained
+	if old < 0 || t.tier != "" && t.kept[old].Kind != dr.SnapshotData {
+		return nil
 	}
-	return nil
+	gone := []string{t.kept[old].ID}
+	if image := t.kept[old].Image; image != "" && t.kept[old+1].Image != image { // no data that is kept goes onto it any more
+		gone = append(gone, image)
+	}
+	return c.Expire(ctx, gone...)
 }
 
 // deltasDigest has the form of one.

@@ -48,26 +48,30 @@ var (
 	unevenSizes = []machineSize{{1 << 10, 1, 55}, {2 << 10, 1, 25}, {8 << 10, 4, 8}, {32 << 10, 8, 6}, {64 << 10, 16, 4}, {90 << 10, 24, 2}}
 )
 
+// unevenUse is what is asked for with large databases: most silos are too small for them, and have nothing to do when only they wait.
+const unevenUse = 0.75
+
 // siloSizes are the silos: small, middle, large.
 var siloSizes = []struct{ n, memory, cores int }{{10, 32 << 10, 8}, {6, 64 << 10, 16}, {4, 96 << 10, 24}}
 
 // simCase is one way in which nights go.
 type simCase struct {
 	name   string
+	least  float64 // the least part of the silos that may be in use
 	sizes  []machineSize
 	faults func(s *simNight, middle time.Time) // what goes wrong, in the middle of the last night
 }
 
 var simCases = []simCase{
-	{name: "all goes well", sizes: usualSizes},
-	{name: "uneven sizes", sizes: unevenSizes},
-	{name: "two silos lost", sizes: usualSizes, faults: func(s *simNight, middle time.Time) {
+	{name: "all goes well", least: 0.85, sizes: usualSizes},
+	{name: "uneven sizes", least: unevenUse, sizes: unevenSizes},
+	{name: "two silos lost", least: 0.85, sizes: usualSizes, faults: func(s *simNight, middle time.Time) {
 		s.silos[12].gone, s.silos[17].gone = middle, middle.Add(time.Minute) // a middle one and a large one, for good
 	}},
-	{name: "one reserved", sizes: usualSizes, faults: func(s *simNight, _ time.Time) {
+	{name: "one reserved", least: 0.85, sizes: usualSizes, faults: func(s *simNight, _ time.Time) {
 		s.silos[13].Reserved = []string{"customer-0"}
 	}},
-	{name: "all of it at once, one broken, one drained, one back", sizes: unevenSizes, faults: func(s *simNight, middle time.Time) {
+	{name: "all of it at once, one broken, one drained, one back", least: unevenUse, sizes: unevenSizes, faults: func(s *simNight, middle time.Time) {
 		s.silos[12].gone, s.silos[17].gone = middle, middle.Add(time.Minute)
 		s.silos[5].gone, s.silos[5].back = middle.Add(3*time.Minute), middle.Add(20*time.Minute)
 		s.silos[13].Reserved = []string{"customer-0"}
@@ -119,7 +123,7 @@ func night(ctx context.Context, _ *bench) (rows []Row, err error) {
 		}
 		missed += without
 		details += fmt.Sprintf("%s: %d; ", c.name, without)
-		rows = append(rows, higher("simulated night, "+c.name+": silos in use", s.share(), 0.85, simDefinition, s.figures(time.Since(began))))
+		rows = append(rows, higher("simulated night, "+c.name+": silos in use", s.share(), c.least, simDefinition, s.figures(time.Since(began))))
 	}
 	return append(rows, lower("simulated nights: servers without a verdict", float64(missed), 0, "servers of which a night's snapshot had no verdict before the next was due, of all nights above", details+simSource)), nil
 }

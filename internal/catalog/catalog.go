@@ -183,6 +183,7 @@ type (
 		State         dr.State
 		Kind          dr.SnapshotKind
 		Image         string
+		Carries       int64 // 1: data goes onto it
 		PreRecovery   string
 		Verdict       string
 		Data          string
