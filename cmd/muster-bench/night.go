@@ -57,7 +57,7 @@ var siloSizes = []struct{ n, memory, cores int }{{10, 32 << 10, 8}, {6, 64 << 10
 // simCase is one way in which nights go.
 type simCase struct {
 	name   string
-	least  float64 // the least part of the silos that may be in use
+	least  float64 // the least part of the silos that has to be in use
 	sizes  []machineSize
 	faults func(s *simNight, middle time.Time) // what goes wrong, in the middle of the last night
 }
