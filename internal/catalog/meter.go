@@ -48,7 +48,7 @@ func (c *Catalog) meterSnapshots(ctx context.Context, m *dr.Meter, _, to time.Ti
 	}
 	for last := ""; ; {
 		var rows []snapshotRow
-		err := c.db.NewSelect().Model(&rows).Column("id", "state", "data").Where("id > ? AND taken < ?", last, stamp(to)).
+		err := c.db.NewSelect().Model(&rows).Column("id", "server_id", "arrived", "sent", "state", "data").Where("id > ? AND taken < ?", last, stamp(to)).
 			Order("id").Limit(MaxList).Scan(ctx)
 		if err != nil {
 			return err
@@ -59,6 +59,9 @@ func (c *Catalog) meterSnapshots(ctx context.Context, m *dr.Meter, _, to time.Ti
 				return err
 			}
 			m.Snapshot(s, row.State != dr.Expired || since[row.ID])
+			if row.Arrived > 0 {
+				m.Arrival(row.ServerID, instant(row.Arrived), row.Sent)
+			}
 			last = row.ID
 		}
 		if len(rows) < MaxList {

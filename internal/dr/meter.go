@@ -17,6 +17,7 @@ type Metered struct {
 	Stored      int64    `json:"stored_bytes"`       // by which the snapshots kept at the end made the store grow
 	Added       int64    `json:"added_bytes"`        // by which the month's snapshots made the store grow
 	Sent        int64    `json:"sent_bytes"`         // over the wire from the servers in the month
+	Replicated  int64    `json:"replicated_bytes"`   // over the line from appliances into the far store, of snapshots that arrived in the month
 	Snapshots   int      `json:"snapshots"`          // taken in the month
 	Tests       Capacity `json:"tests"`
 	Invocations Capacity `json:"invocations"`
@@ -110,6 +111,14 @@ func (m *Meter) Snapshot(s Snapshot, kept bool) {
 	key := newestKey{s.ServerID, s.IsData()}
 	if n := m.newest[key]; n == nil || s.Taken.After(n.taken) {
 		m.newest[key] = &newestSize{s.Taken, s.Size()}
+	}
+}
+
+// Arrival tells that a snapshot of a server came into the far store, and how many bytes crossed the line for it. It counts in the
+// month in which it arrived.
+func (m *Meter) Arrival(serverID string, at time.Time, sent int64) {
+	if m.in(at) {
+		m.sum(serverID).Replicated += sent
 	}
 }
 

@@ -29,6 +29,10 @@ func TestAMonthIsMeteredPerCustomer(t *testing.T) {
 	m.Snapshot(image("srv-a", "2026-12-01 00:00", 999, 999, 999), true) // after the end
 	m.Snapshot(Snapshot{ServerID: "srv-a", Kind: SnapshotData, Taken: at("2026-11-02 00:00"), Files: &SnapshotFiles{Bytes: 30}}, true)
 	m.Snapshot(image("srv-b", "2026-11-05 00:00", 40, 4, 0), true)
+	m.Arrival("srv-a", at("2026-10-31 23:59"), 1000)
+	m.Arrival("srv-a", at("2026-11-01 00:00"), 20) // taken the month before
+	m.Arrival("srv-a", at("2026-11-30 23:59"), 3)
+	m.Arrival("srv-a", at("2026-12-01 00:00"), 4000)
 	hw := Hardware{Memory: 1024, CPUs: 2}
 	test := Verdict{Started: at("2026-11-05 01:00"), Phases: []Phase{{Duration: 40 * time.Second}, {Duration: 20 * time.Second}}}
 	m.Test("srv-a", test, hw)
@@ -43,7 +47,7 @@ func TestAMonthIsMeteredPerCustomer(t *testing.T) {
 	want := []Metered{
 		{Month: "2026-11", Servers: 1, Protected: 40, Stored: 4, Added: 4, Snapshots: 1,
 			Invocations: Capacity{Machines: 2, Seconds: 7200, Memory: 7200 * 1024, CPUs: 14400}},
-		{Month: "2026-11", Customer: "acme", Servers: 1, Protected: 150, Stored: 57, Added: 12, Sent: 14, Snapshots: 3,
+		{Month: "2026-11", Customer: "acme", Servers: 1, Protected: 150, Stored: 57, Added: 12, Sent: 14, Replicated: 23, Snapshots: 3,
 			Tests: Capacity{Machines: 1, Seconds: 60, Memory: 60 * 1024, CPUs: 120}},
 	}
 	got := m.Result()
