@@ -18,6 +18,7 @@ type bookRow struct {
 	Snapshots     int64
 	Added         int64
 	Sent          int64
+	Replicated    int64
 	Stored        int64
 	ImageTaken    int64
 	ImageSize     int64
@@ -30,13 +31,13 @@ type bookRow struct {
 }
 
 func (row bookRow) book() dr.Book {
-	return dr.Book{Month: row.Month, Snapshots: row.Snapshots, Added: row.Added, Sent: row.Sent, Stored: row.Stored,
+	return dr.Book{Month: row.Month, Snapshots: row.Snapshots, Added: row.Added, Sent: row.Sent, Replicated: row.Replicated, Stored: row.Stored,
 		Image: dr.Newest{Taken: instant(row.ImageTaken), Size: row.ImageSize}, Data: dr.Newest{Taken: instant(row.DataTaken), Size: row.DataSize},
 		Tests: dr.Capacity{Machines: row.Tests, Seconds: row.TestSeconds, Memory: row.TestMemory, CPUs: row.TestCPUs}}
 }
 
 func rowOf(serverID string, b dr.Book) bookRow {
-	return bookRow{ServerID: serverID, Month: b.Month, Snapshots: b.Snapshots, Added: b.Added, Sent: b.Sent, Stored: b.Stored,
+	return bookRow{ServerID: serverID, Month: b.Month, Snapshots: b.Snapshots, Added: b.Added, Sent: b.Sent, Replicated: b.Replicated, Stored: b.Stored,
 		ImageTaken: stamp(b.Image.Taken), ImageSize: b.Image.Size, DataTaken: stamp(b.Data.Taken), DataSize: b.Data.Size,
 		Tests: b.Tests.Machines, TestSeconds: b.Tests.Seconds, TestMemory: b.Tests.Memory, TestCPUs: b.Tests.CPUs}
 }
@@ -151,19 +152,23 @@ func (t *tx) bookHistory(serverID string) error {
 	server.Booked = 1
 	var happened []struct {
 		Kind, Subject             string
-		At                        int64
+		At, Sent                  int64
 		Snapshot, Verdict, Rescue string
 	}
-	err = t.NewRaw(`SELECT e.kind, e.subject, e.at, COALESCE(s.data, '') AS snapshot, COALESCE(v.brief, '') AS verdict, COALESCE(p.brief, '') AS rescue
+	err = t.NewRaw(`SELECT e.kind, e.subject, e.at, COALESCE(s.sent, 0) AS sent, COALESCE(s.data, '') AS snapshot, COALESCE(v.brief, '') AS verdict, COALESCE(p.brief, '') AS rescue
 		FROM events AS e LEFT JOIN snapshots AS s ON s.id = e.subject LEFT JOIN verdicts AS v ON v.id = e.subject LEFT JOIN pre_recoveries AS p ON p.id = v.pre_recovery
-		WHERE e.server_id = ? AND e.kind IN ('snapshot.kept', 'snapshot.expired', 'verdict.recorded') ORDER BY e.seq`, serverID).Scan(t.ctx, &happened)
+		WHERE e.server_id = ? AND e.kind IN ('snapshot.kept', 'snapshot.replicated', 'snapshot.expired', 'verdict.recorded') ORDER BY e.seq`, serverID).Scan(t.ctx, &happened)
 	if err != nil {
 		return err
 	}
 	return t.book(server, func(b *dr.Books) error {
 		kept := map[string]dr.Snapshot{}
 		for _, e := range happened {
-			if e.Kind == "verdict.recorded" {
+			switch e.Kind {
+			case "snapshot.replicated":
+				b.Arrival(instant(e.At), e.Sent)
+				continue
+			case "verdict.recorded":
 				if err := bookVerdict(b, e.Verdict, e.Rescue); err != nil {
 					return err
 				}

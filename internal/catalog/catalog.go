@@ -180,6 +180,8 @@ type (
 		Seq           int64
 		Taken         int64
 		Recorded      int64
+		Arrived       int64 // 0: it did not come over the line
+		Sent          int64 // bytes that crossed the line for it
 		State         dr.State
 		Kind          dr.SnapshotKind
 		Image         string

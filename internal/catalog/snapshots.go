@@ -92,7 +92,8 @@ func (t *tx) carries(s dr.Snapshot) (int64, error) {
 	return int64(min(n, 1)), err
 }
 
-// RecordReplicated records that a snapshot, which is recorded if need be, is in the far store. It says whether that is news.
+// RecordReplicated records that a snapshot, which is recorded if need be, is in the far store, and how many bytes crossed the line
+// for it. It says whether that is news.
 func (c *Catalog) RecordReplicated(ctx context.Context, s dr.Snapshot, sent int64) (fresh bool, err error) {
 	err = c.write(ctx, "record replicated snapshot "+s.ID, func(t *tx) error {
 		fresh = false // a transaction may be tried again
@@ -117,7 +118,10 @@ func (c *Catalog) RecordReplicated(ctx context.Context, s dr.Snapshot, sent int6
 			return err
 		}
 		fresh = true
-		if err := t.do(`UPDATE snapshots SET state = ? WHERE id = ?`, dr.Replicated, s.ID); err != nil {
+		if err := t.do(`UPDATE snapshots SET state = ?, arrived = ?, sent = ? WHERE id = ?`, dr.Replicated, stamp(t.now), sent, s.ID); err != nil {
+			return err
+		}
+		if err := t.book(server, func(b *dr.Books) error { b.Arrival(t.now, sent); return nil }); err != nil {
 			return err
 		}
 		return t.closeTickets(s.ServerID, t.now, "snapshot "+s.ID+" arrived", func(row ticketRow) (bool, error) {

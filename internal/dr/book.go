@@ -21,6 +21,7 @@ type Book struct {
 	Added, Sent int64    // bytes, of those
 	Stored      int64    // bytes by which what is kept of the server grew or shrank in it
 	Image, Data Newest   // of each kind that was kept at its end
+	Replicated  int64    // bytes over the line for snapshots that arrived in it
 	Tests       Capacity // that began in it
 }
 
@@ -85,6 +86,9 @@ func (b *Books) Expired(s Snapshot, at time.Time, left func() (Newest, error)) (
 	}
 	return err
 }
+
+// Arrival adds to the month of that instant what crossed the line for a snapshot.
+func (b *Books) Arrival(at time.Time, sent int64) { b.page(MonthOf(at)).Replicated += sent }
 
 // Test adds a boot test to the month in which it began. One that started no machine counts for nothing.
 func (b *Books) Test(v Verdict, hw Hardware) {

@@ -17,6 +17,7 @@ type Metered struct {
 	Stored      int64    `json:"stored_bytes"`       // by which the snapshots kept at the end made the store grow
 	Added       int64    `json:"added_bytes"`        // by which the month's snapshots made the store grow
 	Sent        int64    `json:"sent_bytes"`         // over the wire from the servers in the month
+	Replicated  int64    `json:"replicated_bytes"`   // over the line from appliances into the far store, of snapshots that arrived in the month
 	Snapshots   int      `json:"snapshots"`          // taken in the month
 	Tests       Capacity `json:"tests"`
 	Invocations Capacity `json:"invocations"`
@@ -101,6 +102,7 @@ func (m *Meter) Book(server string, last Book, stored int64) {
 		sum.Snapshots += int(last.Snapshots)
 		sum.Added += last.Added
 		sum.Sent += last.Sent
+		sum.Replicated += last.Replicated
 		sum.Tests.join(last.Tests)
 	}
 }

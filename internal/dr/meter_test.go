@@ -43,6 +43,9 @@ func TestAMonthIsMeteredPerCustomer(t *testing.T) {
 	if err := books["srv-c"].Expired(image("srv-c", "2026-09-01 00:00", 40, 4, 0), at("2026-10-05 00:00"), none); err != nil {
 		t.Fatal(err)
 	}
+	for taken, sent := range map[string]int64{"2026-10-31 23:59": 1000, "2026-11-01 00:00": 20, "2026-11-30 23:59": 3, "2026-12-01 00:00": 4000} {
+		books["srv-a"].Arrival(at(taken), sent)
+	}
 	hw := Hardware{Memory: 1024, CPUs: 2}
 	test := Verdict{Started: at("2026-11-05 01:00"), Phases: []Phase{{Duration: 40 * time.Second}, {Duration: 20 * time.Second}}}
 	books["srv-a"].Test(test, hw)
@@ -67,7 +70,7 @@ func TestAMonthIsMeteredPerCustomer(t *testing.T) {
 	want := []Metered{
 		{Month: "2026-11", Servers: 1, Protected: 40, Stored: 4, Added: 4, Snapshots: 1,
 			Invocations: Capacity{Machines: 2, Seconds: 7200, Memory: 7200 * 1024, CPUs: 14400}},
-		{Month: "2026-11", Customer: "acme", Servers: 1, Protected: 150, Stored: 57, Added: 12, Sent: 14, Snapshots: 3,
+		{Month: "2026-11", Customer: "acme", Servers: 1, Protected: 150, Stored: 57, Added: 12, Sent: 14, Replicated: 23, Snapshots: 3,
 			Tests: Capacity{Machines: 1, Seconds: 60, Memory: 60 * 1024, CPUs: 120}},
 	}
 	got := m.Result()

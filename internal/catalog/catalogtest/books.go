@@ -50,6 +50,7 @@ func booksOf(t failer, c *catalog.Catalog, s dr.Server) (months []dr.Month, of f
 	}
 	var snaps []snap
 	var tests []dr.Verdict
+	arrived := map[dr.Month]int64{}
 	last := dr.Month(0)
 	note := func(m dr.Month) dr.Month {
 		last = max(last, m)
@@ -64,6 +65,8 @@ func booksOf(t failer, c *catalog.Catalog, s dr.Server) (months []dr.Month, of f
 				t.Fatalf("%v", err)
 			}
 			snaps = append(snaps, snap{Snapshot: r.Snapshot, taken: note(dr.MonthOf(r.Snapshot.Taken))})
+		case "snapshot.replicated":
+			arrived[note(dr.MonthOf(e.At))] += line
 		case "snapshot.expired":
 			for i := range snaps {
 				if snaps[i].ID == e.Subject {
@@ -82,6 +85,7 @@ func booksOf(t failer, c *catalog.Catalog, s dr.Server) (months []dr.Month, of f
 		}
 	}
 	return months, func(month dr.Month) (out dr.Metered) {
+		out.Replicated = arrived[month]
 		var newest [2]dr.Snapshot
 		for _, s := range snaps {
 			if s.taken == month {
@@ -129,6 +133,8 @@ func booked(w *world) {
 		if n > 5 {
 			w.must(w.Expire(w.ctx, monthly(1, n-5).ID))
 		}
+		_, err := w.RecordReplicated(w.ctx, s, line)
+		w.must(err)
 		if n == 7 {
 			w.must(w.RecordPreRecovery(w.ctx, preRecovery(s, 0)))
 			w.judge(s, 1, dr.Fail)
@@ -160,6 +166,9 @@ func booked(w *world) {
 		w.t.Errorf("%d months were kept, %d were added up", len(kept), len(dump(w, db)))
 	}
 }
+
+// line is how many bytes cross the line for every snapshot that arrives.
+const line = 77
 
 // dump gives the months that books have.
 func dump(w *world, db *sql.DB) (months []int64) {

@@ -201,6 +201,7 @@ func sequences(w *world) {
 		}
 		t.Repeat(map[string]func(*rapid.T){
 			"snapshot":  m.snapshot,
+			"arrive":    m.arrive,
 			"prepare":   m.prepare,
 			"verdict":   m.verdict,
 			"repeat":    m.repeat,
@@ -252,6 +253,12 @@ func (m *machine) snapshot(t *rapid.T) {
 	}
 }
 
+func (m *machine) arrive(t *rapid.T) {
+	if _, err := m.RecordReplicated(m.ctx, m.pick(t), line); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func (m *machine) prepare(t *rapid.T) {
 	s := m.pick(t)
 	_ = m.RecordPreRecovery(m.ctx, preRecovery(s, rapid.IntRange(0, 2).Draw(t, "pre")))
@@ -262,7 +269,7 @@ func (m *machine) verdict(t *rapid.T) {
 	m.made++
 	v := verdict(s, m.made, rapid.SampledFrom([]dr.Outcome{dr.Pass, dr.Pass, dr.Fail, dr.Inconclusive, dr.Blocked}).Draw(t, "outcome"))
 	v.PreRecovery = preRecovery(s, rapid.IntRange(0, 2).Draw(t, "pre")).ID
-	if rapid.Bool().Draw(t, "started") {
+	if _, err := m.PreRecovery(m.ctx, v.PreRecovery); err == nil && rapid.Bool().Draw(t, "started") { // no machine starts of what was not made
 		v.Phases = []dr.Phase{{Name: dr.PhaseKernel, Duration: time.Duration(m.made) * time.Second}}
 	}
 	if rapid.Bool().Draw(t, "late") {

@@ -10,6 +10,7 @@ CREATE TABLE books (
     snapshots    BIGINT NOT NULL DEFAULT 0,
     added        BIGINT NOT NULL DEFAULT 0,
     sent         BIGINT NOT NULL DEFAULT 0,
+    replicated   BIGINT NOT NULL DEFAULT 0,
     stored       BIGINT NOT NULL DEFAULT 0,
     image_taken  BIGINT NOT NULL DEFAULT 0,
     image_size   BIGINT NOT NULL DEFAULT 0,
