@@ -89,7 +89,7 @@ func (t *tx) carries(s dr.Snapshot) (int64, error) {
 		return 0, t.do(`UPDATE snapshots SET carries = 1 WHERE id = ? AND carries = 0`, s.Image)
 	}
 	n, err := t.NewSelect().Model((*snapshotRow)(nil)).Where("image <> '' AND image = ?", s.ID).Limit(1).Count(t.ctx)
-	return int64(min(n, 1)), err
+	return min(n, 1), err
 }
 
 // RecordReplicated records that a snapshot, which is recorded if need be, is in the far store, and how many bytes crossed the line
