@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"regexp"
 	"slices"
@@ -32,10 +33,17 @@ type Server struct {
 	uploads *semaphore.Weighted // bytes
 
 	mu       sync.Mutex
-	places   map[string]store.Place
+	places   map[string]*opening
 	locks    map[string]*held // by token
 	partials map[string]partial
 	closed   bool
+}
+
+// opening is a place that is open, or being opened: one that takes long keeps nobody from the others.
+type opening struct {
+	done  chan struct{} // closed when the others are known
+	place store.Place
+	err   error
 }
 
 // held is a lock that somebody has.
@@ -53,7 +61,7 @@ type partial struct {
 
 // NewServer serves the places that open names for a request, to whom it gives rights. Its errors are answered with 403.
 func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server {
-	s := &Server{open: open, uploads: semaphore.NewWeighted(maxUploads), places: map[string]store.Place{}, locks: map[string]*held{},
+	s := &Server{open: open, uploads: semaphore.NewWeighted(maxUploads), places: map[string]*opening{}, locks: map[string]*held{},
 		partials: map[string]partial{}, mux: http.NewServeMux()}
 	s.handle("POST "+pathPlace, Make, s.create)
 	s.handle("GET "+pathPlace, Read, func(*request) error { return nil })
@@ -95,17 +103,20 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.Serve
 // Close closes the places. Requests that run fail.
 func (s *Server) Close(ctx context.Context) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.closed = true
 	for _, l := range s.locks {
 		l.let()
 	}
-	var errs []error
-	for _, p := range s.places {
-		errs = append(errs, p.Close(ctx))
-	}
+	places := maps.Clone(s.places)
 	clear(s.places)
 	clear(s.partials)
+	s.mu.Unlock()
+	var errs []error
+	for _, o := range places {
+		if <-o.done; o.err == nil {
+			errs = append(errs, o.place.Close(ctx))
+		}
+	}
 	return errors.Join(errs...)
 }
 
@@ -173,28 +184,45 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, create bool, leas
 
 // openPlace gives the place of a driver, which stays open.
 func (s *Server) openPlace(ctx context.Context, drv store.Driver, create bool) (store.Place, error) {
+	name := drv.String()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
+	o, there := s.places[name]
+	switch {
+	case s.closed:
+		s.mu.Unlock()
 		return nil, refuse(http.StatusServiceUnavailable, "this master is closing")
+	case !there:
+		o = &opening{done: make(chan struct{})}
+		s.places[name] = o
+		go s.begin(context.WithoutCancel(ctx), drv, create, o)
 	}
-	p, ok := s.places[drv.String()]
-	if ok && create {
+	s.mu.Unlock()
+	select {
+	case <-o.done:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if there && create && o.err == nil {
 		return nil, store.ErrNotEmpty
 	}
-	if ok {
-		return p, nil
-	}
-	var err error
-	if ctx = context.WithoutCancel(ctx); create {
-		p, err = drv.Create(ctx)
+	return o.place, o.err
+}
+
+// begin opens a place. One that cannot be opened is tried again when it is next asked for.
+func (s *Server) begin(ctx context.Context, drv store.Driver, create bool, o *opening) {
+	if create {
+		o.place, o.err = drv.Create(ctx)
 	} else {
-		p, err = drv.Open(ctx)
+		o.place, o.err = drv.Open(ctx)
 	}
-	if err == nil {
-		s.places[drv.String()] = p
+	if o.err != nil {
+		s.mu.Lock()
+		if s.places[drv.String()] == o {
+			delete(s.places, drv.String())
+		}
+		s.mu.Unlock()
 	}
-	return p, err
+	close(o.done)
 }
 
 func (s *Server) create(r *request) error { r.w.WriteHeader(http.StatusCreated); return nil }
