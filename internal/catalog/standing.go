@@ -138,7 +138,7 @@ func (c *Catalog) Due(ctx context.Context, now time.Time, after *Due) ([]Due, er
 	// What was taken in the future was taken before the clock was stepped back, and is due at once. Each of the two has its index;
 	// one condition of both would be asked of every server.
 	err := c.db.NewRaw(`SELECT id, data, image_at, data_at, last_at, due FROM servers AS s
-		WHERE id IN (SELECT id FROM servers WHERE removed = 0 AND due <= ? UNION SELECT id FROM servers WHERE removed = 0 AND newest_at > ?)
+		WHERE id IN (SELECT id FROM servers WHERE removed = 0 AND due <= ? UNION ALL SELECT id FROM servers WHERE removed = 0 AND newest_at > ?)
 			AND (due, id) > (?, ?) AND NOT EXISTS
 			(SELECT 1 FROM invocations AS i WHERE i.server_id = s.id AND i.state IN ('invoking', 'running'))
 		ORDER BY due, id LIMIT ?`, stamp(now), stamp(now), at, id, MaxList).Scan(ctx, &rows)
