@@ -165,6 +165,9 @@ type (
 		Name          string
 		Data          string
 		LKG           string `bun:"lkg"`
+		LKGAt         int64  `bun:"lkg_at"`
+		ShownAt       int64  // by the newest snapshot
+		Outcome       dr.Outcome
 		Removed       int64
 		ImageAt       int64
 		DataAt        int64

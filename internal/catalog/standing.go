@@ -182,7 +182,8 @@ func (t *tx) plan(serverID string) error {
 	if server.Appliance != "" { // which captures it when it finds it due
 		due = math.MaxInt64
 	}
-	return t.do(`UPDATE servers SET image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ? WHERE id = ?`,
+	return t.do(`UPDATE servers SET image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ?, shown_at =
+		COALESCE((SELECT s.taken FROM snapshots AS s WHERE s.server_id = servers.id AND s.state <> 'expired' ORDER BY s.taken DESC LIMIT 1), 0) WHERE id = ?`,
 		stamp(taken.Image), stamp(taken.Data), stamp(taken.Last), stamp(newest), due, serverID)
 }
 

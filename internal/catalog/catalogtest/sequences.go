@@ -146,6 +146,7 @@ func checkStanding(t failer, c *catalog.Catalog, id string, now time.Time) {
 			lkg = r.Snapshot.ID
 		}
 	}
+	checkFigures(t, c, id, records)
 	tickets, err := c.Tickets(ctx, catalog.TicketFilter{ServerID: id})
 	fine(err)
 	if idOf(got.Newest) != newest || idOf(got.LKG) != lkg || got.Tickets != len(tickets) {
@@ -159,6 +160,36 @@ func checkStanding(t failer, c *catalog.Catalog, id string, now time.Time) {
 	due := !invoked && !got.Server.Dues(want, now).Next().After(now)
 	if listed := slices.Contains(dueAt(t, c, now), id); listed != due {
 		t.Fatalf("%s, taken %+v, is due at %s: %v; listed as due: %v", id, want, now, due, listed)
+	}
+}
+
+// checkFigures checks that what metrics say of a server is what its snapshots, newest first, and verdicts say.
+func checkFigures(t failer, c *catalog.Catalog, id string, records []dr.Record) {
+	t.Helper()
+	var want catalog.Figures
+	for _, r := range records {
+		if want.Newest.IsZero() && r.State != dr.Expired {
+			want.Newest = r.Snapshot.Taken
+		}
+		if r.LKG {
+			want.LKG = r.Snapshot.Taken
+		}
+	}
+	verdicts, err := c.Verdicts(context.Background(), id, 1)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	for _, v := range verdicts {
+		want.Outcome = v.Outcome
+	}
+	list, err := c.Figures(context.Background())
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	for _, got := range list {
+		if got.Server.ID == id && (!got.Newest.Equal(want.Newest) || !got.LKG.Equal(want.LKG) || got.Outcome != want.Outcome) {
+			t.Fatalf("the figures of %s are %s, %s, %s; it has %s, %s, %s", id, got.Newest, got.LKG, got.Outcome, want.Newest, want.LKG, want.Outcome)
+		}
 	}
 }
 
