@@ -22,6 +22,7 @@ import (
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/zeebo/blake3"
 	"golang.org/x/sync/semaphore"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/musterdr/muster/internal/store"
 )
@@ -32,18 +33,13 @@ type Server struct {
 	mux     *http.ServeMux
 	uploads *semaphore.Weighted // bytes
 
+	opening singleflight.Group // of places, by name
+
 	mu       sync.Mutex
-	places   map[string]*opening
+	places   map[string]store.Place
 	locks    map[string]*held // by token
 	partials map[string]partial
 	closed   bool
-}
-
-// opening is a place that is open, or being opened: one that takes long keeps nobody from the others.
-type opening struct {
-	done  chan struct{} // closed when the others are known
-	place store.Place
-	err   error
 }
 
 // held is a lock that somebody has.
@@ -61,7 +57,7 @@ type partial struct {
 
 // NewServer serves the places that open names for a request, to whom it gives rights. Its errors are answered with 403.
 func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server {
-	s := &Server{open: open, uploads: semaphore.NewWeighted(maxUploads), places: map[string]*opening{}, locks: map[string]*held{},
+	s := &Server{open: open, uploads: semaphore.NewWeighted(maxUploads), places: map[string]store.Place{}, locks: map[string]*held{},
 		partials: map[string]partial{}, mux: http.NewServeMux()}
 	s.handle("POST "+pathPlace, Make, s.create)
 	s.handle("GET "+pathPlace, Read, func(*request) error { return nil })
@@ -112,10 +108,8 @@ func (s *Server) Close(ctx context.Context) error {
 	clear(s.partials)
 	s.mu.Unlock()
 	var errs []error
-	for _, o := range places {
-		if <-o.done; o.err == nil {
-			errs = append(errs, o.place.Close(ctx))
-		}
+	for _, p := range places {
+		errs = append(errs, p.Close(ctx))
 	}
 	return errors.Join(errs...)
 }
@@ -182,47 +176,50 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, create bool, leas
 	return do(q)
 }
 
-// openPlace gives the place of a driver, which stays open.
+// openPlace gives the place of a driver, which stays open. One that takes long keeps nobody from the others.
 func (s *Server) openPlace(ctx context.Context, drv store.Driver, create bool) (store.Place, error) {
 	name := drv.String()
 	s.mu.Lock()
-	o, there := s.places[name]
-	switch {
-	case s.closed:
-		s.mu.Unlock()
-		return nil, refuse(http.StatusServiceUnavailable, "this master is closing")
-	case !there:
-		o = &opening{done: make(chan struct{})}
-		s.places[name] = o
-		go s.begin(context.WithoutCancel(ctx), drv, create, o)
-	}
+	p, there := s.places[name]
 	s.mu.Unlock()
+	switch {
+	case there && create:
+		return nil, store.ErrNotEmpty
+	case there:
+		return p, nil
+	}
 	select {
-	case <-o.done:
+	case r := <-s.opening.DoChan(fmt.Sprint(create, name), func() (any, error) { return s.begin(context.WithoutCancel(ctx), drv, create) }):
+		if r.Err != nil {
+			return nil, r.Err
+		}
+		return r.Val.(store.Place), nil //nolint:forcetypeassert // begin's
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
 	}
-	if there && create && o.err == nil {
-		return nil, store.ErrNotEmpty
-	}
-	return o.place, o.err
 }
 
-// begin opens a place. One that cannot be opened is tried again when it is next asked for.
-func (s *Server) begin(ctx context.Context, drv store.Driver, create bool, o *opening) {
+// begin opens a place, and keeps it.
+func (s *Server) begin(ctx context.Context, drv store.Driver, create bool) (p store.Place, err error) {
 	if create {
-		o.place, o.err = drv.Create(ctx)
+		p, err = drv.Create(ctx)
 	} else {
-		o.place, o.err = drv.Open(ctx)
+		p, err = drv.Open(ctx)
 	}
-	if o.err != nil {
-		s.mu.Lock()
-		if s.places[drv.String()] == o {
-			delete(s.places, drv.String())
-		}
-		s.mu.Unlock()
+	if err != nil {
+		return nil, err
 	}
-	close(o.done)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before, there := s.places[drv.String()]
+	switch {
+	case s.closed:
+		return nil, errors.Join(refuse(http.StatusServiceUnavailable, "this master is closing"), p.Close(ctx))
+	case there:
+		return before, p.Close(ctx)
+	}
+	s.places[drv.String()] = p
+	return p, nil
 }
 
 func (s *Server) create(r *request) error { r.w.WriteHeader(http.StatusCreated); return nil }
