@@ -90,6 +90,7 @@ type replication struct {
 	blocks  int // that wait
 	senders *errgroup.Group
 	sending context.Context // ends when one of them has failed
+	buffers sync.Pool       // of *Buffer that a pack fits into
 
 	mu    sync.Mutex
 	out   Replicated
@@ -397,32 +398,33 @@ func (s *Store) packed(ctx context.Context, pack blob.ID) (int64, error) {
 
 // sendPack sends a pack as it is, unless an earlier attempt did, and enters what is in it into the far index.
 func (r *replication) sendPack(ctx context.Context, p *packOf) error {
-	var read Buffer
-	read.Grow(packSize + packSlack)
-	if err := r.near.place.GetBlob(ctx, p.id, 0, -1, &read); err != nil {
+	read, ok := r.buffers.Get().(*Buffer)
+	if !ok {
+		read = new(Buffer)
+		read.Grow(packSize + packSlack)
+	}
+	if err := r.near.place.GetBlob(ctx, p.id, 0, -1, read); err != nil {
 		return damaged(fmt.Errorf("read pack %s: %w", p.id, err))
 	}
 	data := Bytes(read.Bytes())
 	if err := r.prove(p, data); err != nil {
 		return err
 	}
-	there, err := r.far.guard.has(ctx, p.id, data)
+	sent, err := r.far.guard.bring(ctx, p.id, r.pace.slow(ctx, data))
 	if err != nil {
 		return err
 	}
-	if there {
-		r.count(func(o *Replicated) { o.Found++ })
-	} else {
-		if err := r.far.guard.PutBlob(ctx, p.id, r.pace.slow(ctx, data), blob.PutOptions{}); err != nil {
-			return err
-		}
+	if sent {
 		r.count(func(o *Replicated) { o.Packs++ })
+	} else {
+		r.count(func(o *Replicated) { o.Found++ })
 	}
 	// The pack's own index need not be fetched from afar: it is in what was sent.
 	here := context.WithValue(ctx, lentKey{}, lent{p.id, data})
 	if _, err := r.packer.RecoverIndexFromPackBlob(here, p.id, int64(len(data)), true); err != nil {
 		return damaged(err)
 	}
+	r.buffers.Put(read) // only now: of what was cut off something may still be on its way
 	return r.written(ctx, p)
 }
 
