@@ -78,15 +78,16 @@ func (t *sessions) has(id content.SessionID) bool {
 // GetBlob answers from memory what the caller has lent.
 func (g *guard) GetBlob(ctx context.Context, id blob.ID, offset, length int64, out blob.OutputBuffer) error {
 	l, ok := ctx.Value(lentKey{}).(lent)
-	if !ok || l.id != id {
-		return g.Place.GetBlob(ctx, id, offset, length, out)
+	var data Bytes
+	switch {
+	case !ok || l.id != id:
+	case length >= 0 && offset == l.at:
+		data = l.end // all of it: see packIndex
+	case length < 0:
+		data = l.all
 	}
-	data := l.data
-	if length >= 0 {
-		if offset < 0 || offset+length > int64(len(data)) {
-			return fmt.Errorf("%w: %d bytes at %d", blob.ErrInvalidRange, length, offset)
-		}
-		data = data[offset : offset+length]
+	if data == nil {
+		return g.Place.GetBlob(ctx, id, offset, length, out)
 	}
 	out.Reset()
 	_, err := out.Write(data)

@@ -385,7 +385,12 @@ func (s *Store) packed(ctx context.Context, pack blob.ID) (int64, error) {
 	if err != nil {
 		return 0, damaged(err)
 	}
-	all, err := w.ContentManager().RecoverIndexFromPackBlob(ctx, pack, meta.Length, false)
+	var end Buffer
+	length := min(meta.Length, packEnd)
+	if err := s.place.GetBlob(ctx, pack, meta.Length-length, length, &end); err != nil {
+		return 0, damaged(err)
+	}
+	all, err := packIndex(ctx, w.ContentManager(), lent{id: pack, at: meta.Length - length, end: end.Bytes()}, false)
 	if err != nil {
 		return 0, damaged(err)
 	}
@@ -394,6 +399,18 @@ func (s *Store) packed(ctx context.Context, pack blob.ID) (int64, error) {
 		total += int64(c.PackedLength)
 	}
 	return total, nil
+}
+
+const (
+	packEnd  = 1 << 20 // bytes at the end of a pack in which its own index lies, if it has no more than some ten thousand contents
+	kopiaEnd = 8 << 10 // bytes at the end in which Kopia looks for it
+)
+
+// packIndex reads a pack's own index, and enters it into the store's if commit is true. An index is often longer than what Kopia
+// reads for it, which would then read all of the pack and copy it twice. It asks from where it believes that the end begins, and
+// takes what it is given: so it is told a length by which it asks from where what we have begins.
+func packIndex(ctx context.Context, w *content.WriteManager, l lent, commit bool) ([]content.Info, error) {
+	return w.RecoverIndexFromPackBlob(context.WithValue(ctx, lentKey{}, l), l.id, l.at+kopiaEnd, commit)
 }
 
 // sendPack sends a pack as it is, unless an earlier attempt did, and enters what is in it into the far index.
@@ -420,8 +437,8 @@ func (r *replication) sendPack(ctx context.Context, p *packOf) error {
 		r.count(func(o *Replicated) { o.Found++ })
 	}
 	// The pack's own index need not be fetched from afar: it is in what was sent.
-	here := context.WithValue(ctx, lentKey{}, lent{p.id, data})
-	if _, err := r.packer.RecoverIndexFromPackBlob(here, p.id, int64(len(data)), true); err != nil {
+	at := max(len(data)-packEnd, 0)
+	if _, err := packIndex(ctx, r.packer, lent{id: p.id, at: int64(at), end: data[at:], all: data}, true); err != nil {
 		return damaged(err)
 	}
 	r.buffers.Put(read) // only now: of what was cut off something may still be on its way
