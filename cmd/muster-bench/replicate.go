@@ -78,7 +78,7 @@ func (b *bench) newAway(name string) (*away, error) {
 		if _, ok := trust.PeerOf(r.Context()); !ok {
 			return nil, remote.None, errors.New("only nodes have to do with this store")
 		}
-		return folder.Driver{Path: filepath.Join(dir, "store")}, remote.Append, nil
+		return folder.Driver{Path: filepath.Join(dir, "store")}, remote.Make, nil
 	})
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

@@ -28,7 +28,7 @@ type Figures struct {
 	Tickets     map[string]int     // open ones by the kind of their problem
 	Invocations int                // machines that run for real
 	Since       Counts             // since this process started
-	Store       StoreFigures
+	Stores      []StoreFigures     // the installation's own first; one that cannot be measured is left out
 }
 
 // ServerFigures is one server in numbers.
@@ -88,11 +88,12 @@ type ArrivalCounts struct {
 	Sent    int64 // bytes that crossed the line for them
 }
 
-// StoreFigures say how large the store is. At is when that was measured: not at each question.
+// StoreFigures say how large a store is. At is when that was measured: not at each question.
 type StoreFigures struct {
-	At    time.Time
-	Bytes int64 // of all blobs
-	Free  int64 // bytes free where the store lies; -1 not known
+	Customer string // whose far store it is; "": the installation's own
+	At       time.Time
+	Bytes    int64 // of all blobs
+	Free     int64 // bytes free where the store lies; -1 not known
 }
 
 // Health is what of the platform works.

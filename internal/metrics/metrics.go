@@ -115,8 +115,8 @@ var (
 	arrivedBytes  = desc("replicated_bytes_total", "Bytes that crossed the line for them.", "kind")
 	transferRatio = desc("transfer_ratio", "Bytes that crossed the line for snapshots that arrived since the process started, over the bytes that had changed in them. Missing while none arrived.", one...)
 
-	storeBytes = desc("store_size_bytes", "Bytes of everything in the store; measured every few minutes.", one...)
-	storeFree  = desc("store_free_bytes", "Bytes free where the store lies. Missing where that is not known.", one...)
+	storeBytes = desc("store_size_bytes", "Bytes of everything in a store, by the customer whose far store it is, empty for the installation's own; measured every few minutes.", "customer")
+	storeFree  = desc("store_free_bytes", "Bytes free where a store lies. Missing where that is not known.", "customer")
 
 	healthy = desc("health", "1 if a part of the platform works, 0 if not: scheduler, engine, catalog, store, silo.", "check")
 	ready   = desc("ready", "1 if everything that protecting needs works.", one...)
@@ -151,9 +151,11 @@ func (c collector) Collect(to chan<- prometheus.Metric) {
 	out.each(f)
 	out.work(f)
 	out.counts(f.Since)
-	out.gauge(storeBytes, float64(f.Store.Bytes))
-	if f.Store.Free >= 0 {
-		out.gauge(storeFree, float64(f.Store.Free))
+	for _, st := range f.Stores {
+		out.gauge(storeBytes, float64(st.Bytes), st.Customer)
+		if st.Free >= 0 {
+			out.gauge(storeFree, float64(st.Free), st.Customer)
+		}
 	}
 }
 

@@ -39,7 +39,7 @@ func full(n int) installation {
 			Snapshots:  map[dr.SnapshotKind]api.SnapshotCounts{dr.SnapshotImage: {N: 5, Read: 1000, Changed: 400, Sent: 200, New: 100, Stored: 50}},
 			Arrivals:   map[dr.SnapshotKind]api.ArrivalCounts{dr.SnapshotImage: {N: 2, Changed: 300, Sent: 60}, dr.SnapshotData: {N: 1, Changed: 100, Sent: 40}},
 			Promotions: 4, Expired: 2, Invocations: 1},
-		Store: api.StoreFigures{At: now, Bytes: 1 << 30, Free: 1 << 40}}
+		Stores: []api.StoreFigures{{At: now, Bytes: 1 << 30, Free: 1 << 40}, {Customer: "acme", At: now, Bytes: 1 << 20, Free: -1}}}
 	for k := range n {
 		s := api.ServerFigures{Name: fmt.Sprintf("s%05d", k), Customer: "acme", Promised: dr.Objectives{RPO: 24 * time.Hour},
 			Created: now.Add(-90 * 24 * time.Hour), LKG: now.Add(-30 * time.Hour), Newest: now.Add(-time.Hour), Outcome: dr.Pass}

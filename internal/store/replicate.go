@@ -49,9 +49,9 @@ type Replicated struct {
 const (
 	wholePack   = 95        // percent of a pack that must be missing for it to travel as it is
 	maxWaiting  = 256 << 10 // blocks that wait for the rest of their pack to be asked for; about 100 bytes each
-	packsAtOnce = 4
-	packSlack   = 4 << 20 // bytes by which a pack is usually longer than it should be, at most
-	packsAFlush = 64      // after so many the far index is written, so that another attempt need not ask for them again
+	packsAtOnce = 6         // some are sent while others are read, proven, synced and read back; about 25 MB each on both sides
+	packSlack   = 4 << 20   // bytes by which a pack is usually longer than it should be, at most
+	packsAFlush = 64        // after so many the far index is written, so that another attempt need not ask for them again
 )
 
 // ErrOtherSecrets is that two stores do not share their secrets, so that nothing of one is good in the other.
@@ -205,10 +205,7 @@ func (r *replication) send(ctx context.Context) error {
 	if err := r.settle(ctx); err != nil {
 		return err
 	}
-	if err := r.flush(ctx); err != nil {
-		return err
-	}
-	return r.far.place.Sync(ctx)
+	return r.flush(ctx)
 }
 
 func (r *replication) start(ctx context.Context) {

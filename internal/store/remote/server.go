@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"regexp"
 	"slices"
@@ -21,6 +22,7 @@ import (
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/zeebo/blake3"
 	"golang.org/x/sync/semaphore"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/musterdr/muster/internal/store"
 )
@@ -31,6 +33,8 @@ type Server struct {
 	mux     *http.ServeMux
 	uploads *semaphore.Weighted // bytes
 	buffers sync.Pool           // of []byte, as blobs are received into
+
+	opening singleflight.Group // of places, by name
 
 	mu       sync.Mutex
 	places   map[string]store.Place
@@ -56,7 +60,7 @@ type partial struct {
 func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server {
 	s := &Server{open: open, uploads: semaphore.NewWeighted(maxUploads), places: map[string]store.Place{}, locks: map[string]*held{},
 		partials: map[string]partial{}, mux: http.NewServeMux()}
-	s.handle("POST "+pathPlace, Append, s.create)
+	s.handle("POST "+pathPlace, Make, s.create)
 	s.handle("GET "+pathPlace, Read, func(*request) error { return nil })
 	s.handle("GET "+pathList, Read, s.list)
 	s.handle("GET "+pathBlobs+"{id}", Read, s.get) // and HEAD
@@ -71,23 +75,43 @@ func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server
 	return s
 }
 
+// nameInPath is the part of a path that names a place.
+const nameInPath = "place"
+
+// Named serves places by names: below PREFIX/NAME/ what the server serves by itself. NameOf tells which name a request gave.
+func (s *Server) Named(prefix string) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc(prefix+"/{name}/", func(w http.ResponseWriter, r *http.Request) {
+		name := r.PathValue("name")
+		http.StripPrefix(prefix+"/"+name, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			r.SetPathValue(nameInPath, name) // the next pattern forgets what this one has matched
+			s.ServeHTTP(w, r)
+		})).ServeHTTP(w, r)
+	})
+	return mux
+}
+
+// NameOf gives the name below which a request came, "" if it came below none.
+func NameOf(r *http.Request) string { return r.PathValue(nameInPath) }
+
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
 
 // Close closes the places. Requests that run fail.
 func (s *Server) Close(ctx context.Context) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.closed = true
 	for _, l := range s.locks {
 		l.let()
 	}
-	var errs []error
-	for _, p := range s.places {
-		errs = append(errs, p.Close(ctx))
-	}
+	places := maps.Clone(s.places)
 	clear(s.places)
 	clear(s.partials)
+	s.mu.Unlock()
+	var errs []error
+	for _, p := range places {
+		errs = append(errs, p.Close(ctx))
+	}
 	return errors.Join(errs...)
 }
 
@@ -153,30 +177,50 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, create bool, leas
 	return do(q)
 }
 
-// openPlace gives the place of a driver, which stays open.
+// openPlace gives the place of a driver, which stays open. One that takes long keeps nobody from the others.
 func (s *Server) openPlace(ctx context.Context, drv store.Driver, create bool) (store.Place, error) {
+	name := drv.String()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return nil, refuse(http.StatusServiceUnavailable, "this master is closing")
-	}
-	p, ok := s.places[drv.String()]
-	if ok && create {
+	p, there := s.places[name]
+	s.mu.Unlock()
+	switch {
+	case there && create:
 		return nil, store.ErrNotEmpty
-	}
-	if ok {
+	case there:
 		return p, nil
 	}
-	var err error
-	if ctx = context.WithoutCancel(ctx); create {
+	select {
+	case r := <-s.opening.DoChan(fmt.Sprint(create, name), func() (any, error) { return s.begin(context.WithoutCancel(ctx), drv, create) }):
+		if r.Err != nil {
+			return nil, r.Err
+		}
+		return r.Val.(store.Place), nil //nolint:forcetypeassert // begin's
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// begin opens a place, and keeps it.
+func (s *Server) begin(ctx context.Context, drv store.Driver, create bool) (p store.Place, err error) {
+	if create {
 		p, err = drv.Create(ctx)
 	} else {
 		p, err = drv.Open(ctx)
 	}
-	if err == nil {
-		s.places[drv.String()] = p
+	if err != nil {
+		return nil, err
 	}
-	return p, err
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before, there := s.places[drv.String()]
+	switch {
+	case s.closed:
+		return nil, errors.Join(refuse(http.StatusServiceUnavailable, "this master is closing"), p.Close(ctx))
+	case there:
+		return before, p.Close(ctx)
+	}
+	s.places[drv.String()] = p
+	return p, nil
 }
 
 func (s *Server) create(r *request) error { r.w.WriteHeader(http.StatusCreated); return nil }
