@@ -48,7 +48,8 @@ type CustomersConfig struct {
 	Own    *Store                                // the installation's own
 	OwnOf  string                                // a customer whose far store Own is; "": nobody's
 	Driver func(c Customer) (Driver, error)      // reaches its far store
-	Key    func(customer string) (string, error) // makes it, if there is none
+	Key    func(customer string) (string, error) // opens it
+	NewKey func(customer string) (string, error) // gives that key, and makes it if there is none
 }
 
 // Customers are the customers of an installation, and their far stores. A record of each is in the installation's own store. A far store
@@ -230,7 +231,11 @@ func (b *Customers) Add(ctx context.Context, c Customer) error {
 	case len(all) >= MaxCustomers:
 		return fmt.Errorf("add customer %s: there are %d, which is the most", c.Name, len(all))
 	}
-	if err := b.settle(ctx, c, true); err != nil {
+	_, err = b.NewKey(c.Name)
+	if err == nil {
+		err = b.settle(ctx, c, true)
+	}
+	if err != nil {
 		return fmt.Errorf("add customer %s: %w", c.Name, err)
 	}
 	return nil
