@@ -21,17 +21,8 @@ type Figures struct {
 
 // Figures gives where every protected server stands, by name, in one query.
 func (c *Catalog) Figures(ctx context.Context) ([]Figures, error) {
-	var rows []struct {
-		Data    string
-		LKG     int64 `bun:"lkg"`
-		Newest  int64
-		Outcome dr.Outcome
-	}
-	err := c.db.NewRaw(`SELECT r.data,
-			COALESCE((SELECT l.taken FROM snapshots AS l WHERE l.id = r.lkg), 0) AS lkg,
-			COALESCE((SELECT s.taken FROM snapshots AS s WHERE s.server_id = r.id AND s.state <> ? ORDER BY s.taken DESC LIMIT 1), 0) AS newest,
-			COALESCE((SELECT v.outcome FROM verdicts AS v WHERE v.server_id = r.id ORDER BY v.seq DESC LIMIT 1), '') AS outcome
-		FROM servers AS r WHERE r.removed = 0 ORDER BY r.name`, dr.Expired).Scan(ctx, &rows)
+	var rows []serverRow
+	err := c.db.NewSelect().Model(&rows).Column("data", "lkg_at", "shown_at", "outcome").Where("removed = 0").Order("name").Scan(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list where servers stand: %w", err)
 	}
@@ -41,7 +32,7 @@ func (c *Catalog) Figures(ctx context.Context) ([]Figures, error) {
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, Figures{Server: s, LKG: instant(row.LKG), Newest: instant(row.Newest), Outcome: row.Outcome})
+		out = append(out, Figures{Server: s, LKG: instant(row.LKGAt), Newest: instant(row.ShownAt), Outcome: row.Outcome})
 	}
 	return out, nil
 }
