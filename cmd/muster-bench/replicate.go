@@ -5,10 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,6 +19,7 @@ import (
 	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/store/folder"
 	"github.com/musterdr/muster/internal/store/remote"
+	"github.com/musterdr/muster/internal/trust"
 )
 
 // line counts what goes over a line, both ways, and cuts it when it is told to.
@@ -58,7 +59,7 @@ func (c *counter) Write(p []byte) (int, error) {
 	return n, err
 }
 
-// away is a far store behind a TLS line that is counted.
+// away is a far store behind the line of a node to its master, which is counted.
 type away struct {
 	*line
 	drv   store.Driver
@@ -66,24 +67,73 @@ type away struct {
 	close func()
 }
 
+const awayAt = "/store" // where a master has its store
+
 func (b *bench) newAway(name string) (*away, error) {
 	dir, err := b.fresh(name)
 	if err != nil {
 		return nil, err
 	}
-	s := remote.NewServer(func(*http.Request) (store.Driver, remote.Rights, error) {
+	s := remote.NewServer(func(r *http.Request) (store.Driver, remote.Rights, error) {
+		if _, ok := trust.PeerOf(r.Context()); !ok {
+			return nil, remote.None, errors.New("only nodes have to do with this store")
+		}
 		return folder.Driver{Path: filepath.Join(dir, "store")}, remote.Make, nil
 	})
-	server := httptest.NewUnstartedServer(s)
-	w := &line{Listener: server.Listener}
-	server.Listener, server.EnableHTTP2 = w, true
-	server.StartTLS()
-	return &away{line: w, dir: dir, drv: remote.New(server.Client(), server.URL), close: func() {
-		server.CloseClientConnections()
-		server.Close()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return nil, err
+	}
+	w := &line{Listener: listener}
+	ctx, stop := context.WithCancel(context.Background())
+	node, hub, err := join(ctx, dir, listener.Addr().String())
+	if err != nil {
+		stop()
+		return nil, errors.Join(err, listener.Close())
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if err := hub.Serve(ctx, w, map[string]http.Handler{awayAt + "/": http.StripPrefix(awayAt, s)}); err != nil {
+			slog.Error("serve nodes", "error", err)
+		}
+	}()
+	client, err := node()
+	a := &away{line: w, dir: dir, close: func() {
+		stop()
+		<-ended
 		_ = s.Close(context.Background())
 		_ = os.RemoveAll(dir)
-	}}, nil
+	}}
+	if err != nil {
+		a.close()
+		return nil, err
+	}
+	a.drv = remote.New(client, "https://master"+awayAt)
+	return a, nil
+}
+
+// join makes a master and an appliance that is about to join it: node does so once the hub serves.
+func join(ctx context.Context, dir, address string) (node func() (*http.Client, error), hub *trust.Hub, err error) {
+	at := filepath.Join(dir, "master")
+	if err := trust.Create(at, trust.Plan{Name: "bench", Listen: address, KeyFile: filepath.Join(dir, "master.key")}); err != nil {
+		return nil, nil, err
+	}
+	authority, err := trust.Open(at, nil)
+	if err != nil {
+		return nil, nil, err
+	}
+	token, err := authority.Enrol(trust.Peer{Role: trust.Appliance, Customer: "bench", Name: "box"}, time.Hour, []string{address})
+	if err != nil {
+		return nil, nil, err
+	}
+	return func() (*http.Client, error) {
+		n, err := trust.Join(ctx, filepath.Join(dir, "box"), token)
+		if err != nil {
+			return nil, err
+		}
+		return n.Client(), nil
+	}, trust.NewHub(authority, slog.New(slog.DiscardHandler)), nil
 }
 
 // seconds that it takes to replicate a snapshot, and what went over the line.
@@ -271,7 +321,7 @@ func (b *bench) throughput(ctx context.Context, near *store.Store, nearPath, id 
 		theirs = append(theirs, peer)
 	}
 	return higher("replicate: first copy vs rsync", median(theirs)/median(ours), 1.5,
-		"seconds 'rsync -a' takes to copy the near store's folder over SSH on loopback, without syncing, over seconds Muster takes to replicate the snapshot in it over TLS on loopback: proven here, synced, read back from the medium there, published; medians",
+		"seconds 'rsync -a' takes to copy the near store's folder over SSH on loopback, without syncing, over seconds Muster takes to replicate the snapshot in it over a node's line to its master on loopback: proven here, synced, read back from the medium there, published; medians",
 		fmt.Sprintf("%.0f MB: muster %.1f s (%.0f MB/s), rsync %.1f s (%.0f MB/s)", float64(bytes)/1e6, median(ours), float64(bytes)/1e6/median(ours), median(theirs), float64(bytes)/1e6/median(theirs))), nil
 }
 

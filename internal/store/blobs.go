@@ -37,10 +37,12 @@ type bytesReader struct{ *bytes.Reader }
 
 func (bytesReader) Close() error { return nil }
 
-// lent is a blob that the guard answers from memory, because the caller has it at hand.
+// lent is what a caller has at hand of a blob and the guard answers from memory: its end, and all of it if all is not nil.
 type lent struct {
-	id   blob.ID
-	data Bytes
+	id  blob.ID
+	at  int64 // where the end begins
+	end Bytes
+	all Bytes
 }
 
 type lentKey struct{}

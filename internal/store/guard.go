@@ -78,15 +78,16 @@ func (t *sessions) has(id content.SessionID) bool {
 // GetBlob answers from memory what the caller has lent.
 func (g *guard) GetBlob(ctx context.Context, id blob.ID, offset, length int64, out blob.OutputBuffer) error {
 	l, ok := ctx.Value(lentKey{}).(lent)
-	if !ok || l.id != id {
-		return g.Place.GetBlob(ctx, id, offset, length, out)
+	var data Bytes
+	switch {
+	case !ok || l.id != id:
+	case length >= 0 && offset == l.at:
+		data = l.end // all of it: see packIndex
+	case length < 0:
+		data = l.all
 	}
-	data := l.data
-	if length >= 0 {
-		if offset < 0 || offset+length > int64(len(data)) {
-			return fmt.Errorf("%w: %d bytes at %d", blob.ErrInvalidRange, length, offset)
-		}
-		data = data[offset : offset+length]
+	if data == nil {
+		return g.Place.GetBlob(ctx, id, offset, length, out)
 	}
 	out.Reset()
 	_, err := out.Write(data)
@@ -103,23 +104,35 @@ func (g *guard) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 		return err
 	}
 	if err := g.Place.PutBlob(ctx, id, data, opts); err != nil {
-		if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-			return g.noSpace(ctx, id, err)
-		}
-		return &placeError{fmt.Errorf("put blob %s: %w", id, err)}
+		return g.notPut(ctx, id, err)
 	}
 	if _, ok := g.Place.(Attesting); !ok {
 		if err := readBack(ctx, g.Place, id, Unpaced(data)); err != nil {
 			return err
 		}
 	}
-	if t, ok := ctx.Value(tallyKey{}).(*tally); ok {
-		t.n.Add(int64(data.Length()))
-	}
+	count(ctx, data)
 	if t, ok := ctx.Value(sessionsKey{}).(*sessions); ok && len(id) > 0 && id[:1] == content.BlobIDPrefixSession {
 		t.add(content.SessionIDFromBlobID(id))
 	}
 	return nil
+}
+
+func (g *guard) notPut(ctx context.Context, id blob.ID, err error) error {
+	var known *placeError
+	switch {
+	case errors.As(err, &known):
+		return err
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+		return g.noSpace(ctx, id, err)
+	}
+	return &placeError{fmt.Errorf("put blob %s: %w", id, err)}
+}
+
+func count(ctx context.Context, data blob.Bytes) {
+	if t, ok := ctx.Value(tallyKey{}).(*tally); ok {
+		t.n.Add(int64(data.Length()))
+	}
 }
 
 // DeleteBlob leaves a blob that is locked for a later collection: nobody names it any more, and Kopia comes upon it again.
@@ -135,17 +148,24 @@ func (g *guard) DeleteBlob(ctx context.Context, id blob.ID) error {
 	return nil
 }
 
-// has says whether a blob is on the medium just as it is given.
-func (g *guard) has(ctx context.Context, id blob.ID, data Bytes) (bool, error) {
+// bring puts a blob unless it is on the medium just as it is given. One that is there and is another is an error.
+func (g *guard) bring(ctx context.Context, id blob.ID, data blob.Bytes) (sent bool, err error) {
 	if a, ok := g.Place.(Attesting); ok {
-		return a.Has(ctx, id, data)
+		sent, err = a.Bring(ctx, id, data, func() error { return g.room(ctx, id, int64(data.Length())) })
+		if err != nil {
+			return false, g.notPut(ctx, id, err)
+		}
+		if sent {
+			count(ctx, data)
+		}
+		return sent, nil
 	}
 	if _, err := g.GetMetadata(ctx, id); errors.Is(err, blob.ErrBlobNotFound) {
-		return false, nil
+		return true, g.PutBlob(ctx, id, data, blob.PutOptions{})
 	} else if err != nil {
 		return false, err
 	}
-	return true, readBack(ctx, g.Place, id, data)
+	return false, readBack(ctx, g.Place, id, Unpaced(data))
 }
 
 // PutBlob puts a blob into a place and reads it back from the medium. It is for those who serve a place to others; a Store does so
@@ -188,11 +208,15 @@ func (g *guard) noSpace(ctx context.Context, id blob.ID, cause error) error {
 
 // readBack compares a blob on the medium with what should be there.
 func readBack(ctx context.Context, p Place, id blob.ID, data blob.Bytes) error {
-	p.Evict(ctx, id)
-	r := data.Reader()
-	defer r.Close() //nolint:errcheck // memory
-	c := &comparer{want: r, total: data.Length()}
-	if err := p.GetBlob(ctx, id, 0, -1, c); err != nil && !errors.Is(err, errDiffers) {
+	c := &comparer{total: data.Length()}
+	if b, ok := data.(Bytes); ok && len(b) > 0 {
+		c.all = b
+	} else {
+		r := data.Reader()
+		defer r.Close() //nolint:errcheck // memory
+		c.want = r
+	}
+	if err := GetFromMedium(ctx, p, id, c); err != nil && !errors.Is(err, errDiffers) {
 		return &placeError{fmt.Errorf("read back blob %s: %w", id, err)}
 	}
 	if err := c.done(); err != nil {
@@ -211,7 +235,8 @@ var errDiffers = errors.New("the bytes differ")
 
 // comparer is where a blob is read to that is only to be compared.
 type comparer struct {
-	want    io.ReadSeeker
+	all     []byte        // what it should be, if that is one piece of memory
+	want    io.ReadSeeker // otherwise
 	total   int
 	got     int
 	buf     [32 << 10]byte
@@ -221,21 +246,36 @@ type comparer struct {
 func (c *comparer) Length() int { return c.got }
 
 func (c *comparer) Reset() {
-	_, err := c.want.Seek(0, io.SeekStart)
-	c.got, c.differs = 0, err != nil
+	c.got, c.differs = 0, false
+	if c.all == nil {
+		_, err := c.want.Seek(0, io.SeekStart)
+		c.differs = err != nil
+	}
 }
 
 func (c *comparer) Write(p []byte) (int, error) {
 	for rest := p; len(rest) > 0; {
-		n := min(len(rest), len(c.buf))
-		if _, err := io.ReadFull(c.want, c.buf[:n]); err != nil || !bytes.Equal(c.buf[:n], rest[:n]) {
+		part, err := c.next(len(rest))
+		if err != nil || !bytes.Equal(part, rest[:len(part)]) {
 			c.differs = true
 			return 0, errDiffers
 		}
-		rest = rest[n:]
+		c.got, rest = c.got+len(part), rest[len(part):]
 	}
-	c.got += len(p)
 	return len(p), nil
+}
+
+// next gives at least one and at most n bytes of what should come.
+func (c *comparer) next(n int) ([]byte, error) {
+	if c.all != nil {
+		if c.got == c.total {
+			return nil, io.ErrUnexpectedEOF
+		}
+		return c.all[c.got:min(c.got+n, c.total)], nil
+	}
+	b := c.buf[:min(n, len(c.buf))]
+	_, err := io.ReadFull(c.want, b)
+	return b, err
 }
 
 func (c *comparer) done() error {

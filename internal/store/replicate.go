@@ -49,9 +49,9 @@ type Replicated struct {
 const (
 	wholePack   = 95        // percent of a pack that must be missing for it to travel as it is
 	maxWaiting  = 256 << 10 // blocks that wait for the rest of their pack to be asked for; about 100 bytes each
-	packsAtOnce = 4
-	packSlack   = 4 << 20 // bytes by which a pack is usually longer than it should be, at most
-	packsAFlush = 64      // after so many the far index is written, so that another attempt need not ask for them again
+	packsAtOnce = 6         // some are sent while others are read, proven, synced and read back; about 25 MB each on both sides
+	packSlack   = 4 << 20   // bytes by which a pack is usually longer than it should be, at most
+	packsAFlush = 64        // after so many the far index is written, so that another attempt need not ask for them again
 )
 
 // ErrOtherSecrets is that two stores do not share their secrets, so that nothing of one is good in the other.
@@ -90,6 +90,7 @@ type replication struct {
 	blocks  int // that wait
 	senders *errgroup.Group
 	sending context.Context // ends when one of them has failed
+	buffers sync.Pool       // of *Buffer that a pack fits into
 
 	mu    sync.Mutex
 	out   Replicated
@@ -204,10 +205,7 @@ func (r *replication) send(ctx context.Context) error {
 	if err := r.settle(ctx); err != nil {
 		return err
 	}
-	if err := r.flush(ctx); err != nil {
-		return err
-	}
-	return r.far.place.Sync(ctx)
+	return r.flush(ctx)
 }
 
 func (r *replication) start(ctx context.Context) {
@@ -384,7 +382,12 @@ func (s *Store) packed(ctx context.Context, pack blob.ID) (int64, error) {
 	if err != nil {
 		return 0, damaged(err)
 	}
-	all, err := w.ContentManager().RecoverIndexFromPackBlob(ctx, pack, meta.Length, false)
+	var end Buffer
+	length := min(meta.Length, packEnd)
+	if err := s.place.GetBlob(ctx, pack, meta.Length-length, length, &end); err != nil {
+		return 0, damaged(err)
+	}
+	all, err := packIndex(ctx, w.ContentManager(), lent{id: pack, at: meta.Length - length, end: end.Bytes()}, false)
 	if err != nil {
 		return 0, damaged(err)
 	}
@@ -395,34 +398,47 @@ func (s *Store) packed(ctx context.Context, pack blob.ID) (int64, error) {
 	return total, nil
 }
 
+const (
+	packEnd  = 1 << 20 // bytes at the end of a pack in which its own index lies, if it has no more than some ten thousand contents
+	kopiaEnd = 8 << 10 // bytes at the end in which Kopia looks for it
+)
+
+// packIndex reads a pack's own index, and enters it into the store's if commit is true. An index is often longer than what Kopia
+// reads for it, which would then read all of the pack and copy it twice. It asks from where it believes that the end begins, and
+// takes what it is given: so it is told a length by which it asks from where what we have begins.
+func packIndex(ctx context.Context, w *content.WriteManager, l lent, commit bool) ([]content.Info, error) {
+	return w.RecoverIndexFromPackBlob(context.WithValue(ctx, lentKey{}, l), l.id, l.at+kopiaEnd, commit)
+}
+
 // sendPack sends a pack as it is, unless an earlier attempt did, and enters what is in it into the far index.
 func (r *replication) sendPack(ctx context.Context, p *packOf) error {
-	var read Buffer
-	read.Grow(packSize + packSlack)
-	if err := r.near.place.GetBlob(ctx, p.id, 0, -1, &read); err != nil {
+	read, ok := r.buffers.Get().(*Buffer)
+	if !ok {
+		read = new(Buffer)
+		read.Grow(packSize + packSlack)
+	}
+	if err := r.near.place.GetBlob(ctx, p.id, 0, -1, read); err != nil {
 		return damaged(fmt.Errorf("read pack %s: %w", p.id, err))
 	}
 	data := Bytes(read.Bytes())
 	if err := r.prove(p, data); err != nil {
 		return err
 	}
-	there, err := r.far.guard.has(ctx, p.id, data)
+	sent, err := r.far.guard.bring(ctx, p.id, r.pace.slow(ctx, data))
 	if err != nil {
 		return err
 	}
-	if there {
-		r.count(func(o *Replicated) { o.Found++ })
-	} else {
-		if err := r.far.guard.PutBlob(ctx, p.id, r.pace.slow(ctx, data), blob.PutOptions{}); err != nil {
-			return err
-		}
+	if sent {
 		r.count(func(o *Replicated) { o.Packs++ })
+	} else {
+		r.count(func(o *Replicated) { o.Found++ })
 	}
 	// The pack's own index need not be fetched from afar: it is in what was sent.
-	here := context.WithValue(ctx, lentKey{}, lent{p.id, data})
-	if _, err := r.packer.RecoverIndexFromPackBlob(here, p.id, int64(len(data)), true); err != nil {
+	at := max(len(data)-packEnd, 0)
+	if _, err := packIndex(ctx, r.packer, lent{id: p.id, at: int64(at), end: data[at:], all: data}, true); err != nil {
 		return damaged(err)
 	}
+	r.buffers.Put(read) // only now: of what was cut off something may still be on its way
 	return r.written(ctx, p)
 }
 

@@ -366,9 +366,8 @@ func (p packLine) put(ctx context.Context, place Place, dir string) (fresh bool,
 	case there.Length != p.size:
 		return false, fmt.Errorf("%w: pack %s has %d bytes there and %d on the disk", ErrDamaged, p.id, there.Length, p.size)
 	}
-	place.Evict(ctx, p.id)
 	var back Buffer
-	if err := place.GetBlob(ctx, p.id, 0, -1, &back); err != nil {
+	if err := GetFromMedium(ctx, place, p.id, &back); err != nil {
 		return false, fmt.Errorf("read back pack %s: %w", p.id, err)
 	}
 	if digestOf(back.Bytes()) != p.sum {

@@ -92,8 +92,24 @@ type Place interface {
 // Attesting is a Place that is far away: PutBlob reads back over there, from the medium, before it returns, so that nothing has
 // to be fetched once more to be compared.
 type Attesting interface {
-	// Has says whether a blob is there just as it is given. It is read from the medium for that, over there.
-	Has(ctx context.Context, id blob.ID, data Bytes) (bool, error)
+	// Bring puts a blob unless it is there just as it is given; it is read from the medium over there for that, too. room is
+	// asked before anything is sent. sent is false if nothing had to be.
+	Bring(ctx context.Context, id blob.ID, data blob.Bytes, room func() error) (sent bool, err error)
+}
+
+// Unbuffered is a Place that can read a blob from its medium past every cache.
+type Unbuffered interface {
+	// GetFromMedium is GetBlob of a whole blob, by nobody's memory of it.
+	GetFromMedium(ctx context.Context, id blob.ID, out blob.OutputBuffer) error
+}
+
+// GetFromMedium reads a whole blob of a place from the medium.
+func GetFromMedium(ctx context.Context, p Place, id blob.ID, out blob.OutputBuffer) error {
+	if u, ok := p.(Unbuffered); ok {
+		return u.GetFromMedium(ctx, id, out)
+	}
+	p.Evict(ctx, id)
+	return p.GetBlob(ctx, id, 0, -1, out)
 }
 
 // Limits of a store. Anything beyond is refused, on writing and on reading.

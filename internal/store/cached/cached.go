@@ -86,6 +86,12 @@ type attesting struct {
 	store.Attesting
 }
 
+// Bring implements store.Attesting.
+func (p attesting) Bring(ctx context.Context, id blob.ID, data blob.Bytes, room func() error) (bool, error) {
+	defer p.drop(id)
+	return p.Attesting.Bring(ctx, id, data, room)
+}
+
 // place is a place with a cache.
 type place struct {
 	store.Place

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"unsafe"
 
 	"github.com/kopia/kopia/repo/blob"
 	"golang.org/x/sys/unix"
@@ -17,9 +18,11 @@ import (
 )
 
 // Large blobs are written past the page cache: it would only cost processor time, and reading back must not be answered
-// from it. directSize is the piece in which that is done, a multiple of any sector.
+// from it. directSize is the piece in which that is done, a multiple of any sector; what lies well in memory is written as it is, and read back, in
+// larger ones.
 const (
 	directSize = 1 << 20
+	largeSize  = 4 << 20
 	sector     = 4096
 )
 
@@ -89,7 +92,7 @@ func writeThrough(path string, data blob.Bytes, flag int) error {
 	if err != nil {
 		return err
 	}
-	w := &pieces{f: f, buf: make([]byte, 0, directSize), direct: flag != 0}
+	w := &pieces{f: f, direct: flag != 0}
 	_, err = data.WriteTo(w)
 	if err == nil {
 		err = w.finish(int64(data.Length()))
@@ -100,8 +103,8 @@ func writeThrough(path string, data blob.Bytes, flag int) error {
 	return errors.Join(err, f.Close())
 }
 
-// pieces collects small writes into pieces that O_DIRECT takes. The runtime aligns allocations of that size to its
-// pages; where that should not be enough, the kernel says EINVAL and the caller falls back.
+// pieces collects small writes into pieces that O_DIRECT takes, and writes what is one already as it is. The runtime aligns
+// allocations of that size to its pages; where that should not be enough, the kernel says EINVAL and the caller falls back.
 type pieces struct {
 	f      *os.File
 	buf    []byte
@@ -111,6 +114,17 @@ type pieces struct {
 func (w *pieces) Write(p []byte) (int, error) {
 	n := len(p)
 	for len(p) > 0 {
+		if len(w.buf) == 0 && len(p) >= directSize && aligned(p) {
+			k := min(len(p), largeSize) / directSize * directSize
+			if _, err := w.f.Write(p[:k]); err != nil {
+				return 0, err
+			}
+			p = p[k:]
+			continue
+		}
+		if w.buf == nil {
+			w.buf = make([]byte, 0, directSize)
+		}
 		k := copy(w.buf[len(w.buf):cap(w.buf)], p)
 		w.buf, p = w.buf[:len(w.buf)+k], p[k:]
 		if len(w.buf) == cap(w.buf) {
@@ -122,6 +136,8 @@ func (w *pieces) Write(p []byte) (int, error) {
 	}
 	return n, nil
 }
+
+func aligned(p []byte) bool { return uintptr(unsafe.Pointer(unsafe.SliceData(p)))%sector == 0 }
 
 // finish writes the last piece, filled up to a whole sector, and cuts the file to its size.
 func (w *pieces) finish(size int64) error {
@@ -198,6 +214,10 @@ func (p *place) GetBlob(ctx context.Context, id blob.ID, offset, length int64, o
 }
 
 func (p *place) copyAll(f *os.File, output io.Writer) error {
+	if into, ok := output.(io.ReaderFrom); ok {
+		_, err := into.ReadFrom(f)
+		return err
+	}
 	b := p.buffer(directSize)
 	defer p.buffers.Put(&b)
 	for {
@@ -214,6 +234,53 @@ func (p *place) copyAll(f *os.File, output io.Writer) error {
 			return err
 		}
 	}
+}
+
+// GetFromMedium implements store.Unbuffered: it reads a blob past the page cache where the file system can do that, and has it
+// dropped from there otherwise.
+func (p *place) GetFromMedium(ctx context.Context, id blob.ID, output blob.OutputBuffer) error {
+	err := p.getDirect(ctx, id, output)
+	if !errors.Is(err, unix.EINVAL) {
+		return err
+	}
+	p.Evict(ctx, id)
+	return p.GetBlob(ctx, id, 0, -1, output)
+}
+
+func (p *place) getDirect(ctx context.Context, id blob.ID, output blob.OutputBuffer) error {
+	_, path, err := p.paths.GetShardedPathAndFilePath(ctx, id)
+	if err != nil {
+		return err
+	}
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_DIRECT, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return blob.ErrBlobNotFound
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close() //nolint:errcheck // only read
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	output.Reset()
+	b := p.buffer(largeSize)
+	defer p.buffers.Put(&b)
+	for left := info.Size(); left > 0; {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		n, err := f.Read(b) // of anything but whole sectors the end alone is read
+		if err != nil {
+			return err
+		}
+		if _, err := output.Write(b[:n]); err != nil {
+			return err
+		}
+		left -= int64(n)
+	}
+	return nil
 }
 
 func (p *place) buffer(n int64) []byte {

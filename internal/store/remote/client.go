@@ -184,14 +184,33 @@ type arrived struct {
 	Have  int64 `json:"have"`  // so many bytes of it came before it was cut off
 }
 
-// Has implements store.Attesting.
-func (p *place) Has(ctx context.Context, id blob.ID, data store.Bytes) (bool, error) {
-	var a arrived
-	digest, err := digestOf(data)
-	if err == nil {
-		err = p.simple(ctx, http.MethodGet, pathArrived, url.Values{"id": {string(id)}, "digest": {digest}}, nil, &a)
+// Bring implements store.Attesting.
+func (p *place) Bring(ctx context.Context, id blob.ID, data blob.Bytes, room func() error) (sent bool, err error) {
+	digest, err := sendable(id, data)
+	if err != nil {
+		return false, err
 	}
-	return a.There, err
+	err = again(ctx, func(ctx context.Context) error {
+		var a arrived
+		err := p.simple(ctx, http.MethodGet, pathArrived, url.Values{"id": {string(id)}, "digest": {digest}}, nil, &a)
+		if err != nil || a.There { // it may have come whole, and only the answer to that was cut off
+			return err
+		}
+		if err := room(); err != nil {
+			return err
+		}
+		sent = true
+		return p.send(ctx, id, data, digest, a.Have, blob.PutOptions{})
+	})
+	return sent, err
+}
+
+// sendable gives the digest of a blob that can be sent.
+func sendable(id blob.ID, data blob.Bytes) (digest string, err error) {
+	if data.Length() > MaxBlob {
+		return "", fmt.Errorf("put blob %s: it has %d bytes; the most is %d", id, data.Length(), MaxBlob)
+	}
+	return digestOf(data)
 }
 
 func digestOf(data blob.Bytes) (string, error) {
@@ -205,10 +224,7 @@ func (p *place) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 	if opts.HasRetentionOptions() || opts.DoNotRecreate {
 		return blob.ErrUnsupportedPutBlobOption
 	}
-	if data.Length() > MaxBlob {
-		return fmt.Errorf("put blob %s: it has %d bytes; the most is %d", id, data.Length(), MaxBlob)
-	}
-	digest, err := digestOf(data)
+	digest, err := sendable(id, data)
 	if err != nil {
 		return err
 	}
@@ -219,11 +235,13 @@ func (p *place) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 				return err
 			}
 		}
-		return p.send(ctx, id, data, digest, min(max(a.Have, 0), int64(data.Length())), opts)
+		return p.send(ctx, id, data, digest, a.Have, opts)
 	})
 }
 
-func (p *place) send(ctx context.Context, id blob.ID, data blob.Bytes, digest string, offset int64, opts blob.PutOptions) error {
+// send sends a blob of which some is over there already.
+func (p *place) send(ctx context.Context, id blob.ID, data blob.Bytes, digest string, have int64, opts blob.PutOptions) error {
+	offset := min(max(have, 0), int64(data.Length()))
 	h := http.Header{}
 	h.Set(headerDigest, digest)
 	h.Set(headerSize, strconv.Itoa(data.Length()))

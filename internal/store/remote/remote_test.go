@@ -296,3 +296,49 @@ func TestWhoLostALockChangesNothing(t *testing.T) {
 		t.Errorf("after letting the lost lock go: %v", err)
 	}
 }
+
+// deaf loses the answer to the first blob that is put.
+type deaf struct {
+	http.RoundTripper
+	puts atomic.Int64
+}
+
+func (d *deaf) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := d.RoundTripper.RoundTrip(r)
+	if err == nil && r.Method == http.MethodPut && d.puts.Add(1) == 1 {
+		_ = resp.Body.Close()
+		return nil, errors.New("the line broke")
+	}
+	return resp, err
+}
+
+func TestABlobWhoseAnswerWasLostIsNotSentAgain(t *testing.T) {
+	rights := remote.Make
+	_, base, c := served(t, &rights)
+	d := &deaf{RoundTripper: c.Transport}
+	p, err := remote.New(&http.Client{Transport: d}, base).Create(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	a, ok := p.(store.Attesting)
+	if !ok {
+		t.Fatal("a place far away does not attest")
+	}
+	blocks, rooms := store.Bytes(bytes.Repeat([]byte("block"), 50_000)), 0
+	room := func() error { rooms++; return nil }
+	for i := range 2 { // the second time it was there
+		if sent, err := a.Bring(t.Context(), "p1", blocks, room); err != nil || sent != (i == 0) {
+			t.Errorf("bring %d: sent %t, %v", i, sent, err)
+		}
+	}
+	if d.puts.Load() != 1 || rooms != 1 {
+		t.Errorf("it was sent %d times; room was asked for %d times", d.puts.Load(), rooms)
+	}
+	full := errors.New("full")
+	if sent, err := a.Bring(t.Context(), "p2", blocks, func() error { return full }); sent || !errors.Is(err, full) || d.puts.Load() != 1 {
+		t.Errorf("without room: sent %t, %v", sent, err)
+	}
+	if sent, err := a.Bring(t.Context(), "p1", blocks[:9], room); sent && err == nil {
+		t.Error("another blob took its place")
+	}
+}

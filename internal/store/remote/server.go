@@ -32,6 +32,7 @@ type Server struct {
 	open    func(r *http.Request) (store.Driver, Rights, error)
 	mux     *http.ServeMux
 	uploads *semaphore.Weighted // bytes
+	buffers sync.Pool           // of []byte, as blobs are received into
 
 	opening singleflight.Group // of places, by name
 
@@ -376,10 +377,21 @@ func (s *Server) put(r *request) error {
 	}
 	defer s.uploads.Release(size)
 	data, err := s.receive(r, digest, size, offset)
-	if err != nil {
-		return err
+	if err == nil {
+		err = s.keep(r, id, data, digest)
 	}
-	return s.keep(r, id, data, digest)
+	if err == nil && size >= resumable {
+		s.buffers.Put(&data) // a place that has put it needs it no more
+	}
+	return err
+}
+
+// buffer gives memory for a blob.
+func (s *Server) buffer(size int64) []byte {
+	if b, ok := s.buffers.Get().(*[]byte); ok && int64(cap(*b)) >= size {
+		return (*b)[:0]
+	}
+	return make([]byte, 0, max(size, resumable))
 }
 
 // receive reads a blob, the beginning of which may have come before. What comes of one that is cut off is kept.
@@ -389,7 +401,7 @@ func (s *Server) receive(r *request, digest []byte, size, offset int64) ([]byte,
 	if int64(len(data)) < offset {
 		return nil, refuse(http.StatusRequestedRangeNotSatisfiable, "%d bytes of it are here, not %d", len(data), offset)
 	}
-	data = append(make([]byte, 0, size), data[:offset]...)
+	data = append(s.buffer(size), data[:offset]...)
 	n, err := io.ReadFull(r.Body, data[offset:size])
 	data = data[:offset+int64(n)]
 	if err == nil && int64(len(data)) == size {
@@ -525,10 +537,9 @@ func (s *Server) digest(ctx context.Context, p store.Place, id blob.ID) ([]byte,
 	if _, err := p.GetMetadata(ctx, id); err != nil {
 		return nil, err
 	}
-	p.Evict(ctx, id)
 	var d digester
 	d.Reset()
-	if err := p.GetBlob(ctx, id, 0, -1, &d); err != nil {
+	if err := store.GetFromMedium(ctx, p, id, &d); err != nil {
 		return nil, err
 	}
 	return d.h.Sum(nil), nil

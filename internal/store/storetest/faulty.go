@@ -1,6 +1,7 @@
 package storetest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"sync"
@@ -17,6 +18,7 @@ var ErrPower = errors.New("the power was cut")
 // Faulty is a driver over another one whose place can be made to fail.
 type Faulty struct {
 	store.Driver
+	Attests bool // its place reads back by itself, if that of the other one does, and cannot lie then
 
 	mu      sync.Mutex
 	changes int // puts and deletes so far
@@ -51,13 +53,48 @@ func (f *Faulty) Lie(lie bool) {
 // Create implements store.Driver.
 func (f *Faulty) Create(ctx context.Context) (store.Place, error) {
 	p, err := f.Driver.Create(ctx)
-	return &faultyPlace{Place: p, f: f}, err
+	return f.over(p), err
 }
 
 // Open implements store.Driver.
 func (f *Faulty) Open(ctx context.Context) (store.Place, error) {
 	p, err := f.Driver.Open(ctx)
-	return &faultyPlace{Place: p, f: f}, err
+	return f.over(p), err
+}
+
+func (f *Faulty) over(p store.Place) store.Place {
+	out := &faultyPlace{Place: p, f: f}
+	if a, ok := p.(store.Attesting); ok && f.Attests {
+		return faultyAttesting{out, a}
+	}
+	if u, ok := p.(store.Unbuffered); ok {
+		return faultyUnbuffered{out, u}
+	}
+	return out
+}
+
+type faultyAttesting struct {
+	*faultyPlace
+	a store.Attesting
+}
+
+func (p faultyAttesting) Bring(ctx context.Context, id blob.ID, data blob.Bytes, room func() error) (bool, error) {
+	if err := p.f.alive(); err != nil {
+		return false, err
+	}
+	return p.a.Bring(ctx, id, data, func() error { return cmp.Or(p.f.change(true), room()) })
+}
+
+type faultyUnbuffered struct {
+	*faultyPlace
+	u store.Unbuffered
+}
+
+func (p faultyUnbuffered) GetFromMedium(ctx context.Context, id blob.ID, out blob.OutputBuffer) error {
+	if err := p.f.alive(); err != nil {
+		return err
+	}
+	return p.u.GetFromMedium(ctx, id, out)
 }
 
 type faultyPlace struct {

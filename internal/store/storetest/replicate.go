@@ -41,7 +41,7 @@ func RunReplication(t *testing.T, openNear, openFar func(t *testing.T) store.Dri
 		{"a rate is asked, and kept", rates},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			p := pair{nearDrv: &Faulty{Driver: openNear(t)}, farDrv: &Faulty{Driver: openFar(t)}}
+			p := pair{nearDrv: &Faulty{Driver: openNear(t)}, farDrv: &Faulty{Driver: openFar(t), Attests: true}}
 			if err := store.Create(t.Context(), p.nearDrv, password); err != nil {
 				t.Fatal(err)
 			}
