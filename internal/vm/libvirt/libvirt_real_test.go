@@ -6,7 +6,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
-	"syscall"
 	"testing"
 	"time"
 
@@ -61,7 +60,6 @@ func crowd(t *testing.T) (end func()) {
 	}
 	for range 4 * runtime.NumCPU() {
 		c := exec.CommandContext(ctx, "sh", "-c", "while :; do :; done")
-		c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		if err := c.Start(); err != nil {
 			end()
 			t.Fatal(err)
