@@ -171,6 +171,7 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 	}
 	handlers, end := nodeHandlers(m, set, driver)
 	p.onClose("far store of nodes", end)
+	nodes.witness(ctx, m)
 	noded := make(chan struct{})
 	go func() {
 		defer close(noded)
@@ -265,7 +266,7 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app, Silos: silos, Home: i.homeSilo(set), Access: i.accessFor(password),
 		Log: p.log, Version: version, Data: i.Dir, Location: set.Store, Lease: leaseTime, LeaseGrace: leaseGrace}
 	if nodes != nil {
-		config.Sites = nodes.site
+		config.Sites, config.Nodes = nodes.site, nodes.figures
 		silos.hub = nodes.hub
 		config.Silos = silos
 	}

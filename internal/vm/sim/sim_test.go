@@ -29,9 +29,9 @@ func TestSimKeepsThePromises(t *testing.T) {
 		}
 	})
 	vmtest.Run(t, vmtest.Rig{
-		Open:     func(*testing.T) vm.Hypervisor { return host.Open() },
-		Layer:    rawCopy,
-		Sector:   rawSector,
+		Open:   func(*testing.T) vm.Hypervisor { return host.Open() },
+		Layer:  rawCopy,
+		Sector: rawSector,
 		Crowd: func(*testing.T) func() {
 			busy.Store(true)
 			return func() { busy.Store(false) }
