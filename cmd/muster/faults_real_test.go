@@ -46,6 +46,7 @@ func TestFaultsBetweenMachinesLoseNothingAndDoNothingTwice(t *testing.T) {
 		{"the line between silo and master is cut in a test", r.siloCut},
 		{"the master is killed in a test", r.masterKilled},
 		{"the master is stopped in a test", r.masterStopped},
+		{"PostgreSQL is restarted in the middle of everything", r.databaseRestarted},
 		{"a silo is revoked in a test", r.siloRevoked},
 		{"everything is there at the end", r.everything},
 	} {
@@ -65,20 +66,29 @@ func (r *realm) replayedToken(t *testing.T) {
 	if out, code := other.tell("silo", "join", token); code != exitRefused || !strings.Contains(out, "was used already") {
 		t.Errorf("a token that was used: exit code %d: %s", code, out)
 	}
+	once := func(kinds ...string) {
+		for _, kind := range kinds {
+			r.until(t, "there is an event "+kind, func() bool { return len(r.events(t, kind, "c")) == 1 })
+		}
+	}
+	once("node.enrolled", "node.joined", "node.refused") // the book is looked at four times a second
 	r.hq.ok("master", "revoke", "c")
+	once("node.revoked")
 }
 
 func (r *realm) killedOnTheWay(t *testing.T) {
 	r.box.slow(realmRate)
 	defer r.box.good()
 	op := r.begin(t)
-	r.until(t, "it is on its way", func() bool { return r.sending(2 << 20) })
-	r.box.stand(2 * time.Second)
-	r.hq.stand(2 * time.Second)
+	r.until(t, "it is on its way", func() bool { return r.sending() })
+	r.box.stand(time.Second)
+	r.hq.stand(time.Second)
 	r.silos["a"].stand(time.Second)
-	r.until(t, "it goes on", func() bool { return r.sending(4 << 20) })
+	if !r.sending() {
+		t.Error("it has arrived before anybody was killed: the test tests nothing")
+	}
 	r.box.restart()
-	r.until(t, "it is on its way again", func() bool { return r.sending(1 << 20) })
+	r.until(t, "it is on its way again", func() bool { return r.sending() })
 	r.hq.restart()
 	r.silos["b"].restart()
 	r.answers(t)
@@ -90,7 +100,7 @@ func (r *realm) cutOnTheWay(t *testing.T) {
 	r.box.slow(realmRate)
 	defer r.box.good()
 	op := r.begin(t)
-	r.until(t, "it is on its way", func() bool { return r.sending(2 << 20) })
+	r.until(t, "it is on its way", func() bool { return r.sending() })
 	r.box.cut()
 	time.Sleep(4 * time.Second)
 	if s := r.status(); s.Hello.Owed == 0 {
@@ -268,6 +278,21 @@ func (r *realm) masterStopped(t *testing.T) {
 	}
 }
 
+func (r *realm) databaseRestarted(t *testing.T) {
+	r.box.slow(realmRate)
+	defer r.box.good()
+	r.hold(t, "a", "b")
+	before := r.machines("a") + r.machines("b")
+	op := r.begin(t)
+	r.until(t, "it is on its way", func() bool { return r.sending() })
+	r.pg.Restart(t)
+	r.box.good()
+	r.until(t, "a machine was started", func() bool { return r.machines("a")+r.machines("b") > before })
+	r.pg.Restart(t)
+	r.let(t, "a", "b")
+	r.passed(t, op, "")
+}
+
 func (r *realm) siloRevoked(t *testing.T) {
 	op, on, other := r.testing(t)
 	lost := len(r.events(t, "silo.lost", on))
@@ -278,6 +303,7 @@ func (r *realm) siloRevoked(t *testing.T) {
 	if s := r.state(on); s != dr.SiloLost {
 		t.Errorf("a silo that was revoked is %s", s)
 	}
+	r.told(t, "node.revoked", on)
 	r.until(t, "it knows why", func() bool { return strings.Contains(r.silos[on].said(), "was revoked") })
 	r.let(t, on)
 	r.silos[on].kill()

@@ -212,7 +212,7 @@ func noise(t testing.TB, path string, size int, day uint64) {
 const (
 	makeBelieve  = "muster-sim"         // the program's name then
 	envImages    = "MUSTER_TEST_IMAGES" // "real": images are opened by libguestfs, and only machines are make-believe
-	simLease     = 4 * time.Second
+	simLease     = 5 * time.Second
 	simGrace     = 2 * time.Second
 	wentPrefix   = "went-" // in the silo's folder: a machine was started
 	holdFile     = "hold"  // in the silo's folder: while it is there, machines do not boot

@@ -12,11 +12,13 @@ import (
 	"time"
 
 	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/database/pgtest"
 	"github.com/musterdr/muster/internal/dr"
 )
 
 // realm is an installation on many machines: a master, two silos and an appliance, each the program as a process of its own in a
-// network of its own, with a bridge between them. Machines of the silos are make-believe; everything else is as it is delivered.
+// network of its own, with a bridge between them. The master keeps its catalog and its work in a PostgreSQL. Machines of the silos are
+// make-believe; everything else is as it is delivered.
 type realm struct {
 	t     *testing.T // of the whole
 	dir   string
@@ -25,6 +27,7 @@ type realm struct {
 	box   *place
 	silos map[string]*place
 	api   *api.Client // of the master
+	pg    *pgtest.Server
 	day   uint64
 	tests []string // snapshots that have to be there at the end
 }
@@ -33,7 +36,7 @@ const (
 	realmNet  = "10.213.78."
 	realmDisk = 24 << 20  // bytes of the server, all different from one snapshot to the next
 	realmRoom = 640 << 20 // bytes of the near store's disk, and of the far one's
-	realmRate = "20mbit"  // of a slow line: a snapshot takes ten seconds
+	realmRate = "16mbit"  // of a slow line: a snapshot takes twelve seconds
 )
 
 // newRealm makes the bridge and the machines, and has them join.
@@ -47,7 +50,7 @@ func newRealm(t *testing.T) *realm {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	r := &realm{t: t, dir: dir, bin: filepath.Join(dir, makeBelieve), silos: map[string]*place{}}
+	r := &realm{t: t, dir: dir, bin: filepath.Join(dir, makeBelieve), silos: map[string]*place{}, pg: pgtest.Start(t)}
 	self, err := os.Executable()
 	if err == nil { // no link to it: the program starts itself by its own name
 		err = os.Link(self, r.bin)
@@ -86,14 +89,19 @@ func (r *realm) place(name, host string, command ...string) *place {
 func (r *realm) found() {
 	t := r.t
 	t.Helper()
-	r.hq.ok("init")
+	r.hq.ok("init", "--database", r.pg.Database(t))
 	r.hq.ok("master", "init", "--name", "hq", "--listen", realmNet+"1:7443", "--address", realmNet+"1:7443")
 	r.hq.ok("master", "customer", "acme")
 	r.hq.serve()
 	r.api = api.Dial(r.hq.socket())
 	t.Cleanup(r.api.Close)
 	r.answers(t)
-	r.hq.ok("silo", "drain", homeSilo, "--reason", "the others are to work")
+	var own []api.SiloStatus
+	r.until(t, "the master's own silo is heard of", func() (there bool) {
+		own, _ = r.api.ListSilos(t.Context())
+		return len(own) == 1
+	})
+	r.hq.ok("silo", "drain", own[0].Silo.Name, "--reason", "the others are to work")
 	for name, p := range r.silos {
 		p.ok("silo", "join", r.invite("--silo", name))
 		p.serve()
@@ -174,9 +182,9 @@ func (r *realm) status() (s api.SiteStatus) {
 	return s
 }
 
-// sending says whether so many bytes of a snapshot are on their way.
-func (r *realm) sending(least int64) bool {
-	return slices.ContainsFunc(r.status().Working, func(op api.Operation) bool { return op.Kind == "replicate" && op.Done >= least })
+// sending says whether a snapshot is on its way. How far it is is seen only when a pack has arrived, and here one is most of it.
+func (r *realm) sending() bool {
+	return slices.ContainsFunc(r.status().Working, func(op api.Operation) bool { return op.Kind == "replicate" })
 }
 
 // begin asks for a snapshot of another day, as a person does.
