@@ -32,8 +32,9 @@ type place struct {
 	dir     string   // of the installation
 	space   string   // network namespace
 	near    string   // its interface there
-	address string
+	enter   []string // what a command line begins with that is to run there
 
+	env []string
 	run *exec.Cmd
 	log string // file
 }
@@ -53,21 +54,65 @@ func sh(t testing.TB, line string, args ...any) string {
 // newPlace gives a program a network of its own, with a cable whose other end is far.
 func newPlace(t testing.TB, bin, name, dir, address, far string) *place {
 	t.Helper()
-	p := &place{t: t, name: name, bin: bin, dir: dir, space: netID() + name, near: netID() + "n" + name, address: address, log: dir + ".log"}
+	p := &place{t: t, name: name, bin: bin, dir: dir, space: netID() + name, log: dir + ".log"}
+	p.enter = []string{"ip", "netns", "exec", p.space}
 	sh(t, "ip netns add %s", p.space)
+	p.plug(address, far)
+	return p
+}
+
+// newHost gives a program a lab host of its own: a network, processes and a libvirtd.
+func newHost(t testing.TB, bin, name, dir, address, far string) *place {
+	t.Helper()
+	sandbox, err := filepath.Abs("../../scripts/sandbox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &place{t: t, name: name, bin: bin, dir: dir, space: netID() + name, log: dir + ".log"}
+	state := dir + "-host"
+	p.enter = []string{sandbox, "enter", state, "--"}
+	host := exec.Command(sandbox, "run", "--dir", state, "--", "sh", "-c", "touch "+state+"/up && exec sleep infinity")
+	if err := host.Start(); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
+		sh(t, "%s stop %s", sandbox, state)
+		_ = host.Wait() // 143: it was stopped
+	})
+	for deadline := time.Now().Add(time.Minute); !isFile(state + "/up"); time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the lab host does not come up")
+		}
+	}
+	sh(t, "ip netns attach %s $(cut -d' ' -f1 %s/pid)", p.space, state)
+	p.plug(address, far)
+	return p
+}
+
+// plug puts a cable into a place.
+func (p *place) plug(address, far string) {
+	p.t.Helper()
+	p.near = netID() + "n" + p.name
+	p.t.Cleanup(func() {
 		p.kill()
 		_ = exec.Command("ip", "netns", "del", p.space).Run()
 	})
-	sh(t, "ip link add %s type veth peer name %s netns %s && ip link set %s up", far, p.near, p.space, far)
-	t.Cleanup(func() { _ = exec.Command("ip", "link", "del", far).Run() })
-	sh(t, "ip -n %s addr add %s dev %s && ip -n %s link set %s up && ip -n %s link set lo up", p.space, address, p.near, p.space, p.near, p.space)
-	return p
+	sh(p.t, "ip link add %s type veth peer name %s netns %s && ip link set %s up", far, p.near, p.space, far)
+	p.t.Cleanup(func() { _ = exec.Command("ip", "link", "del", far).Run() })
+	sh(p.t, "ip -n %s addr add %s dev %s && ip -n %s link set %s up && ip -n %s link set lo up", p.space, address, p.near, p.space, p.near, p.space)
+}
+
+// there is a command line of the program that runs in this place.
+func (p *place) there(args ...string) *exec.Cmd {
+	line := append(append(append([]string{}, p.enter...), p.bin), append(args, "--dir", p.dir)...)
+	c := exec.Command(line[0], line[1:]...)
+	c.Env = append(os.Environ(), p.env...)
+	return c
 }
 
 // tell runs a command of the program here, and gives what it prints and its exit code.
 func (p *place) tell(args ...string) (string, int) {
-	c := exec.Command("ip", append([]string{"netns", "exec", p.space, p.bin}, append(args, "--dir", p.dir)...)...)
+	c := p.there(args...)
 	var out, said bytes.Buffer
 	c.Stdout, c.Stderr = &out, &said
 	_ = c.Run()
@@ -103,7 +148,7 @@ func (p *place) serve() {
 		p.t.Fatal(err)
 	}
 	defer f.Close()
-	p.run = exec.Command("ip", append([]string{"netns", "exec", p.space, p.bin}, append(p.command, "--dir", p.dir)...)...)
+	p.run = p.there(p.command...)
 	p.run.Stderr = f
 	if err := p.run.Start(); err != nil {
 		p.t.Fatal(err)

@@ -28,8 +28,10 @@ type realm struct {
 	silos map[string]*place
 	api   *api.Client // of the master
 	pg    *pgtest.Server
-	day   uint64
-	tests []string // snapshots that have to be there at the end
+
+	patience time.Duration
+	day      uint64
+	tests    []string // snapshots that have to be there at the end
 }
 
 const (
@@ -39,30 +41,39 @@ const (
 	realmRate = "16mbit"  // of a slow line: a snapshot takes twelve seconds
 )
 
-// newRealm makes the bridge and the machines, and has them join.
-func newRealm(t *testing.T) *realm {
+// newGround makes the bridge, and the program that runs on it.
+func newGround(t *testing.T) *realm {
 	t.Helper()
 	if os.Getenv("MUSTER_REAL") == "" {
-		t.Skip("set MUSTER_REAL=1 to make network namespaces and run processes in them")
+		t.Skip("set MUSTER_REAL=1 on a lab host (scripts/test real)")
 	}
-	dir, err := os.MkdirTemp("", "realm")
+	dir, err := os.MkdirTemp("/var/lib", "realm") // where QEMU's user can reach it
+	if err == nil {
+		err = os.Chmod(dir, 0o711)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	r := &realm{t: t, dir: dir, bin: filepath.Join(dir, makeBelieve), silos: map[string]*place{}, pg: pgtest.Start(t)}
+	r := &realm{t: t, dir: dir, bin: filepath.Join(dir, makeBelieve), silos: map[string]*place{}, patience: time.Minute}
 	self, err := os.Executable()
-	if err == nil { // no link to it: the program starts itself by its own name
-		err = os.Link(self, r.bin)
-	}
 	if err != nil {
-		sh(t, "cp %s %s", self, r.bin)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "muster-guest"), []byte("\x7fELF test agent"), 0o755); err != nil {
 		t.Fatal(err)
 	}
+	sh(t, "cp %s %s", self, r.bin) // no link to it: the program starts itself by its own name
 	sh(t, "ip link add %sr type bridge && ip link set %sr up", netID(), netID())
 	t.Cleanup(func() { sh(t, "ip link del %sr", netID()) })
+	return r
+}
+
+// newRealm makes the machines.
+func newRealm(t *testing.T) *realm {
+	t.Helper()
+	r := newGround(t)
+	if err := os.WriteFile(filepath.Join(r.dir, "muster-guest"), []byte("\x7fELF test agent"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	r.pg = pgtest.Start(t)
 	r.hq = r.place("hq", "1", "serve")
 	r.box = r.place("box", "2", "appliance", "serve")
 	for _, disk := range []string{r.near(), r.far()} { // of a size that a test can fill
@@ -79,19 +90,26 @@ func newRealm(t *testing.T) *realm {
 func (r *realm) place(name, host string, command ...string) *place {
 	r.t.Helper()
 	far := netID() + "f" + name
-	p := newPlace(r.t, r.bin, name, filepath.Join(r.dir, name), realmNet+host+"/24", far)
+	return r.wire(newPlace(r.t, r.bin, name, filepath.Join(r.dir, name), realmNet+host+"/24", far), far, command)
+}
+
+// wire puts the far end of a machine's cable into the bridge.
+func (r *realm) wire(p *place, far string, command []string) *place {
+	r.t.Helper()
 	p.command = command
 	sh(r.t, "ip link set %s master %sr", far, netID())
 	return p
 }
 
-// found makes the installation, has everybody join, and protects a server.
-func (r *realm) found() {
+// master makes the installation, and its process serves nodes. Its own silo is to take no work.
+func (r *realm) master(init ...string) {
 	t := r.t
 	t.Helper()
-	r.hq.ok("init", "--database", r.pg.Database(t))
+	r.hq.ok(append([]string{"init"}, init...)...)
 	r.hq.ok("master", "init", "--name", "hq", "--listen", realmNet+"1:7443", "--address", realmNet+"1:7443")
-	r.hq.ok("master", "customer", "acme")
+	if r.box != nil {
+		r.hq.ok("master", "customer", "acme")
+	}
 	r.hq.serve()
 	r.api = api.Dial(r.hq.socket())
 	t.Cleanup(r.api.Close)
@@ -102,13 +120,27 @@ func (r *realm) found() {
 		return len(own) == 1
 	})
 	r.hq.ok("silo", "drain", own[0].Silo.Name, "--reason", "the others are to work")
-	for name, p := range r.silos {
-		p.ok("silo", "join", r.invite("--silo", name))
-		p.serve()
-	}
+}
+
+// joined has a silo join and serve.
+func (r *realm) joined(silo string) {
+	r.t.Helper()
+	p := r.silos[silo]
+	p.ok("silo", "join", r.invite("--silo", silo))
+	p.serve()
+	r.until(r.t, "silo "+silo+" is there", func() bool { return r.state(silo) == dr.SiloActive })
+}
+
+// found has everybody join, and protects a server.
+func (r *realm) found() {
+	t := r.t
+	t.Helper()
+	r.master("--database", r.pg.Database(t))
+	r.joined("a")
+	r.joined("b")
 	r.box.ok("appliance", "join", r.invite("--customer", "acme", "--appliance", "box"))
 	r.box.serve()
-	r.until(t, "everybody is there", func() bool { return r.state("a") == dr.SiloActive && r.state("b") == dr.SiloActive && r.connected() })
+	r.until(t, "the appliance is there", r.connected)
 	checks := filepath.Join(r.dir, "checks.yaml")
 	if err := os.WriteFile(checks, []byte("- name: page\n  kind: http\n  url: http://127.0.0.1/\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -151,10 +183,12 @@ func (r *realm) answers(t *testing.T) {
 // until waits for something that processes bring about by themselves.
 func (r *realm) until(t *testing.T, what string, is func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !is(); {
+	for deadline := time.Now().Add(r.patience); !is(); {
 		if time.Now().After(deadline) {
 			for _, p := range []*place{r.hq, r.box, r.silos["a"], r.silos["b"]} {
-				t.Logf("--- %s\n%s", p.name, p.said())
+				if p != nil {
+					t.Logf("--- %s\n%s", p.name, p.said())
+				}
 			}
 			t.Fatalf("waited in vain until %s", what)
 		}
