@@ -72,7 +72,7 @@ func (b *bench) newAway(name string) (*away, error) {
 		return nil, err
 	}
 	s := remote.NewServer(func(*http.Request) (store.Driver, remote.Rights, error) {
-		return folder.Driver{Path: filepath.Join(dir, "store")}, remote.Append, nil
+		return folder.Driver{Path: filepath.Join(dir, "store")}, remote.Make, nil
 	})
 	server := httptest.NewUnstartedServer(s)
 	w := &line{Listener: server.Listener}

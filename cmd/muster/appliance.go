@@ -229,12 +229,9 @@ func serveAppliance(cmd *cobra.Command, i install) error {
 
 // openNode opens the parts of an appliance in the order in which they need each other.
 func (p *platform) openNode(ctx context.Context, i install, set applianceSettings, line *trust.Node) (*appliance.Node, error) {
+	var st *store.Store // the near one, once there is one
 	far := func(ctx context.Context) (*store.Store, error) {
-		st, err := store.Open(ctx, remote.New(line.Client(), masterURL+storePlace), line.CustomerKey())
-		if err != nil {
-			return nil, fmt.Errorf("open far store: %w", err)
-		}
-		return st, nil
+		return openFar(ctx, remote.New(line.Client(), masterURL+storePlace), line.CustomerKey(), st)
 	}
 	st, err := i.openNear(ctx, set, far)
 	if err != nil {
@@ -271,6 +268,28 @@ func (p *platform) openNode(ctx context.Context, i install, set applianceSetting
 		Name: line.Peer().Name, Engine: eng, Home: api.RemoteHome(line.Client(), masterURL), Far: far, Windows: windows, Zone: zone,
 		Reserve: set.Reserve << 30, Floor: set.Floor, Log: p.log, Version: version})
 	return node, err
+}
+
+// openFar opens the far store. One that the master awaits from its customer's first appliance is made, like the near store if there is one.
+func openFar(ctx context.Context, drv store.Driver, key string, near *store.Store) (*store.Store, error) {
+	st, err := store.Open(ctx, drv, key)
+	if errors.Is(err, store.ErrNotAStore) {
+		if near != nil {
+			err = store.CreateLike(ctx, drv, key, near)
+		} else {
+			err = store.Create(ctx, drv, key)
+		}
+		if err == nil {
+			st, err = store.Open(ctx, drv, key)
+		}
+		if errors.Is(err, store.ErrForbidden) {
+			err = fmt.Errorf("%w, and none is awaited from here: is the disk there on which the master has it? (%w)", store.ErrNotAStore, err)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open far store: %w", err)
+	}
+	return st, nil
 }
 
 // openNear opens the near store. The first time it is made, with the secrets of the far one: what is sealed here is good there.
@@ -450,53 +469,6 @@ themselves, so this only changes the order. Its bandwidth windows count all the 
 			return err
 		}
 		return failed(op)
-	}
-	return cmd
-}
-
-func masterCustomerCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "customer NAME", Short: "Make this installation's own store the far store of a customer", Args: cobra.ExactArgs(1),
-		Long: `Make the store of this installation the far store of a customer: the customer's appliances send into it from then on, and what they
-send is pre-recovered and tested here. The store's key becomes the customer's, so no appliance of the customer may have joined before.
-This release serves one customer an installation. Start 'muster serve' again afterwards.`,
-		Example: "  muster master customer acme"}
-	passphraseFile := cmd.Flags().String("passphrase-file", "", "file with the master's passphrase, if it has one (default: ask)")
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		i := installation(cmd)
-		set, err := i.settings()
-		if err != nil {
-			return err
-		}
-		if err := dr.ValidateLabel("customer", args[0]); err != nil {
-			return withCode(exitUsage, err)
-		}
-		if set.Customer != "" && set.Customer != args[0] {
-			return withCode(exitRefused, fmt.Errorf("the store of this installation is the far store of customer %s already", set.Customer))
-		}
-		authority, err := i.openAuthority(cmd, *passphraseFile)
-		if err != nil {
-			return err
-		}
-		password, err := i.password()
-		if err != nil {
-			return err
-		}
-		if err := authority.GiveCustomerKey(args[0], password); err != nil {
-			return err
-		}
-		set.Customer = args[0]
-		raw, err := yaml.Marshal(set)
-		if err != nil {
-			return err
-		}
-		if err := durable.WriteFile(i.path("muster.yaml"), raw, 0o644); err != nil {
-			return err
-		}
-		if wantJSON(cmd) {
-			return printJSON(cmd, map[string]string{"customer": args[0], "store": set.Store})
-		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%s is the far store of customer %s. Start 'muster serve' again, then 'muster master enrol --customer %s --appliance NAME'.\n", set.Store, args[0], args[0])
-		return nil
 	}
 	return cmd
 }

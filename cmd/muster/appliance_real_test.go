@@ -15,7 +15,7 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/lab"
-	"github.com/musterdr/muster/internal/store/folder"
+	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/trust"
 )
 
@@ -67,7 +67,11 @@ func (o *office) serveMaster() {
 	}
 	port := &nodePort{authority: authority, hub: trust.NewHub(authority, slog.New(slog.DiscardHandler)), log: slog.New(slog.DiscardHandler), listener: listener}
 	o.l.Reach = port.site
-	handlers, end := nodeHandlers(o.l.Master, settings{Store: o.l.StoreFolder(), Customer: "acme"}, folder.Driver{Path: o.l.StoreFolder()})
+	book, err := store.OpenCustomers(t.Context(), store.CustomersConfig{Own: o.l.Store, OwnOf: "acme"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	handlers, end := nodeHandlers(o.l.Master, farStores{home, settings{Store: o.l.StoreFolder()}, book})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- port.serve(ctx, handlers) }()

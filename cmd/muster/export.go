@@ -36,7 +36,7 @@ need run. SNAPSHOT is an identifier, "newest" (default) or "lkg".`,
 	socket := cmd.Flags().String("socket", "", "path of the unix socket (at most 107 bytes)")
 	disk := cmd.Flags().Int("disk", -1, "only this disk, counted from 0; without it all disks, as SNAPSHOT/0, SNAPSHOT/1, …")
 	group := cmd.Flags().Int("group", -1, "group that may connect, by number; without it only this user")
-	leased := cmd.Flags().Bool("leased", false, "the store is at this silo's master, and what opens it comes on standard input")
+	leased := cmd.Flags().Bool("leased", false, "what opens the store comes on standard input")
 	_ = cmd.Flags().MarkHidden("group")
 	_ = cmd.Flags().MarkHidden("leased")
 	_ = cmd.MarkFlagRequired("socket")
@@ -154,8 +154,28 @@ func export(cmd *cobra.Command, st *store.Store, snap dr.Snapshot, socket string
 // is restarted. It implements silo.Exporter.
 type exporter struct {
 	install install
-	group   int  // under which the hypervisor runs machines
-	leased  bool // the store is a customer's, and what opens it comes with a lease: the process keeps that in memory
+	group   int        // under which the hypervisor runs machines
+	far     *farStores // of the master that this process is; nil: what opens a store comes with a lease, and it is at the master
+}
+
+// told is what an exporter hears on standard input, and keeps in memory.
+type told struct {
+	api.Access
+	Location string // of a customer's store that is this master's; "": it is at the master, at Access.Place
+}
+
+// tell says what an exporter has to be told: nothing where it reads the installation's own store, whose key is here.
+func (e exporter) tell(ctx context.Context, access *api.Access) (*told, error) {
+	switch {
+	case e.far == nil && access == nil:
+		return nil, errors.New("the lease says nothing of a store")
+	case e.far == nil:
+		return &told{Access: *access}, nil
+	case access == nil || access.Customer == "":
+		return nil, nil
+	}
+	c, err := e.far.book.Customer(ctx, access.Customer)
+	return &told{*access, c.Place}, err
 }
 
 // Limits of starting and stopping an exporter.
@@ -182,15 +202,16 @@ func (e exporter) Start(ctx context.Context, access *api.Access, snapshot, socke
 	c := exec.Command(self, "export", "--dir", e.install.Dir, snapshot, "--socket", socket, "--group", strconv.Itoa(e.group))
 	// Its temporary files must not lie in a /tmp that systemd made for this process and removes with it.
 	c.Env = append(os.Environ(), "GOMEMLIMIT=120MiB", "TMPDIR="+e.install.Run)
-	if e.leased {
-		if access == nil {
-			return errors.New("start exporter: the lease says nothing of a store")
-		}
-		told, err := json.Marshal(access)
+	tell, err := e.tell(ctx, access)
+	if err != nil {
+		return fmt.Errorf("start exporter: %w", err)
+	}
+	if tell != nil {
+		raw, err := json.Marshal(tell)
 		if err != nil {
 			return fmt.Errorf("start exporter: %w", err)
 		}
-		c.Args, c.Stdin = append(c.Args, "--leased"), bytes.NewReader(told)
+		c.Args, c.Stdin = append(c.Args, "--leased"), bytes.NewReader(raw)
 	}
 	c.Stdout, c.Stderr = logFile, logFile
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}

@@ -24,8 +24,14 @@ func printFound(cmd *cobra.Command, op api.Operation) {
 			}
 		}
 	case "collect":
-		var r master.Collected
-		if json.Unmarshal(op.Result, &r) == nil {
+		var reports []master.Collected
+		if json.Unmarshal(op.Result, &reports) != nil {
+			return
+		}
+		for _, r := range reports {
+			if r.Customer != "" {
+				fmt.Fprintf(out, "Store of %s: ", r.Customer)
+			}
 			fmt.Fprintf(out, "Freed %s; %d snapshots are kept in %s.\n", size(r.Freed()), r.Snapshots, size(r.After))
 			if r.Locks != nil {
 				fmt.Fprintf(out, "%d blobs are locked, %d of them for longer than before; %d that nobody needs are locked still.\n", r.Locks.Blobs, r.Locks.Extended, r.Locked)

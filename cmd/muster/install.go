@@ -23,8 +23,8 @@ import (
 //
 //	DIR/muster.yaml   settings
 //	DIR/store.key     what opens the store; without it the store is noise
-//	DIR/store/        the store, unless settings name another place
-//	DIR/cache/        what was read of a store in a bucket
+//	DIR/store/        the installation's own store, unless settings name another place; customers' far stores are beside it
+//	DIR/cache*/       what was read of a store in a bucket
 //	DIR/catalog.db    what is known and proven, unless settings name a database
 //	DIR/engine.db     work under way, likewise
 //	DIR/silo/         deltas, evidence, live layers
@@ -40,7 +40,7 @@ type settings struct {
 	MaxCPUs   int    `yaml:"max_cpus"`           // 0: this host's
 	Tests     int    `yaml:"tests"`              // boot tests at once; 0: 1
 	Libvirt   string `yaml:"libvirt"`            // libvirt's socket; "": the system's
-	Customer  string `yaml:"customer,omitempty"` // whose far store this store is, into which appliances send; "": nobody's
+	Customer  string `yaml:"customer,omitempty"` // whose far store this store is, of releases that knew only one; "": nobody's
 
 	StoreCredentials string `yaml:"store_credentials,omitempty"` // file of a bucket's; "": the environment's
 	StoreCache       int    `yaml:"store_cache,omitempty"`       // GiB of a bucket kept on this host; 0: defaultCache

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/musterdr/muster/internal/api"
+	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/master"
 	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/store/remote"
@@ -45,6 +46,14 @@ func (i install) openNodePort(cmd *cobra.Command, listen, passphraseFile string,
 	return &nodePort{authority: authority, hub: trust.NewHub(authority, log), log: log, listener: listener}, nil
 }
 
+// keys gives the authority, nil where there is none.
+func (n *nodePort) keys() *trust.Authority {
+	if n == nil {
+		return nil
+	}
+	return n.authority
+}
+
 // openAuthority opens the authority of a master. trust.ErrNone if there is none.
 func (i install) openAuthority(cmd *cobra.Command, passphraseFile string) (*trust.Authority, error) {
 	return trust.Open(i.trustDir(), func() (string, error) {
@@ -57,17 +66,21 @@ func (i install) openAuthority(cmd *cobra.Command, passphraseFile string) (*trus
 
 // nodeHandlers are what nodes may ask of this master besides enrolment, by the beginning of the path (patterns of
 // http.ServeMux). They are called only for nodes that are let in; trust.PeerOf says which. The function that is given too ends them.
-func nodeHandlers(m *master.Master, set settings, drv store.Driver) (map[string]http.Handler, func() error) {
-	far := remote.NewServer(func(r *http.Request) (store.Driver, remote.Rights, error) {
+func nodeHandlers(m *master.Master, far farStores) (map[string]http.Handler, func() error) {
+	stores := remote.NewServer(func(r *http.Request) (store.Driver, remote.Rights, error) {
 		peer, ok := trust.PeerOf(r.Context())
+		customer := remote.NameOf(r)
 		switch {
-		case ok && peer.Role == trust.Silo: // what opens it comes with its leases, and it adds deltas
-		case !ok || peer.Role != trust.Appliance:
-			return nil, remote.None, errors.New("only nodes have to do with this store")
-		case peer.Customer != set.Customer:
-			return nil, remote.None, fmt.Errorf("customer %s has no far store on this master: its own is that of %s; see 'muster master customer'", peer.Customer, orDash(set.Customer))
+		case ok && peer.Role == trust.Silo && customer != "": // what opens it comes with its leases, and it adds deltas
+			if customer == ownStore {
+				customer = ""
+			}
+		case ok && peer.Role == trust.Appliance && customer == "": // its own customer's, whatever it asks for
+			customer = peer.Customer
+		default:
+			return nil, remote.None, errors.New("this store is not for you")
 		}
-		return drv, remote.Append, nil
+		return far.open(r.Context(), customer)
 	})
 	home := api.HomeHandler(m, func(ctx context.Context) (string, error) {
 		peer, ok := trust.PeerOf(ctx)
@@ -76,12 +89,94 @@ func nodeHandlers(m *master.Master, set settings, drv store.Driver) (map[string]
 		}
 		return peer.Name, nil
 	})
-	return map[string]http.Handler{storePlace + "/": http.StripPrefix(storePlace, far), "/home/": home},
-		func() error { return far.Close(context.Background()) }
+	return map[string]http.Handler{
+		storePlace + "/":  http.StripPrefix(storePlace, stores),
+		storesPlace + "/": stores.Named(storesPlace),
+		"/home/":          home,
+	}, func() error { return stores.Close(context.Background()) }
 }
 
-// storePlace is where a master serves its store, which is the far one of its customer, sealed as it lies there.
-const storePlace = "/store"
+// Where a master serves stores, sealed as they lie there.
+const (
+	storePlace  = "/store"  // to an appliance: its customer's far store
+	storesPlace = "/stores" // to a silo: any, by its customer's name
+	ownStore    = "-"       // the installation's own, which no customer can be called
+)
+
+// farStores are the places of the installation's stores.
+type farStores struct {
+	install install
+	set     settings
+	book    *store.Customers
+}
+
+// open reaches the far store of a customer, of "" the installation's own, for a node, and says what that may do there.
+func (f farStores) open(ctx context.Context, customer string) (drv store.Driver, may remote.Rights, err error) {
+	if f.book.Owns(customer) {
+		drv, err = f.install.driver(f.set)
+		return drv, remote.Append, err
+	}
+	c, err := f.book.Customer(ctx, customer)
+	if err != nil {
+		return nil, remote.None, err
+	}
+	if may = remote.Append; c.Awaited {
+		may = remote.Make
+	}
+	drv, err = f.install.farDriver(f.set, c)
+	return drv, may, err
+}
+
+// Open implements silo.Stores for the silo of this process.
+func (f farStores) Open(ctx context.Context, access *api.Access) (*store.Store, func(), error) {
+	customer := ""
+	if access != nil {
+		customer = access.Customer
+	}
+	st, err := f.book.Of(ctx, customer)
+	return st, func() {}, err
+}
+
+// access gives a silo what opens the store of a server.
+func (f farStores) access(own string) func(context.Context, dr.Server) (*api.Access, error) {
+	return func(_ context.Context, s dr.Server) (*api.Access, error) {
+		customer := s.StoredFor()
+		if f.book.Owns(customer) {
+			return &api.Access{Place: storesPlace + "/" + ownStore, Password: own}, nil
+		}
+		key, err := f.book.Key(customer)
+		if err != nil {
+			return nil, err
+		}
+		return &api.Access{Customer: customer, Place: storesPlace + "/" + customer, Password: key}, nil
+	}
+}
+
+// openBook opens the customers of an installation. authority is nil where there is none: then there are no customers either.
+func (i install) openBook(ctx context.Context, own *store.Store, set settings, authority *trust.Authority) (*store.Customers, error) {
+	return store.OpenCustomers(ctx, store.CustomersConfig{Own: own, OwnOf: set.Customer,
+		Driver: func(c store.Customer) (store.Driver, error) { return i.farDriver(set, c) },
+		Key: func(customer string) (string, error) {
+			if authority == nil {
+				return "", withCode(exitRefused, fmt.Errorf("the key of customer %s is in the authority, which is not there: see 'muster master init'", customer))
+			}
+			return authority.CustomerKey(customer)
+		}})
+}
+
+// customerOf says whose an appliance is that was enrolled.
+func (n *nodePort) customerOf(appliance string) (string, error) {
+	all, err := n.authority.Nodes()
+	if err != nil {
+		return "", err
+	}
+	for _, e := range all {
+		if e.Role == trust.Appliance && e.Name == appliance {
+			return e.Customer, nil
+		}
+	}
+	return "", fmt.Errorf("there is no appliance %q: see 'muster master nodes'", appliance)
+}
 
 // site gives an appliance that is connected.
 func (n *nodePort) site(name string) (api.Site, error) {

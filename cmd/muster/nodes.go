@@ -203,6 +203,11 @@ Enrolling a name again makes its earlier token void. When a machine joins with t
 				return err
 			}
 		}
+		if who.Role == trust.Appliance { // one that could send nowhere is better not shipped
+			if _, err := installation(cmd).farDriverOf(cmd, who.Customer); err != nil {
+				return err
+			}
+		}
 		book, err := trust.OpenRegistry(installation(cmd).trustDir())
 		if err != nil {
 			return err

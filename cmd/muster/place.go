@@ -30,8 +30,35 @@ func (s settings) bucket() (s3.Driver, error) {
 	return d, nil
 }
 
-// driver knows the ways of keeping a store.
-func (i install) driver(s settings) (store.Driver, error) {
+// driver reaches the installation's own store.
+func (i install) driver(s settings) (store.Driver, error) { return i.driverAt(s, i.path("cache")) }
+
+// farDriver reaches the far store of a customer: where the customer's record says, or beside the installation's own store.
+func (i install) farDriver(s settings, c store.Customer) (store.Driver, error) {
+	s.Store = c.Place
+	return i.driverAt(s, i.path("cache-"+c.Name))
+}
+
+// besideStore is where a customer's far store is put if nobody says otherwise: beside the installation's own.
+func (s settings) besideStore(customer string) (string, error) {
+	place, options := s.Store, ""
+	if s.inBucket() {
+		d, err := s.bucket()
+		if err != nil {
+			return "", err
+		}
+		if d.Prefix == "" {
+			return "", withCode(exitUsage, fmt.Errorf("the installation's own store has all of its bucket: say with --store where that of %s is to be", customer))
+		}
+		if at := strings.IndexByte(place, '?'); at >= 0 {
+			place, options = place[:at], place[at:]
+		}
+	}
+	return strings.TrimSuffix(place, "/") + ".customers/" + customer + options, nil
+}
+
+// driverAt knows the ways of keeping a store. cache is the folder of what was read of one in a bucket.
+func (i install) driverAt(s settings, cache string) (store.Driver, error) {
 	if !s.inBucket() {
 		return folder.Driver{Path: s.Store}, nil
 	}
@@ -43,7 +70,7 @@ func (i install) driver(s settings) (store.Driver, error) {
 	if gib == 0 {
 		gib = defaultCache
 	}
-	return cached.Driver{Driver: d, Dir: i.path("cache"), Limit: int64(gib) << 30}, nil
+	return cached.Driver{Driver: d, Dir: cache, Limit: int64(gib) << 30}, nil
 }
 
 // place makes what was typed complete: a folder's path does not depend on where the command was typed.

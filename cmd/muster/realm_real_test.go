@@ -108,7 +108,7 @@ func (r *realm) master(init ...string) {
 	r.hq.ok(append([]string{"init"}, init...)...)
 	r.hq.ok("master", "init", "--name", "hq", "--listen", realmNet+"1:7443", "--address", realmNet+"1:7443")
 	if r.box != nil {
-		r.hq.ok("master", "customer", "acme")
+		r.hq.ok("master", "customer", "add", "acme", "--store", r.far())
 	}
 	r.hq.serve()
 	r.api = api.Dial(r.hq.socket())
@@ -150,7 +150,7 @@ func (r *realm) found() {
 }
 
 func (r *realm) near() string { return filepath.Join(r.box.dir, "near") }
-func (r *realm) far() string  { return filepath.Join(r.hq.dir, "store") }
+func (r *realm) far() string  { return filepath.Join(r.hq.dir, "far") }
 func (r *realm) disk() string { return filepath.Join(r.dir, "shop.raw") }
 
 // write gives the server another day's content.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -228,21 +229,28 @@ func operationCommand() *cobra.Command {
 
 func storeCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "store", Short: "Look after the store: usage, verify, collect, adopt", Args: cobra.NoArgs}
-	usage := &cobra.Command{Use: "usage", Short: "Say what the store holds", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
+	usage := &cobra.Command{Use: "usage", Short: "Say what each store holds", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 		c := client(cmd)
 		defer c.Close()
-		u, err := c.StoreUsage(cmd.Context())
+		all, err := c.StoreUsage(cmd.Context())
 		if err != nil {
 			return err
 		}
 		if wantJSON(cmd) {
-			return printJSON(cmd, u)
+			return printJSON(cmd, all)
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%s\n%d snapshots of %s in %s", u.Location, u.Snapshots, size(u.Logical), size(u.Bytes))
-		if u.Free >= 0 { // a bucket has no end
-			fmt.Fprintf(cmd.OutOrStdout(), ", %s free", size(u.Free))
+		rows := [][]string{}
+		for _, u := range all {
+			free := "-" // a bucket has no end
+			if u.Free >= 0 {
+				free = size(u.Free)
+			}
+			if u.Error != "" {
+				fmt.Fprintf(cmd.ErrOrStderr(), "muster: store of %s: %s\n", customerName(u.Customer), u.Error)
+			}
+			rows = append(rows, []string{customerName(u.Customer), strconv.Itoa(u.Snapshots), size(u.Logical), size(u.Bytes), free, u.Location})
 		}
-		fmt.Fprintln(cmd.OutOrStdout())
+		table(cmd.OutOrStdout(), "CUSTOMER SNAPSHOTS DISKS STORED FREE LOCATION", rows)
 		return nil
 	}}
 	verify := &cobra.Command{Use: "verify", Short: "Read back every block and say what is damaged", Args: cobra.NoArgs,

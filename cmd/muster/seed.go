@@ -11,7 +11,6 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/folder"
 )
 
 func applianceSeedCommand() *cobra.Command {
@@ -140,19 +139,16 @@ needs no key, and 'muster serve' may run meanwhile. Run it again if it was cut o
 	_ = cmd.MarkFlagRequired("customer")
 	_ = cmd.MarkFlagRequired("digest")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		set, err := installation(cmd).settings()
-		if err != nil {
-			return err
-		}
-		if set.Customer != *customer {
-			return withCode(exitNotFound, fmt.Errorf("customer %s has no far store on this master: its own is that of %s; see 'muster master customer'", *customer, orDash(set.Customer)))
-		}
 		dir, err := filepath.Abs(args[0])
 		if err != nil {
 			return err
 		}
+		driver, err := installation(cmd).farDriverOf(cmd, *customer)
+		if err != nil {
+			return err
+		}
 		show := seedProgress(cmd)
-		seed, err := store.ImportSeed(cmd.Context(), folder.Driver{Path: set.Store}, dir, *digest, show.report)
+		seed, err := store.ImportSeed(cmd.Context(), driver, dir, *digest, show.report)
 		show.end()
 		if errors.Is(err, store.ErrSeed) || errors.Is(err, store.ErrDamaged) {
 			return withCode(exitDamaged, err)
@@ -163,7 +159,7 @@ needs no key, and 'muster serve' may run meanwhile. Run it again if it was cut o
 		if wantJSON(cmd) {
 			return printJSON(cmd, seedShown{Dir: dir, Snapshots: seed.Snapshots, Packs: seed.Packs, New: seed.New, Bytes: seed.Bytes, Digest: seed.Digest})
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%d packs, %s, are in %s; %d were new. The appliance sends only the rest now.\n", seed.Packs, size(seed.Bytes), set.Store, seed.New)
+		fmt.Fprintf(cmd.OutOrStdout(), "%d packs, %s, are in %s; %d were new. The appliance sends only the rest now.\n", seed.Packs, size(seed.Bytes), driver, seed.New)
 		return nil
 	}
 	return cmd

@@ -145,7 +145,7 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 		return err
 	}
 	p.onClose("port for nodes", nodes.close)
-	m, app, set, err := p.open(ctx, cmd, i, nodes)
+	m, app, far, err := p.open(ctx, cmd, i, nodes)
 	if err != nil {
 		return err
 	}
@@ -165,11 +165,7 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 	if err := m.Start(ctx); err != nil {
 		return err
 	}
-	driver, err := i.driver(set)
-	if err != nil {
-		return err
-	}
-	handlers, end := nodeHandlers(m, set, driver)
+	handlers, end := nodeHandlers(m, far)
 	p.onClose("far store of nodes", end)
 	nodes.witness(ctx, m)
 	noded := make(chan struct{})
@@ -226,32 +222,37 @@ func (p *platform) listen(i install) (net.Listener, error) {
 }
 
 // open opens the parts in the order in which they need each other.
-func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, nodes *nodePort) (*master.Master, *appliance.Appliance, settings, error) {
+func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, nodes *nodePort) (_ *master.Master, _ *appliance.Appliance, far farStores, _ error) {
 	st, set, err := i.openStore(cmd)
 	if err != nil {
-		return nil, nil, set, err
+		return nil, nil, far, err
 	}
 	password, err := i.password()
 	if err != nil {
-		return nil, nil, set, err
+		return nil, nil, far, err
 	}
 	p.onClose("store", func() error { return st.Close(context.Background()) })
+	far = farStores{install: i, set: set}
+	if far.book, err = i.openBook(ctx, st, set, nodes.keys()); err != nil {
+		return nil, nil, far, err
+	}
+	p.onClose("customers' stores", far.book.Close)
 	cat, err := catalog.Open(ctx, i.catalog(set))
 	if moved := new(catalog.MovedError); errors.As(err, &moved) {
-		return nil, nil, set, withCode(exitRefused, fmt.Errorf("%w; %s says otherwise: if 'muster master migrate' was cut off, run it again", err, i.path("muster.yaml")))
+		return nil, nil, far, withCode(exitRefused, fmt.Errorf("%w; %s says otherwise: if 'muster master migrate' was cut off, run it again", err, i.path("muster.yaml")))
 	}
 	if err != nil {
-		return nil, nil, set, fmt.Errorf("open catalog: %w", err)
+		return nil, nil, far, fmt.Errorf("open catalog: %w", err)
 	}
 	cat.Told = tell(p.log)
 	p.onClose("catalog", cat.Close)
-	s, kvm, err := p.openSilo(ctx, i, set, silo.Config{Name: i.homeSilo(set), Stores: silo.Own{Store: st}, Tests: max(set.Tests, 1)}, false)
+	s, kvm, err := p.openSilo(ctx, i, set, silo.Config{Name: i.homeSilo(set), Stores: far, Tests: max(set.Tests, 1)}, exporter{install: i, far: &far})
 	if err != nil {
-		return nil, nil, set, err
+		return nil, nil, far, err
 	}
 	eng, err := engine.Open(ctx, engine.Config{DSN: i.engine(set), Version: master.Shape, Host: i.host(set), Logger: p.log})
 	if err != nil {
-		return nil, nil, set, fmt.Errorf("open engine: %w", err)
+		return nil, nil, far, fmt.Errorf("open engine: %w", err)
 	}
 	p.lost = eng.Lost()
 	p.onClose("engine", func() error {
@@ -263,10 +264,10 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	p.onClose("files", browser.Close)
 	app := &appliance.Appliance{Store: st, Open: i.openSource, Browser: browser}
 	silos := silosOf{home: master.SiloSet{i.homeSilo(set): s}}
-	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app, Silos: silos, Home: i.homeSilo(set), Access: i.accessFor(password),
+	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app, Silos: silos, Home: i.homeSilo(set), Customers: far.book, Access: far.access(password),
 		Log: p.log, Version: version, Data: i.Dir, Location: set.Store, Lease: leaseTime, LeaseGrace: leaseGrace}
 	if nodes != nil {
-		config.Sites, config.Nodes = nodes.site, nodes.figures
+		config.Sites, config.CustomerOf, config.Nodes = nodes.site, nodes.customerOf, nodes.figures
 		silos.hub = nodes.hub
 		config.Silos = silos
 	}
@@ -275,7 +276,7 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	if err := app.TellRestores(ctx); err != nil {
 		p.log.WarnContext(ctx, "files were put back, and it is not among the events yet", "error", err)
 	}
-	return m, app, set, nil
+	return m, app, far, nil
 }
 
 // homeSilo is what the silo of the only master is called.
@@ -314,8 +315,8 @@ func (p *platform) equip(ctx context.Context, i install, set settings, c *silo.C
 	return kvm, nil
 }
 
-// openSilo adds to what is said of a silo what its host has. leased: its stores come with leases.
-func (p *platform) openSilo(ctx context.Context, i install, set settings, c silo.Config, leased bool) (s *silo.Silo, kvm bool, err error) {
+// openSilo adds to what is said of a silo what its host has.
+func (p *platform) openSilo(ctx context.Context, i install, set settings, c silo.Config, e exporter) (s *silo.Silo, kvm bool, err error) {
 	if kvm, err = equip(p, ctx, i, set, &c); err != nil {
 		return nil, false, err
 	}
@@ -325,8 +326,8 @@ func (p *platform) openSilo(ctx context.Context, i install, set settings, c silo
 	if c.GuestAgent, err = besides("muster-guest"); err != nil {
 		return nil, false, err
 	}
-	c.Networks, c.Bridges = hostNetworks{}, bridges
-	c.Exporter = exporter{install: i, group: c.SocketGID, leased: leased}
+	e.group = c.SocketGID
+	c.Networks, c.Bridges, c.Exporter = hostNetworks{}, bridges, e
 	c.Dir, c.Run, c.Version, c.MaxMemory, c.MaxCPUs = i.path("silo"), i.Run, version, set.MaxMemory, set.MaxCPUs
 	s, err = silo.Open(ctx, c)
 	if err != nil {

@@ -8,11 +8,11 @@ import (
 	"log/slog"
 	"os"
 	"slices"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/musterdr/muster/internal/api"
-	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/master"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/store"
@@ -52,16 +52,9 @@ func (s silosOf) Silo(name string) (api.Silo, error) {
 	return api.RemoteSilo(c, "https://"+name), nil
 }
 
-// accessFor gives silos elsewhere what opens the installation's store.
-func (i install) accessFor(password string) func(context.Context, dr.Server) (*api.Access, error) {
-	return func(_ context.Context, s dr.Server) (*api.Access, error) {
-		return &api.Access{Customer: s.Customer, Place: storePlace, Password: password}, nil
-	}
-}
-
 func leasedDriver(node *trust.Node) func(place string) (store.Driver, error) {
 	return func(place string) (store.Driver, error) {
-		if place != storePlace {
+		if !strings.HasPrefix(place, storesPlace+"/") {
 			return nil, fmt.Errorf("this release knows no store at %q", place)
 		}
 		return remote.New(node.Client(), masterURL+place), nil
@@ -115,7 +108,7 @@ func serveSilo(cmd *cobra.Command, i install, c siloSettings) error {
 		return err
 	}
 	s, _, err := p.openSilo(ctx, i, c.settings, silo.Config{Name: node.Peer().Name, Stores: &silo.Leased{Driver: leasedDriver(node)},
-		Memory: c.memory, Tests: c.tests, Reserved: c.reserved}, true)
+		Memory: c.memory, Tests: c.tests, Reserved: c.reserved}, exporter{install: i})
 	if err != nil {
 		return err
 	}
@@ -128,15 +121,11 @@ func serveSilo(cmd *cobra.Command, i install, c siloSettings) error {
 
 // openLeased opens the store that an exporter of this silo reads, with what its parent tells it on standard input.
 func (i install) openLeased(ctx context.Context, in io.Reader) (*store.Store, error) {
-	var access api.Access
+	var access told
 	if err := json.NewDecoder(io.LimitReader(in, 64<<10)).Decode(&access); err != nil {
 		return nil, fmt.Errorf("read what opens the store: %w", err)
 	}
-	node, err := trust.OpenNode(i.nodeDir())
-	if err != nil {
-		return nil, err
-	}
-	driver, err := leasedDriver(node)(access.Place)
+	driver, err := i.toldDriver(access)
 	if err != nil {
 		return nil, err
 	}
@@ -145,4 +134,20 @@ func (i install) openLeased(ctx context.Context, in io.Reader) (*store.Store, er
 		return nil, fmt.Errorf("open %s: %w", access, err)
 	}
 	return st, nil
+}
+
+// toldDriver reaches the store that an exporter was told of.
+func (i install) toldDriver(t told) (store.Driver, error) {
+	if t.Location != "" {
+		set, err := i.settings()
+		if err != nil {
+			return nil, err
+		}
+		return i.farDriver(set, store.Customer{Name: t.Customer, Place: t.Location})
+	}
+	node, err := trust.OpenNode(i.nodeDir())
+	if err != nil {
+		return nil, err
+	}
+	return leasedDriver(node)(t.Place)
 }

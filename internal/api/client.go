@@ -296,8 +296,8 @@ func (c *Client) CancelOperation(ctx context.Context, id string) error {
 }
 
 // StoreUsage implements Operator.
-func (c *Client) StoreUsage(ctx context.Context) (StoreUsage, error) {
-	return call[StoreUsage](ctx, c, "GET", "/v1/store", nil, nil)
+func (c *Client) StoreUsage(ctx context.Context) ([]StoreUsage, error) {
+	return call[[]StoreUsage](ctx, c, "GET", "/v1/store", nil, nil)
 }
 
 // Meter implements Operator.

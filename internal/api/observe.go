@@ -28,8 +28,8 @@ type Figures struct {
 	Tickets     map[string]int     // open ones by the kind of their problem
 	Invocations int                // machines that run for real
 	Since       Counts             // since this process started
-	Store       StoreFigures
-	Nodes       []NodeFigures // appliances and silos on other machines, by name
+	Stores      []StoreFigures     // the installation's own first; one that cannot be measured is left out
+	Nodes       []NodeFigures      // appliances and silos on other machines, by name
 }
 
 // ServerFigures is one server in numbers.
@@ -81,11 +81,12 @@ type SnapshotCounts struct {
 	Read, Changed, Sent, New, Stored int64
 }
 
-// StoreFigures say how large the store is. At is when that was measured: not at each question.
+// StoreFigures say how large a store is. At is when that was measured: not at each question.
 type StoreFigures struct {
-	At    time.Time
-	Bytes int64 // of all blobs
-	Free  int64 // bytes free where the store lies; -1 not known
+	Customer string // whose far store it is; "": the installation's own
+	At       time.Time
+	Bytes    int64 // of all blobs
+	Free     int64 // bytes free where the store lies; -1 not known
 }
 
 // NodeFigures is one appliance or silo on another machine, as its master knows it.

@@ -70,7 +70,8 @@ type Operator interface {
 	Operation(ctx context.Context, id string, seen int64, wait time.Duration) (Operation, error)
 	CancelOperation(ctx context.Context, id string) error
 
-	StoreUsage(ctx context.Context) (StoreUsage, error)
+	// StoreUsage says what each store holds, the installation's own first.
+	StoreUsage(ctx context.Context) ([]StoreUsage, error)
 	// Meter says what each customer had of the platform in a month, given as 2026-11; customer "" is all of them.
 	Meter(ctx context.Context, month, customer string) ([]dr.Metered, error)
 	VerifyStore(ctx context.Context, snapshot string) (Operation, error) // "" verifies every snapshot
@@ -216,11 +217,13 @@ func (s OperationState) Finished() bool {
 	return s == OperationSucceeded || s == OperationFailed || s == OperationCancelled
 }
 
-// StoreUsage says what the store holds.
+// StoreUsage says what a store holds.
 type StoreUsage struct {
+	Customer  string `json:"customer,omitempty"` // whose far store it is; "": the installation's own
 	Location  string `json:"location"`
-	Bytes     int64  `json:"bytes"`     // of all blobs
-	Snapshots int    `json:"snapshots"` // kept
-	Logical   int64  `json:"logical"`   // bytes of all kept snapshots' disks
-	Free      int64  `json:"free"`      // bytes free where the store lies; -1 unknown
+	Bytes     int64  `json:"bytes"`           // of all blobs
+	Snapshots int    `json:"snapshots"`       // kept
+	Logical   int64  `json:"logical"`         // bytes of all kept snapshots' disks
+	Free      int64  `json:"free"`            // bytes free where the store lies; -1 unknown
+	Error     string `json:"error,omitempty"` // why nothing could be measured
 }

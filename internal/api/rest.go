@@ -196,7 +196,7 @@ func registerWork(a huma.API, op Operator) {
 	}) (*body[dr.Invocation], error) {
 		return answer(op.AbandonInvocation(ctx, in.Name, in.Body))
 	})
-	huma.Get(a, "/v1/store", func(ctx context.Context, _ *nothing) (*body[StoreUsage], error) { return answer(op.StoreUsage(ctx)) })
+	huma.Get(a, "/v1/store", func(ctx context.Context, _ *nothing) (*body[[]StoreUsage], error) { return list(op.StoreUsage(ctx)) })
 	huma.Get(a, "/v1/meter/{month}", func(ctx context.Context, in *struct {
 		Month    string `path:"month" maxLength:"7"`
 		Customer string `query:"customer" maxLength:"63"`

@@ -41,6 +41,12 @@ func (n *Node) hail(ctx context.Context) error {
 	if err := n.welcome(ctx, w); err != nil {
 		return fmt.Errorf("take over what the master says: %w", err)
 	}
+	if n.Far != nil && !n.reached.Swap(true) {
+		// So that one which the master awaits is made, and what is wrong with it is known, before there is something to send.
+		if _, err := n.openFar(ctx); err != nil {
+			n.Log.WarnContext(ctx, "open far store", "error", err)
+		}
+	}
 	return n.tellArrivals(ctx)
 }
 

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/musterdr/muster/internal/api"
@@ -79,9 +80,10 @@ type Node struct {
 	sends    map[string]failure    // by snapshot: sends that failed
 	wanted   map[string]bool       // snapshots that somebody waits for
 	far      *store.Store
-	heard    time.Time // when the master last answered
-	link     error     // why it did not
-	roomed   time.Time // when the room was last looked at
+	reached  atomic.Bool // the far store was tried once
+	heard    time.Time   // when the master last answered
+	link     error       // why it did not
+	roomed   time.Time   // when the room was last looked at
 	collect  time.Time
 	refuse   error // why nothing is captured: the near store is full
 	usage    store.Usage

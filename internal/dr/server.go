@@ -245,6 +245,15 @@ func (v VMSource) validate() error {
 	return nil
 }
 
+// StoredFor names the customer in whose far store the server's snapshots lie; "" is the installation's own store, into which the
+// master's own process captures, whoever it is for.
+func (s Server) StoredFor() string {
+	if s.Appliance == "" {
+		return ""
+	}
+	return s.Customer
+}
+
 // ValidateCustomer accepts what ValidateName does, and "" for the installation's own.
 func ValidateCustomer(name string) error {
 	if name != "" && !nameRE.MatchString(name) {

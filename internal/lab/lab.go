@@ -58,6 +58,7 @@ type Lab struct {
 	Host      *sim.Host
 	Dir       string
 	Clock     *Clock
+	Customers *store.Customers // of the present process
 	// Database, if set, is a postgres:// URL: catalog and work are there, and not in files.
 	Database string
 	// Fault, if set, is asked before every call of an appliance or a silo, and its error is the call's. It is how a test
@@ -77,6 +78,8 @@ type Lab struct {
 
 	// Reach, if set, gives the appliances elsewhere that are no Site of the lab.
 	Reach func(name string) (api.Site, error)
+	// Whose, if set, says of which customer those are; otherwise they are the installation's own.
+	Whose func(appliance string) (string, error)
 }
 
 // New makes an installation on which every machine is the given guest and every image holds a small Debian. silos names those
@@ -184,13 +187,17 @@ func (l *Lab) open() error {
 		return err
 	}
 	closes = append(closes, func() { st.Close(context.Background()) })
+	if l.Customers, err = store.OpenCustomers(ctx, store.CustomersConfig{Own: st, Driver: l.farDriver, Key: farKey}); err != nil {
+		return err
+	}
+	closes = append(closes, func() { l.Customers.Close() })
 	cat, err := catalog.Open(ctx, l.dsn(catalogFile))
 	if err != nil {
 		return err
 	}
 	cat.Now = l.Clock.Now
 	closes = append(closes, func() { cat.Close() })
-	silos, err := l.openSilos(ctx, st, &closes)
+	silos, err := l.openSilos(ctx, &closes)
 	if err != nil {
 		return err
 	}
@@ -203,13 +210,8 @@ func (l *Lab) open() error {
 	closes = append(closes, func() { browser.Close() })
 	app := &appliance.Appliance{Store: st, Open: l.openSource, Browser: browser}
 	l.Store = st
-	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silos: silos, Home: l.home, Sites: l.reach,
+	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: faultyAppliance{app, l}, Silos: silos, Home: l.home, Sites: l.reach, Customers: l.Customers, CustomerOf: l.customerOf, Access: l.access,
 		Log: quiet, Version: "lab", Data: l.Dir, Location: l.StoreFolder(), Now: l.Clock.Now}
-	for _, n := range l.Nodes {
-		if n.Link != nil {
-			config.Access = n.Link.access
-		}
-	}
 	if len(l.Nodes) > 0 {
 		config.Home, config.Lease, config.LeaseGrace = "", lease, leaseGrace
 	}
@@ -235,7 +237,7 @@ func (l *Lab) open() error {
 }
 
 // openSilos gives the silos that the master has: its own, or those elsewhere.
-func (l *Lab) openSilos(ctx context.Context, st *store.Store, closes *[]func()) (master.SiloSet, error) {
+func (l *Lab) openSilos(ctx context.Context, closes *[]func()) (master.SiloSet, error) {
 	set := master.SiloSet{}
 	for name, n := range l.Nodes {
 		set[name] = n.reached()
@@ -245,7 +247,7 @@ func (l *Lab) openSilos(ctx context.Context, st *store.Store, closes *[]func()) 
 	}
 	hv := l.Host.Open()
 	*closes = append(*closes, func() { hv.Close() })
-	config := silo.Config{Name: l.home, Stores: silo.Own{Store: st}, Tests: 1, Networks: l.networks,
+	config := silo.Config{Name: l.home, Stores: own{l.Customers}, Tests: 1, Networks: l.networks,
 		Exporter: l.exports, GuestAgent: l.path("muster-guest"), Dir: l.path("silo"), Run: l.path("run")}
 	Equip(&config, hv, l.system)
 	s, err := silo.Open(ctx, config)
@@ -372,13 +374,17 @@ type exporter struct {
 	running map[string]func()
 }
 
-func (e *exporter) Start(ctx context.Context, _ *api.Access, snapshot, socket string) error {
+func (e *exporter) Start(ctx context.Context, access *api.Access, snapshot, socket string) error {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	if e.running[socket] != nil {
 		return nil
 	}
-	st, err := store.Open(ctx, e.lab.driver(), password)
+	drv, err := e.lab.driverAt(access.Place)
+	if err != nil {
+		return err
+	}
+	st, err := store.Open(ctx, drv, access.Password)
 	if err != nil {
 		return err
 	}

@@ -10,10 +10,8 @@ import (
 	"time"
 
 	"github.com/musterdr/muster/internal/api"
-	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/store"
-	"github.com/musterdr/muster/internal/store/folder"
 	"github.com/musterdr/muster/internal/store/remote"
 	"github.com/musterdr/muster/internal/trust"
 )
@@ -24,8 +22,6 @@ type Link struct {
 	Node *trust.Node
 	hub  *trust.Hub
 }
-
-const storeAt = "/store"
 
 // Connect gives a silo a real line, in the place of the lab's own. The node's process has to be started again.
 func (l *Lab) Connect(t testing.TB, name string) *Link {
@@ -47,13 +43,14 @@ func (l *Lab) Connect(t testing.TB, name string) *Link {
 		if peer, ok := trust.PeerOf(r.Context()); !ok || peer.Role != trust.Silo {
 			return nil, remote.None, errors.New("only silos read this store")
 		}
-		return folder.Driver{Path: l.StoreFolder()}, remote.Append, nil
+		drv, err := l.driverAt(storesAt + "/" + remote.NameOf(r))
+		return drv, remote.Append, err
 	})
 	hub := trust.NewHub(authority, quiet)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- hub.Serve(ctx, listener, map[string]http.Handler{storeAt + "/": http.StripPrefix(storeAt, served)})
+		ended <- hub.Serve(ctx, listener, map[string]http.Handler{storesAt + "/": served.Named(storesAt)})
 	}()
 	t.Cleanup(func() {
 		l.Nodes[name].Kill()
@@ -96,8 +93,4 @@ func (k *Link) stores() silo.Stores {
 	return &silo.Leased{Driver: func(place string) (store.Driver, error) {
 		return remote.New(k.Node.Client(), "https://master"+place), nil
 	}}
-}
-
-func (k *Link) access(_ context.Context, s dr.Server) (*api.Access, error) {
-	return &api.Access{Customer: s.Customer, Place: storeAt, Password: password}, nil
 }

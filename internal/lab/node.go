@@ -70,7 +70,7 @@ func (n *Node) open() error {
 		return err
 	}
 	hv := n.Host.Open()
-	var stores silo.Stores = silo.Own{Store: st}
+	var stores silo.Stores = nodeStores{st, &silo.Leased{Driver: n.lab.driverAt}}
 	if n.Link != nil {
 		stores = n.Link.stores()
 	}

@@ -63,7 +63,7 @@ func TestOneNightIsSeenInTheMetrics(t *testing.T) {
 	says(t, night, "muster_servers_without_lkg 0", `muster_server_has_lkg{customer="acme",server="shop"} 1`, `muster_boot_tests_total{outcome="PASS"} 1`,
 		`muster_snapshots_total{kind="image"} 1`, `muster_capture_read_bytes_total{kind="image"} `, "muster_promotions_total 1",
 		`muster_server_rpo_lag_seconds{customer="acme",server="shop"} 0`, `muster_servers_by_last_test{outcome="PASS"} 1`, "muster_ready 1")
-	if strings.Contains(night, "muster_store_size_bytes 0\n") || !strings.Contains(night, "muster_store_free_bytes") {
+	if strings.Contains(night, "muster_store_size_bytes{customer=\"\"} 0\n") || !strings.Contains(night, "muster_store_free_bytes") {
 		t.Error("the store was not measured")
 	}
 	l.Clock.Turn(27 * time.Hour)

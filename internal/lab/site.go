@@ -34,10 +34,12 @@ type Site struct {
 	// Config, if set, changes what the node is made of.
 	Config func(c *appliance.NodeConfig)
 
-	lab  *Lab
-	name string
-	line *siteLine
-	stop func()
+	lab      *Lab
+	name     string
+	customer string
+	farKey   string
+	line     *siteLine
+	stop     func()
 }
 
 // SiteSteps are the places at which a Site asks Fault, in the order of a night.
@@ -74,17 +76,29 @@ func (w *siteLine) RoundTrip(r *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
-// NewSite makes an appliance and starts it. The lab learns of it.
-func (l *Lab) NewSite(name string) *Site {
+// NewSite makes an appliance of the installation's own, and starts it. The lab learns of it.
+func (l *Lab) NewSite(name string) *Site { return l.NewSiteOf("", name) }
+
+// NewSiteOf makes an appliance of a customer that has a far store.
+func (l *Lab) NewSiteOf(customer, name string) *Site {
 	l.t.Helper()
-	s := &Site{lab: l, name: name, Dir: filepath.Join(l.Dir, "site-"+name), Clock: &Clock{}, line: &siteLine{}}
+	s := &Site{lab: l, name: name, customer: customer, Dir: filepath.Join(l.Dir, "site-"+name), Clock: &Clock{}, line: &siteLine{}}
 	if err := os.MkdirAll(s.Dir, 0o700); err != nil {
 		l.t.Fatal(err)
 	}
-	if err := store.CreateLike(context.Background(), s.driver(), "near", l.Store); err != nil {
+	home, err := l.Customers.Of(context.Background(), customer)
+	if err != nil {
 		l.t.Fatal(err)
 	}
-	far := remote.NewServer(func(*http.Request) (store.Driver, remote.Rights, error) { return l.driver(), remote.Append, nil })
+	if err := store.CreateLike(context.Background(), s.driver(), "near", home); err != nil {
+		l.t.Fatal(err)
+	}
+	access, _ := l.access(context.Background(), dr.Server{Customer: customer, Appliance: name})
+	far := remote.NewServer(func(*http.Request) (store.Driver, remote.Rights, error) {
+		drv, err := l.driverAt(access.Place)
+		return drv, remote.Append, err
+	})
+	s.farKey = access.Password
 	mux := http.NewServeMux()
 	mux.Handle("/store/", http.StripPrefix("/store", far))
 	mux.HandleFunc("/home/", func(w http.ResponseWriter, r *http.Request) { (*s.line.home.Load()).ServeHTTP(w, r) })
@@ -169,7 +183,7 @@ func (s *Site) open() error {
 		Home: faultyHome{api.RemoteHome(client, s.line.up.URL), s}, Log: quiet, Version: "lab", Now: s.Clock.Now, Reserve: 1}
 	config.Far = func(ctx context.Context) (*store.Store, error) {
 		return around(ctx, s.Fault, "far store", func() (*store.Store, error) {
-			return store.Open(ctx, remote.New(client, s.line.up.URL+"/store"), password)
+			return store.Open(ctx, remote.New(client, s.line.up.URL+"/store"), s.farKey)
 		})
 	}
 	s.line.broken.Store(nil)

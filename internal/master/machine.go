@@ -52,7 +52,11 @@ func (m *Master) access(ctx context.Context, s dr.Server) (*api.Access, error) {
 // startMachine finds a silo for an invocation and has it start the machine there.
 func (m *Master) startMachine(ctx context.Context, r *engine.Run, inv *dr.Invocation, task api.InvokeTask) error {
 	// What is booted must stay in the store, whether or not anything reads it just now.
-	if err := m.Store.Hold(ctx, task.Snapshot.ID, inv.ID); err != nil {
+	st, err := m.storeOf(ctx, task.Server)
+	if err != nil {
+		return err
+	}
+	if err := st.Hold(ctx, task.Snapshot.ID, inv.ID); err != nil {
 		return fmt.Errorf("hold snapshot %s: %w", task.Snapshot.ID, err)
 	}
 	w := invokeWork(*inv, task)
@@ -160,7 +164,11 @@ func (m *Master) endMachine(ctx context.Context, inv dr.Invocation, run int64, k
 			m.endLease(ctx, l)
 		}
 	}
-	return kept, m.Store.Unhold(ctx, inv.SnapshotID, inv.ID)
+	st, err := m.storeOfID(ctx, inv.ServerID)
+	if err != nil {
+		return kept, err
+	}
+	return kept, st.Unhold(ctx, inv.SnapshotID, inv.ID)
 }
 
 // stopMachine takes back what an invocation that did not come to run has started. On a silo that is lost nothing can be; unless
@@ -254,17 +262,20 @@ func (m *Master) adoptInvocations(ctx context.Context) error {
 	for _, l := range leases {
 		runs[l.Work.ID] = true // given up, and not yet stopped: it may still be read
 	}
-	holds, err := m.Store.Holds(ctx)
-	if err != nil {
-		return err
-	}
-	var errs []error
-	for snapshot, owners := range holds {
-		for _, owner := range owners {
-			if !runs[owner] {
-				errs = append(errs, m.Store.Unhold(ctx, snapshot, owner))
+	err = m.eachStore(ctx, func(st oneStore) error {
+		holds, err := st.Holds(ctx)
+		errs := []error{err}
+		for snapshot, owners := range holds {
+			for _, owner := range owners {
+				if !runs[owner] {
+					errs = append(errs, st.Unhold(ctx, snapshot, owner))
+				}
 			}
 		}
+		return errors.Join(errs...)
+	})
+	if err != nil { // a customer's store that is away must not keep the others from being recovered; it keeps more than it has to
+		m.Log.ErrorContext(ctx, "let go of snapshots that nobody holds any more", "error", err)
 	}
-	return errors.Join(errs...)
+	return nil
 }

@@ -48,11 +48,15 @@ import (
 type Config struct {
 	Catalog   *catalog.Catalog
 	Engine    *engine.Engine // not launched yet
-	Store     *store.Store
+	Store     *store.Store   // the installation's own
 	Appliance api.Appliance
+	// Customers have far stores of their own; nil: there are none.
+	Customers *store.Customers
+	// CustomerOf says whose an appliance elsewhere is; an error if it is nobody's. nil: nobody asks.
+	CustomerOf func(appliance string) (string, error)
 	// Sites gives the appliance elsewhere of a name; an error if it is not connected. nil: there are none.
 	Sites func(name string) (api.Site, error)
-	// Far makes sure that a snapshot, of which an appliance says that it was replicated, is in the far store. nil: that store is Store.
+	// Far makes sure that a snapshot, of which an appliance says that it was replicated, is in the far store. nil: the master looks there.
 	// An error of kind api.Refused is for good.
 	Far   func(ctx context.Context, server dr.Server, snapshot string) error
 	Silos Silos
@@ -63,7 +67,7 @@ type Config struct {
 	Log      *slog.Logger
 	Version  string
 	Data     string           // folder of the installation, for people
-	Location string           // of the store, for people
+	Location string           // of the installation's own store, for people
 	Now      func() time.Time // nil: time.Now
 	Tick     time.Duration    // how often the scheduler looks; 0: DefaultTick
 	Grace    time.Duration    // how long a snapshot may stay untested; 0: DefaultGrace

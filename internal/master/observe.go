@@ -36,7 +36,8 @@ var _ api.Observer = (*Master)(nil)
 type observed struct {
 	figures sync.Mutex
 	tally   catalog.Tally
-	space   api.StoreFigures
+	space   []api.StoreFigures
+	spaceAt time.Time
 
 	checks sync.Mutex
 	health api.Health
@@ -71,7 +72,7 @@ func (m *Master) Figures(ctx context.Context) (api.Figures, error) {
 		return out, err
 	}
 	out.Since = counts(m.observed.tally)
-	if out.Store, err = m.spaceFigures(ctx); err != nil {
+	if out.Stores, err = m.spaceFigures(ctx); err != nil {
 		return out, err
 	}
 	out.Nodes, err = m.nodes(ctx)
@@ -124,15 +125,27 @@ func counts(t catalog.Tally) api.Counts {
 	return out
 }
 
-func (m *Master) spaceFigures(ctx context.Context) (api.StoreFigures, error) {
-	if now := m.Now(); now.Sub(m.observed.space.At) > spaceEvery || now.Before(m.observed.space.At) {
-		space, err := m.Store.Space(ctx)
-		if err != nil {
-			return api.StoreFigures{}, err
-		}
-		m.observed.space = api.StoreFigures{At: now, Bytes: space.Bytes, Free: space.Free}
+func (m *Master) spaceFigures(ctx context.Context) ([]api.StoreFigures, error) {
+	now := m.Now()
+	if now.Sub(m.observed.spaceAt) <= spaceEvery && !now.Before(m.observed.spaceAt) {
+		return m.observed.space, nil
 	}
-	return m.observed.space, nil
+	var out []api.StoreFigures
+	err := m.eachStore(ctx, func(st oneStore) error {
+		space, err := st.Space(ctx)
+		if err == nil {
+			out = append(out, api.StoreFigures{Customer: st.Customer, At: now, Bytes: space.Bytes, Free: space.Free})
+		}
+		return err
+	})
+	if len(out) == 0 || out[0].Customer != "" {
+		return nil, err // the installation's own is missing
+	}
+	if err != nil {
+		m.Log.ErrorContext(ctx, "measure stores", "error", err)
+	}
+	m.observed.space, m.observed.spaceAt = out, now
+	return out, nil
 }
 
 // Health implements api.Observer.
@@ -209,17 +222,31 @@ func (m *Master) checkCatalog(ctx context.Context) (string, error) {
 	return "can be written to", m.Catalog.Check(ctx)
 }
 
+// checkStore looks at all stores, those of customers too: one that cannot be written to is one customer's tonight without a backup.
 func (m *Master) checkStore(ctx context.Context) (string, error) {
-	free, err := m.Store.Check(ctx)
-	switch {
-	case err != nil:
-		return "", err
-	case free < 0:
-		return "can be written to", nil
-	case free < leastFree:
-		return "", fmt.Errorf("only %d MiB are free: give it more room, or keep less with 'muster server set NAME --keep-last N'", free>>20)
+	var least int64 = -1
+	n := 0
+	err := m.eachStore(ctx, func(st oneStore) error {
+		n++
+		free, err := st.Check(ctx)
+		switch {
+		case err != nil:
+			return err
+		case free >= 0 && free < leastFree:
+			return fmt.Errorf("only %d MiB are free: give it more room, or keep less with 'muster server set NAME --keep-last N'", free>>20)
+		case free >= 0 && (least < 0 || free < least):
+			least = free
+		}
+		return nil
+	})
+	what := "can be written to"
+	if n > 1 {
+		what = fmt.Sprintf("all %d can be written to", n)
 	}
-	return fmt.Sprintf("can be written to, %d GiB free", free>>30), nil
+	if least >= 0 {
+		what = fmt.Sprintf("%s, %d GiB free", what, least>>30)
+	}
+	return what, err
 }
 
 func (m *Master) checkSilo(ctx context.Context) (string, error) {

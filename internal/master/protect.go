@@ -415,14 +415,18 @@ func (m *Master) settle(ctx context.Context, in work, moved bool) error {
 	if rec.Verdict == nil || rec.PreRecovery == nil {
 		return engine.Permanent(fmt.Errorf("settle snapshot %s: it was not tested", in.SnapshotID))
 	}
-	if err := m.Store.PutRecord(ctx, recordPreRecovery, rec.PreRecovery.ID, rec.PreRecovery); err != nil {
+	st, err := m.storeOf(ctx, s)
+	if err != nil {
+		return err
+	}
+	if err := st.PutRecord(ctx, recordPreRecovery, rec.PreRecovery.ID, rec.PreRecovery); err != nil {
 		return fmt.Errorf("keep record of pre-recovery in the store: %w", err)
 	}
-	if err := m.Store.PutRecord(ctx, recordVerdict, rec.Verdict.ID, rec.Verdict); err != nil {
+	if err := st.PutRecord(ctx, recordVerdict, rec.Verdict.ID, rec.Verdict); err != nil {
 		return fmt.Errorf("keep verdict in the store: %w", err)
 	}
 	if moved {
-		if err := m.keepLKG(ctx, rec); err != nil {
+		if err := m.keepLKG(ctx, st, rec); err != nil {
 			return err
 		}
 	}
@@ -430,11 +434,11 @@ func (m *Master) settle(ctx context.Context, in work, moved bool) error {
 }
 
 // keepLKG has the store keep what last-known-good is and needs.
-func (m *Master) keepLKG(ctx context.Context, rec dr.Record) error {
+func (m *Master) keepLKG(ctx context.Context, st *store.Store, rec dr.Record) error {
 	if err := m.keepDeltas(ctx, rec); err != nil {
 		return err
 	}
-	if err := m.Store.SetLKG(ctx, rec.Snapshot.ServerID, rec.Snapshot.ID); err != nil {
+	if err := st.SetLKG(ctx, rec.Snapshot.ServerID, rec.Snapshot.ID); err != nil {
 		return fmt.Errorf("mark last-known-good in the store: %w", err)
 	}
 	return nil
@@ -459,8 +463,12 @@ func (m *Master) expire(ctx context.Context, s dr.Server) error {
 	for _, inv := range active {
 		pinned[inv.SnapshotID] = true
 	}
+	st, err := m.storeOf(ctx, s)
+	if err != nil {
+		return err
+	}
 	for _, id := range dr.Expirable(records, s.Retention, lkg, pinned) {
-		if err := m.Store.Forget(ctx, id); err != nil {
+		if err := st.Forget(ctx, id); err != nil {
 			if errors.Is(err, store.ErrPinned) {
 				continue // somebody reads it: the next night will do
 			}

@@ -44,7 +44,11 @@ func (m *Master) rule(r *engine.Run, in rulingWork) error {
 		if err := m.Catalog.Rule(ctx, in.Ruling); err != nil {
 			return false, err
 		}
-		if err := m.Store.PutRecord(ctx, recordRuling, in.Ruling.SnapshotID, in.Ruling); err != nil {
+		st, err := m.storeOfID(ctx, in.ServerID)
+		if err != nil {
+			return false, err
+		}
+		if err := st.PutRecord(ctx, recordRuling, in.Ruling.SnapshotID, in.Ruling); err != nil {
 			return false, fmt.Errorf("keep the ruling in the store: %w", err)
 		}
 		return true, nil
@@ -64,18 +68,22 @@ func (m *Master) settleRuling(ctx context.Context, serverID string) error {
 	if err != nil {
 		return err
 	}
-	kept, err := m.Store.LKG(ctx)
+	s, err := m.Catalog.Server(ctx, serverID)
+	if err != nil {
+		return err
+	}
+	st, err := m.storeOf(ctx, s)
+	if err != nil {
+		return err
+	}
+	kept, err := st.LKG(ctx)
 	if err != nil {
 		return err
 	}
 	if ok && kept[serverID] != lkg.Snapshot.ID {
-		if err := m.keepLKG(ctx, lkg); err != nil {
+		if err := m.keepLKG(ctx, st, lkg); err != nil {
 			return err
 		}
-	}
-	s, err := m.Catalog.Server(ctx, serverID)
-	if err != nil {
-		return err
 	}
 	return m.expire(ctx, s)
 }

@@ -31,11 +31,15 @@ func (m *Master) AddServer(ctx context.Context, server dr.Server) (dr.Server, er
 	if err := m.validate(ctx, &server); err != nil {
 		return dr.Server{}, err
 	}
-	if err := m.Store.PutRecord(ctx, dr.ServerRecord, server.ID, server); err != nil {
+	st, err := m.storeOf(ctx, server)
+	if err != nil {
+		return dr.Server{}, err
+	}
+	if err := st.PutRecord(ctx, dr.ServerRecord, server.ID, server); err != nil {
 		return dr.Server{}, fmt.Errorf("keep definition of %s in the store: %w", server.Name, err)
 	}
 	if err := m.Catalog.AddServer(ctx, server); err != nil {
-		if derr := m.Store.DeleteRecord(ctx, dr.ServerRecord, server.ID); derr != nil {
+		if derr := st.DeleteRecord(ctx, dr.ServerRecord, server.ID); derr != nil {
 			m.Log.ErrorContext(ctx, "take back record of server", "server", server.Name, "error", derr)
 		}
 		if errors.Is(err, catalog.ErrExists) {
@@ -57,10 +61,14 @@ func (m *Master) UpdateServer(ctx context.Context, name string, change api.Serve
 	if err := m.validate(ctx, &server); err != nil {
 		return dr.Server{}, err
 	}
+	st, err := m.storeOf(ctx, server)
+	if err != nil {
+		return dr.Server{}, err
+	}
 	if err := m.Catalog.UpdateServer(ctx, server); err != nil {
 		return dr.Server{}, err
 	}
-	if err := m.Store.PutRecord(ctx, dr.ServerRecord, server.ID, server); err != nil {
+	if err := st.PutRecord(ctx, dr.ServerRecord, server.ID, server); err != nil {
 		return dr.Server{}, fmt.Errorf("keep definition of %s in the store: %w", server.Name, err)
 	}
 	m.look(ctx, server.Appliance)
@@ -76,8 +84,8 @@ func (m *Master) validate(ctx context.Context, server *dr.Server) error {
 	if err != nil {
 		return api.Errorf(api.Invalid, "%w", err)
 	}
-	if server.Standby == "" {
-		return nil
+	if err := m.checkCustomer(server); err != nil || server.Standby == "" {
+		return err
 	}
 	standby, err := m.server(ctx, server.Standby)
 	switch {
@@ -234,16 +242,20 @@ func (m *Master) RemoveServer(ctx context.Context, name string) error {
 	if op, ok := running[s.Name]; ok {
 		return api.Errorf(api.Conflict, "%s is being worked on (%s): wait for it or cancel it first", s.Name, op.ID)
 	}
+	st, err := m.storeOf(ctx, s)
+	if err != nil {
+		return err
+	}
 	if err := m.Catalog.RemoveServer(ctx, s.ID); err != nil {
 		if errors.Is(err, catalog.ErrInUse) {
 			return api.Errorf(api.Conflict, "%s is invoked: end the invocation first", s.Name)
 		}
 		return err
 	}
-	if err := m.Store.DeleteRecord(ctx, dr.ServerRecord, s.ID); err != nil {
+	if err := st.DeleteRecord(ctx, dr.ServerRecord, s.ID); err != nil {
 		return fmt.Errorf("forget definition of %s in the store: %w", s.Name, err)
 	}
-	if err := m.Store.DropPartial(ctx, s.ID); err != nil {
+	if err := st.DropPartial(ctx, s.ID); err != nil {
 		return err
 	}
 	if s.Appliance != "" { // it cleans up when it learns of it

@@ -99,7 +99,7 @@ func (m *Master) definitions(ctx context.Context, appliance string) (servers []d
 		return nil, "", err
 	}
 	for _, s := range all {
-		if s.Appliance == appliance {
+		if m.captures(appliance, s) {
 			servers = append(servers, s)
 		}
 	}
@@ -136,7 +136,14 @@ func (m *Master) Hello(ctx context.Context, from string, hello api.Hello) (api.W
 			w.LKG[s.ID] = lkg.Snapshot.ID
 		}
 	}
-	rulings, err := records[dr.Ruling](ctx, m.Store, recordRuling)
+	if len(servers) == 0 {
+		return w, nil
+	}
+	st, err := m.storeOf(ctx, servers[0]) // they are all of one customer
+	if err != nil {
+		return w, err
+	}
+	rulings, err := records[dr.Ruling](ctx, st, recordRuling)
 	if err != nil {
 		return w, err
 	}
@@ -288,7 +295,7 @@ func (m *Master) arrived(ctx context.Context, from string, a api.Arrival) error 
 	if err != nil {
 		return err
 	}
-	if s.ID != snap.ServerID || s.Appliance != from {
+	if s.ID != snap.ServerID || !m.captures(from, s) {
 		return api.Errorf(api.Refused, "server %s is not captured by appliance %s", s.Name, from)
 	}
 	if err := snap.Validate(); err != nil {
@@ -316,11 +323,15 @@ func (m *Master) arrived(ctx context.Context, from string, a api.Arrival) error 
 }
 
 // inStore is Config.Far of a master that has the far store open itself: the snapshot is published there and its manifest can be read.
-func (m *Master) inStore(ctx context.Context, _ dr.Server, snapshot string) error {
-	if err := m.Store.Refresh(ctx); err != nil {
+func (m *Master) inStore(ctx context.Context, s dr.Server, snapshot string) error {
+	st, err := m.storeOf(ctx, s)
+	if err != nil {
 		return err
 	}
-	_, err := m.Store.Snapshot(ctx, snapshot)
+	if err := st.Refresh(ctx); err != nil {
+		return err
+	}
+	_, err = st.Snapshot(ctx, snapshot)
 	if errors.Is(err, store.ErrNotFound) {
 		return api.Errorf(api.Conflict, "snapshot %s is not in the far store", snapshot)
 	}

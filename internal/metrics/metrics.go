@@ -112,8 +112,8 @@ var (
 	storedBytes    = desc("capture_stored_bytes_total", "Bytes by which the store grew, after compression and sealing.", "kind")
 	dedupe         = desc("capture_dedupe_ratio", "Of the bytes that changed since the process started, the part that the store had already, 0 to 1. Missing while nothing changed.", one...)
 
-	storeBytes = desc("store_size_bytes", "Bytes of everything in the store; measured every few minutes.", one...)
-	storeFree  = desc("store_free_bytes", "Bytes free where the store lies. Missing where that is not known.", one...)
+	storeBytes = desc("store_size_bytes", "Bytes of everything in a store, by the customer whose far store it is, empty for the installation's own; measured every few minutes.", "customer")
+	storeFree  = desc("store_free_bytes", "Bytes free where a store lies. Missing where that is not known.", "customer")
 
 	nodeConnected = desc("node_connected", "1 if an appliance or silo on another machine is connected, 0 if not.", byNode...)
 	nodeSeen      = desc("node_seen_age_seconds", "How long ago the node was last heard of. Missing if it never was.", byNode...)
@@ -154,9 +154,11 @@ func (c collector) Collect(to chan<- prometheus.Metric) {
 	out.work(f)
 	out.counts(f.Since)
 	out.nodes(f)
-	out.gauge(storeBytes, float64(f.Store.Bytes))
-	if f.Store.Free >= 0 {
-		out.gauge(storeFree, float64(f.Store.Free))
+	for _, st := range f.Stores {
+		out.gauge(storeBytes, float64(st.Bytes), st.Customer)
+		if st.Free >= 0 {
+			out.gauge(storeFree, float64(st.Free), st.Customer)
+		}
 	}
 }
 

@@ -38,7 +38,7 @@ func full(n int) installation {
 		Since: api.Counts{Verdicts: map[dr.Outcome]int64{dr.Pass: 4, dr.Fail: 1},
 			Snapshots:  map[dr.SnapshotKind]api.SnapshotCounts{dr.SnapshotImage: {N: 5, Read: 1000, Changed: 400, Sent: 200, New: 100, Stored: 50}},
 			Promotions: 4, Expired: 2, Invocations: 1},
-		Store: api.StoreFigures{At: now, Bytes: 1 << 30, Free: 1 << 40},
+		Stores: []api.StoreFigures{{At: now, Bytes: 1 << 30, Free: 1 << 40}, {Customer: "acme", At: now, Bytes: 1 << 20, Free: -1}},
 		Nodes: []api.NodeFigures{{Role: "silo", Name: "silo-1", Connected: true, Seen: now.Add(-5 * time.Second), Expires: now.Add(24 * time.Hour)},
 			{Role: "appliance", Name: "box", Customer: "acme", Seen: now.Add(-time.Hour), Expires: now.Add(-time.Minute)}, {Role: "silo", Name: "silo-2", Revoked: true}}}
 	for k := range n {

@@ -74,14 +74,6 @@ type Stores interface {
 	Open(ctx context.Context, access *api.Access) (st *store.Store, release func(), err error)
 }
 
-// Own is the one store of a silo that is part of its master's process.
-type Own struct{ *store.Store }
-
-// Open implements Stores.
-func (o Own) Open(context.Context, *api.Access) (*store.Store, func(), error) {
-	return o.Store, func() {}, nil
-}
-
 // Networks makes and removes the bridges of rescue machines.
 type Networks interface {
 	// HostOnly makes a bridge on which only the host and the machines plugged into it are. A zero address leaves the

@@ -36,6 +36,7 @@ const (
 	None   Rights = iota
 	Read          // blobs, and locks of what is read
 	Append        // new blobs
+	Make          // a place where there is none
 	Own           // all else: overwriting and deleting
 )
 

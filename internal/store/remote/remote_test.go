@@ -88,11 +88,12 @@ func put(t *testing.T, c *http.Client, base, id string, data []byte, whole []byt
 }
 
 func TestWhoMayAppendCanTakeNothingAway(t *testing.T) {
-	rights := remote.Append
+	rights := remote.Make
 	drv, base, c := served(t, &rights)
 	if err := store.Create(t.Context(), drv, "correct horse"); err != nil {
 		t.Fatal(err)
 	}
+	rights = remote.Append
 	near := folder.Driver{Path: filepath.Join(t.TempDir(), "near")}
 	far, err := store.Open(t.Context(), drv, "correct horse")
 	if err != nil {
@@ -142,7 +143,7 @@ func TestWhoMayAppendCanTakeNothingAway(t *testing.T) {
 }
 
 func TestABlobIsWholeOrNotThere(t *testing.T) {
-	rights := remote.Append
+	rights := remote.Make
 	drv, base, c := served(t, &rights)
 	p, err := drv.Create(t.Context())
 	if err != nil {
@@ -208,7 +209,7 @@ func (b *cutBody) Read(p []byte) (int, error) {
 }
 
 func TestABlobThatIsCutOffGoesOnWhereItWas(t *testing.T) {
-	rights := remote.Append
+	rights := remote.Make
 	_, base, c := served(t, &rights)
 	line := &cutting{RoundTripper: c.Transport}
 	drv := remote.New(&http.Client{Transport: line}, base)

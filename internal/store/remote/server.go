@@ -55,7 +55,7 @@ type partial struct {
 func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server {
 	s := &Server{open: open, uploads: semaphore.NewWeighted(maxUploads), places: map[string]store.Place{}, locks: map[string]*held{},
 		partials: map[string]partial{}, mux: http.NewServeMux()}
-	s.handle("POST "+pathPlace, Append, s.create)
+	s.handle("POST "+pathPlace, Make, s.create)
 	s.handle("GET "+pathPlace, Read, func(*request) error { return nil })
 	s.handle("GET "+pathList, Read, s.list)
 	s.handle("GET "+pathBlobs+"{id}", Read, s.get) // and HEAD
@@ -69,6 +69,25 @@ func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server
 	s.handle("POST "+pathSweep, Own, s.sweep)
 	return s
 }
+
+// nameInPath is the part of a path that names a place.
+const nameInPath = "place"
+
+// Named serves places by names: below PREFIX/NAME/ what the server serves by itself. NameOf tells which name a request gave.
+func (s *Server) Named(prefix string) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc(prefix+"/{name}/", func(w http.ResponseWriter, r *http.Request) {
+		name := r.PathValue("name")
+		http.StripPrefix(prefix+"/"+name, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			r.SetPathValue(nameInPath, name) // the next pattern forgets what this one has matched
+			s.ServeHTTP(w, r)
+		})).ServeHTTP(w, r)
+	})
+	return mux
+}
+
+// NameOf gives the name below which a request came, "" if it came below none.
+func NameOf(r *http.Request) string { return r.PathValue(nameInPath) }
 
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.ServeHTTP(w, r) }
