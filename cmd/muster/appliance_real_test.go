@@ -199,6 +199,9 @@ func TestAnApplianceListensNowhereAndSendsThroughABadLine(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(hq, "muster.yaml"), fmt.Appendf(nil, "store: %s\ncustomer: acme\n", o.l.StoreFolder()), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	if err := os.WriteFile(filepath.Join(hq, "store.key"), []byte(lab.Password), 0o600); err != nil {
+		t.Fatal(err)
+	}
 	var taken seedShown
 	if err := (&place{bin: o.bin, dir: hq}).read(&taken, "master", "seed", "import", disk, "--customer", "acme", "--digest", seed.Digest); err != nil {
 		t.Fatal(err)
