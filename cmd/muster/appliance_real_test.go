@@ -37,8 +37,8 @@ func newOffice(t *testing.T) *office {
 	if err := os.Symlink(self, bin); err != nil {
 		t.Fatal(err)
 	}
-	far := netID() + "b"
-	o := &office{t: t, place: newPlace(t, bin, "app", filepath.Join(t.TempDir(), "box"), "10.213.77.2/30", far)}
+	far := netID("o") + "b"
+	o := &office{t: t, place: newPlace(t, bin, netID("o"), "app", filepath.Join(t.TempDir(), "box"), "10.213.77.2/30", far)}
 	o.command = []string{"appliance", "serve"}
 	sh(t, "ip addr add 10.213.77.1/30 dev %s", far)
 	o.l = lab.New(t, lab.Healthy)
@@ -132,6 +132,7 @@ func TestAnApplianceListensNowhereAndSendsThroughABadLine(t *testing.T) {
 	if os.Getenv("MUSTER_REAL") == "" {
 		t.Skip("set MUSTER_REAL=1 to make network namespaces and run processes in them")
 	}
+	t.Parallel()
 	o := newOffice(t)
 	o.write(1)
 	ctx := t.Context()

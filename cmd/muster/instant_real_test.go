@@ -16,7 +16,7 @@ import (
 // on a make-believe machine, because two real boots do not fit into the time that a test has. Silo b, another lab host with a libvirtd of its own,
 // gets them through the store, and boots them with real QEMU when a is gone for good.
 func TestLosingASiloForGoodLeavesAnInstantBoot(t *testing.T) {
-	r := newGround(t)
+	r := newGround(t, "i", "10.213.79.")
 	r.patience = 5 * time.Minute
 	shop := os.Getenv("MUSTER_SHOP")
 	bin, err := filepath.Abs("../../bin")
@@ -27,8 +27,8 @@ func TestLosingASiloForGoodLeavesAnInstantBoot(t *testing.T) {
 	r.hq = r.place("hq", "1", "serve")
 	r.silos["a"] = r.place("a", "3", "silo", "serve")
 	r.silos["a"].env = []string{envImages + "=real"}
-	far := netID() + "fb"
-	r.silos["b"] = r.wire(newHost(t, bin+"/muster", "b", filepath.Join(r.dir, "b"), realmNet+"4/24", far), far, []string{"silo", "serve"})
+	far := r.net + "fb"
+	r.silos["b"] = r.wire(newHost(t, bin+"/muster", r.net, "b", filepath.Join(r.dir, "b"), r.hosts+"4/24", far), far, []string{"silo", "serve"})
 	r.master()
 	r.joined("a")
 	r.joined("b")

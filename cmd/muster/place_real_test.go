@@ -39,8 +39,8 @@ type place struct {
 	log string // file
 }
 
-// netID tells the networks of two tests apart that run at once.
-func netID() string { return fmt.Sprintf("m%04x", os.Getpid()&0xffff) }
+// netID begins the names of a test's networks, so that tests may run at once. test is a letter.
+func netID(test string) string { return fmt.Sprintf("%s%04x", test, os.Getpid()&0xffff) }
 
 func sh(t testing.TB, line string, args ...any) string {
 	t.Helper()
@@ -52,9 +52,9 @@ func sh(t testing.TB, line string, args ...any) string {
 }
 
 // newPlace gives a program a network of its own, with a cable whose other end is far.
-func newPlace(t testing.TB, bin, name, dir, address, far string) *place {
+func newPlace(t testing.TB, bin, net, name, dir, address, far string) *place {
 	t.Helper()
-	p := &place{t: t, name: name, bin: bin, dir: dir, space: netID() + name, log: dir + ".log"}
+	p := &place{t: t, name: name, bin: bin, dir: dir, space: net + name, near: net + "n" + name, log: dir + ".log"}
 	p.enter = []string{"ip", "netns", "exec", p.space}
 	sh(t, "ip netns add %s", p.space)
 	p.plug(address, far)
@@ -62,13 +62,13 @@ func newPlace(t testing.TB, bin, name, dir, address, far string) *place {
 }
 
 // newHost gives a program a lab host of its own: a network, processes and a libvirtd.
-func newHost(t testing.TB, bin, name, dir, address, far string) *place {
+func newHost(t testing.TB, bin, net, name, dir, address, far string) *place {
 	t.Helper()
 	sandbox, err := filepath.Abs("../../scripts/sandbox")
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &place{t: t, name: name, bin: bin, dir: dir, space: netID() + name, log: dir + ".log"}
+	p := &place{t: t, name: name, bin: bin, dir: dir, space: net + name, near: net + "n" + name, log: dir + ".log"}
 	state := dir + "-host"
 	p.enter = []string{sandbox, "enter", state, "--"}
 	host := exec.Command(sandbox, "run", "--dir", state, "--", "sh", "-c", "touch "+state+"/up && exec sleep infinity")
@@ -92,7 +92,6 @@ func newHost(t testing.TB, bin, name, dir, address, far string) *place {
 // plug puts a cable into a place.
 func (p *place) plug(address, far string) {
 	p.t.Helper()
-	p.near = netID() + "n" + p.name
 	p.t.Cleanup(func() {
 		p.kill()
 		_ = exec.Command("ip", "netns", "del", p.space).Run()

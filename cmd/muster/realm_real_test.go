@@ -21,6 +21,8 @@ import (
 // make-believe; everything else is as it is delivered.
 type realm struct {
 	t     *testing.T // of the whole
+	net   string     // begins the names of its networks
+	hosts string     // begins their addresses, as "10.213.78."
 	dir   string
 	bin   string
 	hq    *place
@@ -35,18 +37,18 @@ type realm struct {
 }
 
 const (
-	realmNet  = "10.213.78."
 	realmDisk = 24 << 20  // bytes of the server, all different from one snapshot to the next
 	realmRoom = 640 << 20 // bytes of the near store's disk, and of the far one's
 	realmRate = "16mbit"  // of a slow line: a snapshot takes twelve seconds
 )
 
 // newGround makes the bridge, and the program that runs on it.
-func newGround(t *testing.T) *realm {
+func newGround(t *testing.T, net, hosts string) *realm {
 	t.Helper()
 	if os.Getenv("MUSTER_REAL") == "" {
 		t.Skip("set MUSTER_REAL=1 on a lab host (scripts/test real)")
 	}
+	t.Parallel()
 	dir, err := os.MkdirTemp("/var/lib", "realm") // where QEMU's user can reach it
 	if err == nil {
 		err = os.Chmod(dir, 0o711)
@@ -55,21 +57,21 @@ func newGround(t *testing.T) *realm {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	r := &realm{t: t, dir: dir, bin: filepath.Join(dir, makeBelieve), silos: map[string]*place{}, patience: time.Minute}
+	r := &realm{t: t, net: netID(net), hosts: hosts, dir: dir, bin: filepath.Join(dir, makeBelieve), silos: map[string]*place{}, patience: time.Minute}
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	sh(t, "cp %s %s", self, r.bin) // no link to it: the program starts itself by its own name
-	sh(t, "ip link add %sr type bridge && ip link set %sr up", netID(), netID())
-	t.Cleanup(func() { sh(t, "ip link del %sr", netID()) })
+	sh(t, "ip link add %sr type bridge && ip link set %sr up", r.net, r.net)
+	t.Cleanup(func() { sh(t, "ip link del %sr", r.net) })
 	return r
 }
 
 // newRealm makes the machines.
 func newRealm(t *testing.T) *realm {
 	t.Helper()
-	r := newGround(t)
+	r := newGround(t, "r", "10.213.78.")
 	if err := os.WriteFile(filepath.Join(r.dir, "muster-guest"), []byte("\x7fELF test agent"), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -89,15 +91,15 @@ func newRealm(t *testing.T) *realm {
 // place makes a machine on the bridge.
 func (r *realm) place(name, host string, command ...string) *place {
 	r.t.Helper()
-	far := netID() + "f" + name
-	return r.wire(newPlace(r.t, r.bin, name, filepath.Join(r.dir, name), realmNet+host+"/24", far), far, command)
+	far := r.net + "f" + name
+	return r.wire(newPlace(r.t, r.bin, r.net, name, filepath.Join(r.dir, name), r.hosts+host+"/24", far), far, command)
 }
 
 // wire puts the far end of a machine's cable into the bridge.
 func (r *realm) wire(p *place, far string, command []string) *place {
 	r.t.Helper()
 	p.command = command
-	sh(r.t, "ip link set %s master %sr", far, netID())
+	sh(r.t, "ip link set %s master %sr", far, r.net)
 	return p
 }
 
@@ -106,7 +108,7 @@ func (r *realm) master(init ...string) {
 	t := r.t
 	t.Helper()
 	r.hq.ok(append([]string{"init"}, init...)...)
-	r.hq.ok("master", "init", "--name", "hq", "--listen", realmNet+"1:7443", "--address", realmNet+"1:7443")
+	r.hq.ok("master", "init", "--name", "hq", "--listen", r.hosts+"1:7443", "--address", r.hosts+"1:7443")
 	if r.box != nil {
 		r.hq.ok("master", "customer", "add", "acme", "--store", r.far())
 	}
