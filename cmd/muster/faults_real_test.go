@@ -44,8 +44,8 @@ func TestFaultsBetweenMachinesLoseNothingAndDoNothingTwice(t *testing.T) {
 		{"a silo is killed in a test", r.siloKilled},
 		{"a silo that was stopped in a test wakes after its work was given away", r.siloStopped},
 		{"the line between silo and master is cut in a test", r.siloCut},
-		{"the master is killed in a test", r.masterKilled},
-		{"the master is stopped in a test", r.masterStopped},
+		{"master and appliance are killed in a test", r.masterKilled},
+		{"master and appliance are stopped in a test", r.masterStopped},
 		{"PostgreSQL is restarted in the middle of everything", r.databaseRestarted},
 		{"a silo is revoked in a test", r.siloRevoked},
 		{"everything is there at the end", r.everything},
@@ -259,6 +259,7 @@ func (r *realm) siloCut(t *testing.T) {
 
 func (r *realm) masterKilled(t *testing.T) {
 	op, on, other := r.testing(t)
+	r.box.restart()
 	r.hq.restart()
 	r.answers(t)
 	r.let(t, on, other)
@@ -268,11 +269,13 @@ func (r *realm) masterKilled(t *testing.T) {
 func (r *realm) masterStopped(t *testing.T) {
 	op, on, other := r.testing(t)
 	lost := len(r.events(t, "silo.lost", ""))
+	r.box.signal(syscall.SIGSTOP)
 	r.hq.signal(syscall.SIGSTOP)
 	r.until(t, "the silo has ended what nobody renews", func() bool { return len(r.left(on)) == 0 })
 	time.Sleep(simGrace + time.Second) // by now the master itself could take silos for lost
 	r.hq.signal(syscall.SIGCONT)
 	r.let(t, on, other)
+	r.box.signal(syscall.SIGCONT)
 	r.passed(t, op, "")
 	if n := len(r.events(t, "silo.lost", "")) - lost; n > 0 {
 		t.Errorf("a master that slept took %d silos for lost", n)
@@ -346,5 +349,13 @@ func (r *realm) everything(t *testing.T) {
 		if open := p.sockets(); open != "" {
 			t.Errorf("%s listens: %s", p.name, open)
 		}
+	}
+	if health, _ := r.hq.tell("health"); !strings.Contains(health, "3 of 3 connected; silo c is revoked") {
+		t.Error("health says nothing of the nodes")
+	}
+	figures, err := r.hq.there("metrics").Output()
+	if err != nil || !strings.Contains(string(figures), `muster_node_connected{customer="acme",node="box",role="appliance"} 1`) ||
+		!strings.Contains(string(figures), `muster_node_revoked{customer="",node="c",role="silo"} 1`) {
+		t.Errorf("the metrics say nothing of the nodes: %v", err)
 	}
 }
