@@ -31,16 +31,29 @@ func exportCommand() *cobra.Command {
 		Long: `Offer the disks of a snapshot, read-only, over NBD on a unix socket until interrupted. It reads the store itself: no master
 need run. SNAPSHOT is an identifier, "newest" (default) or "lkg".`,
 		Example: `  muster export shop@lkg --socket /tmp/shop.sock
+  muster export till@lkg --customer acme --socket /tmp/till.sock
   nbdinfo 'nbd+unix:///?socket=/tmp/shop.sock'            # the default export is the first disk chosen
   nbdcopy 'nbd+unix:///?socket=/tmp/shop.sock' disk.raw`}
 	socket := cmd.Flags().String("socket", "", "path of the unix socket (at most 107 bytes)")
 	disk := cmd.Flags().Int("disk", -1, "only this disk, counted from 0; without it all disks, as SNAPSHOT/0, SNAPSHOT/1, …")
 	group := cmd.Flags().Int("group", -1, "group that may connect, by number; without it only this user")
+	customer := cmd.Flags().String("customer", "", "customer in whose far store it is; without it the installation's own store")
+	passphraseFile := cmd.Flags().String("passphrase-file", "", "with --customer, file with the master's passphrase, if it has one (default: ask)")
 	leased := cmd.Flags().Bool("leased", false, "what opens the store comes on standard input")
 	_ = cmd.Flags().MarkHidden("group")
 	_ = cmd.Flags().MarkHidden("leased")
 	_ = cmd.MarkFlagRequired("socket")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		serve := func(st *store.Store) error { return exportFrom(cmd, st, args[0], *socket, *disk, *group) }
+		if *customer != "" && !*leased {
+			return withBook(cmd, *passphraseFile, func(_ install, _ settings, book *store.Customers) error {
+				st, err := book.Of(cmd.Context(), *customer)
+				if err != nil {
+					return err
+				}
+				return serve(st)
+			})
+		}
 		var st *store.Store
 		var err error
 		if *leased {
@@ -52,19 +65,24 @@ need run. SNAPSHOT is an identifier, "newest" (default) or "lkg".`,
 			return err
 		}
 		defer st.Close(context.Background())
-		snap, err := findSnapshot(cmd.Context(), st, args[0])
-		if err != nil {
-			return err
-		}
-		if snap.IsData() {
-			fmt.Fprintf(cmd.ErrOrStderr(), "muster: %s is of data, which is no disk: this is the image that it goes onto, as it was when that was taken\n", snap.ID)
-			if snap, err = st.Snapshot(cmd.Context(), snap.Image); err != nil {
-				return err
-			}
-		}
-		return export(cmd, st, snap, *socket, *disk, *group)
+		return serve(st)
 	}
 	return cmd
+}
+
+// exportFrom offers a snapshot of a store.
+func exportFrom(cmd *cobra.Command, st *store.Store, which, socket string, disk, group int) error {
+	snap, err := findSnapshot(cmd.Context(), st, which)
+	if err != nil {
+		return err
+	}
+	if snap.IsData() {
+		fmt.Fprintf(cmd.ErrOrStderr(), "muster: %s is of data, which is no disk: this is the image that it goes onto, as it was when that was taken\n", snap.ID)
+		if snap, err = st.Snapshot(cmd.Context(), snap.Image); err != nil {
+			return err
+		}
+	}
+	return export(cmd, st, snap, socket, disk, group)
 }
 
 // findSnapshot reads SERVER, SERVER@newest, SERVER@lkg, SERVER@SNAPSHOT or SNAPSHOT.

@@ -17,6 +17,7 @@ import (
 	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/database"
 	"github.com/musterdr/muster/internal/engine"
+	"github.com/musterdr/muster/internal/store/folder"
 )
 
 // sqliteTarget is how one says that catalog and work go back into files of the installation.
@@ -283,7 +284,7 @@ const postgresCopy = "database.db"
 
 // notOfAMaster is what a backup leaves out of an installation's folder: what others keep or can make again, what is of a
 // process, and databases, of which copies are made. Everything else is taken.
-var notOfAMaster = []string{"silo", "scratch", "lock", "kvm-probe.json", "catalog.db*", "engine.db*", "*.new"}
+var notOfAMaster = []string{"silo", "scratch", "cache", "cache-*", "lock", "kvm-probe.json", "catalog.db*", "engine.db*", "*.new"}
 
 // databaseParts is what of a PostgreSQL database is the master's.
 var databaseParts = []database.Part{
@@ -299,7 +300,7 @@ func (i install) contents(set settings) backup.Contents {
 				return ok
 			}
 		}
-		return i.path(name) == set.Store
+		return i.path(name) == set.Store || isFile(filepath.Join(i.path(name), folder.FormatFile)) // customers' stores
 	}}
 	copyOf := func(name, dsn string) backup.Copy {
 		return backup.Copy{Name: name, Make: func(ctx context.Context, path string) error { return database.Backup(ctx, dsn, path, databaseParts) }}

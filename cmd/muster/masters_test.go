@@ -43,6 +43,7 @@ func rehearse(t *testing.T, l *lab.Lab, restoreArgs ...string) (restored string)
 	if err := os.WriteFile(i.path("store.key"), []byte("the key\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	l.AddCustomer("acme")                            // whose far store is no part of a backup either
 	disk := filepath.Join(l.Dir, "silo", "shop.raw") // of a silo: no part of a backup
 	if err := os.WriteFile(disk, bytes.Repeat([]byte("shop"), 256<<10), 0o600); err != nil {
 		t.Fatal(err)
@@ -97,6 +98,9 @@ func rehearse(t *testing.T, l *lab.Lab, restoreArgs ...string) (restored string)
 	}
 	restored = filepath.Join(t.TempDir(), "elsewhere", "muster")
 	said(t, append([]string{"--dir", restored, "master", "restore", "--identity", key, file}, restoreArgs...)...)
+	if far, err := filepath.Glob(filepath.Join(restored, "store.customers", "acme", "*")); err != nil || len(far) != 0 {
+		t.Errorf("the far store of a customer is in the backup: %v, %v", far, err)
+	}
 	if key, err := os.ReadFile(filepath.Join(restored, "store.key")); err != nil || string(key) != "the key\n" {
 		t.Errorf("the key of the store: %q, %v", key, err)
 	}

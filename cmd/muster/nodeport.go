@@ -156,12 +156,15 @@ func (f farStores) access(own string) func(context.Context, dr.Server) (*api.Acc
 func (i install) openBook(ctx context.Context, own *store.Store, set settings, authority *trust.Authority) (*store.Customers, error) {
 	return store.OpenCustomers(ctx, store.CustomersConfig{Own: own, OwnOf: set.Customer,
 		Driver: func(c store.Customer) (store.Driver, error) { return i.farDriver(set, c) },
-		Key: func(customer string) (string, error) {
-			if authority == nil {
-				return "", withCode(exitRefused, fmt.Errorf("the key of customer %s is in the authority, which is not there: see 'muster master init'", customer))
-			}
-			return authority.CustomerKey(customer)
-		}})
+		Key:    func(customer string) (string, error) { return keyFrom(authority, customer, (*trust.Authority).CustomerKey) },
+		NewKey: func(customer string) (string, error) { return keyFrom(authority, customer, (*trust.Authority).MakeCustomerKey) }})
+}
+
+func keyFrom(authority *trust.Authority, customer string, get func(*trust.Authority, string) (string, error)) (string, error) {
+	if authority == nil {
+		return "", withCode(exitRefused, fmt.Errorf("the key of customer %s is in the authority, which is not there: see 'muster master init'", customer))
+	}
+	return get(authority, customer)
 }
 
 // customerOf says whose an appliance is that was enrolled.

@@ -60,7 +60,7 @@ func newSiteOf(t *testing.T, name string) *siteOf {
 	}
 	log := slog.New(slog.DiscardHandler)
 	o.port = &nodePort{authority: authority, hub: trust.NewHub(authority, log), log: log, listener: listener}
-	o.Customers.Key = authority.CustomerKey // the lab's master opens customers' stores with what their appliances get
+	o.Customers.Key, o.Customers.NewKey = authority.CustomerKey, authority.MakeCustomerKey // the lab's master opens customers' stores with what their appliances get
 	o.Reach, o.Whose = o.port.site, o.port.customerOf
 	o.far = farStores{home, settings{Store: o.StoreFolder()}, o.Customers}
 	handlers, closed := nodeHandlers(o.Master, o.far)

@@ -187,7 +187,7 @@ func (l *Lab) open() error {
 		return err
 	}
 	closes = append(closes, func() { st.Close(context.Background()) })
-	if l.Customers, err = store.OpenCustomers(ctx, store.CustomersConfig{Own: st, Driver: l.farDriver, Key: farKey}); err != nil {
+	if l.Customers, err = store.OpenCustomers(ctx, store.CustomersConfig{Own: st, Driver: l.farDriver, Key: farKey, NewKey: farKey}); err != nil {
 		return err
 	}
 	closes = append(closes, func() { l.Customers.Close() })

@@ -40,8 +40,10 @@ func TestTwoOfficesProtectEachOther(t *testing.T) {
 	// Hamburg burns down, with its master and its appliance.
 	ofHamburg.Crash()
 	hamburg.Crash()
-	if err := os.RemoveAll(hamburg.Dir); err != nil {
-		t.Fatal(err)
+	for _, lost := range []string{hamburg.StoreFolder(), hamburg.path("store.customers"), hamburg.path("shop.raw"), ofHamburg.Dir} {
+		if err := os.RemoveAll(lost); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if op := bremen.Finish(bremen.Invoke(ctx, api.InvokeRequest{Server: "till", By: "ann", Reason: "fire in Hamburg"})); op.State != api.OperationSucceeded {
 		t.Fatalf("invoke: %s", op.Error)

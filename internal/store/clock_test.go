@@ -4,8 +4,14 @@ import (
 	"context"
 	"encoding/json"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	"github.com/kopia/kopia/repo"
+	"github.com/kopia/kopia/repo/content"
 
 	"github.com/musterdr/muster/internal/dr"
 )
@@ -45,11 +51,10 @@ func TestClockSteppedBackBringsNothingBack(t *testing.T) {
 	_ = s.Close(context.Background())
 }
 
-// What a store wrote whose clock is ahead of the one that dates its files is freed like everything else.
-func TestCollectingFreesWhatWasWrittenByAClockThatIsAhead(t *testing.T) {
-	s := openCopy(t)
-	s.raiseFloor(time.Now().Add(3 * time.Minute))
-	w, err := s.Begin(t.Context(), "snap-ahead", "")
+// keepNoise keeps a snapshot of 4 MiB that nothing else has.
+func keepNoise(t *testing.T, s *Store, id string) {
+	t.Helper()
+	w, err := s.Begin(t.Context(), id, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -67,11 +72,74 @@ func TestCollectingFreesWhatWasWrittenByAClockThatIsAhead(t *testing.T) {
 	if _, err := w.Commit(t.Context(), dr.Snapshot{ServerID: "srv-1", Server: "shop", Taken: time.Now()}); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// What a store wrote whose clock is ahead of the one that dates its files is freed like everything else.
+func TestCollectingFreesWhatWasWrittenByAClockThatIsAhead(t *testing.T) {
+	s := openCopy(t)
+	s.raiseFloor(time.Now().Add(3 * time.Minute))
+	keepNoise(t, s, "snap-ahead")
 	if err := s.Forget(t.Context(), "snap-ahead"); err != nil {
 		t.Fatal(err)
 	}
 	r, err := s.Collect(t.Context(), CollectOptions{Immediate: true}, nil)
 	if err != nil || r.Freed() < 3<<20 {
+		t.Errorf("collected %+v, %v", r, err)
+	}
+}
+
+// What nobody names any more and is damaged as well is no reason to collect nothing for ever.
+func TestADamagedBlockThatNobodyNeedsStopsNoCollection(t *testing.T) {
+	s := openCopy(t)
+	had := map[string]bool{}
+	dir := s.drv.String()
+	packs := func() (out []string) {
+		_ = filepath.WalkDir(dir, func(path string, e os.DirEntry, err error) error {
+			if err == nil && !e.IsDir() && !had[path] && strings.Contains(strings.TrimPrefix(path, dir), "/p") {
+				out = append(out, path)
+			}
+			return nil
+		})
+		return out
+	}
+	for _, p := range packs() {
+		had[p] = true
+	}
+	keepNoise(t, s, "snap-rot")
+	fresh := packs()
+	if len(fresh) == 0 {
+		t.Fatal("no pack was written")
+	}
+	if err := s.Forget(t.Context(), "snap-rot"); err != nil {
+		t.Fatal(err)
+	}
+	err := s.mutate(t.Context(), "delete", func(ctx context.Context, w repo.DirectRepositoryWriter) error {
+		return w.ContentReader().IterateContents(ctx, content.IterateOptions{}, func(c content.Info) error {
+			for _, p := range fresh {
+				if strings.Contains(strings.ReplaceAll(strings.TrimPrefix(p, dir), "/", ""), string(c.PackBlobID)) {
+					return w.ContentManager().DeleteContent(ctx, c.ContentID)
+				}
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range fresh {
+		data, err := os.ReadFile(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range data {
+			data[i] ^= 0x55
+		}
+		if err := os.WriteFile(p, data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.raiseFloor(time.Now().Add(2 * rewriteAge)) // old enough to be copied
+	if r, err := s.Collect(t.Context(), CollectOptions{Immediate: true}, nil); err != nil || r.Freed() < 1<<20 {
 		t.Errorf("collected %+v, %v", r, err)
 	}
 }

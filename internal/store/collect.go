@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"os"
 	"strings"
 	"time"
 
@@ -29,6 +30,14 @@ const immediateStep = 2 * time.Second
 
 // rewriteAge keeps an immediate collection from copying what it has just marked as deleted.
 const rewriteAge = time.Minute
+
+// A content that nobody names and that cannot be read is let go, not copied. Without this, which Kopia reads in each collection and offers in no
+// other way, one such block would keep a store from ever being collected again.
+func init() {
+	if err := os.Setenv("KOPIA_IGNORE_MAINTENANCE_REWRITE_ERROR", "1"); err != nil {
+		panic("store: " + err.Error())
+	}
+}
 
 // Forget takes a snapshot out of the store, with the files kept with it. Space is freed by Collect. One that is
 // last-known-good is ErrProtected; one that is read, booted or the parent of a snapshot being written is ErrPinned.

@@ -11,6 +11,8 @@ import (
 	"sync"
 	"time"
 
+	"golang.org/x/sync/singleflight"
+
 	"github.com/musterdr/muster/internal/dr"
 )
 
@@ -19,11 +21,10 @@ const customerRecord = "customer"
 
 // Limits of customers.
 const (
-	MaxCustomers       = 1000                   // of an installation
-	maxLocation        = 4096                   // bytes
-	readCustomersEvery = time.Second            // how often at most the records are read for a name that is not known
-	openFarLimit       = 2 * time.Minute        // how long opening a far store may take
-	openFarAgain       = 100 * time.Millisecond // how long one that could not be opened is not tried again
+	MaxCustomers       = 1000            // of an installation
+	maxLocation        = 4096            // bytes
+	readCustomersEvery = time.Second     // how often at most the records are read for a name that is not known
+	openFarLimit       = 2 * time.Minute // how long opening a far store may take
 )
 
 // Errors of customers.
@@ -47,7 +48,8 @@ type CustomersConfig struct {
 	Own    *Store                                // the installation's own
 	OwnOf  string                                // a customer whose far store Own is; "": nobody's
 	Driver func(c Customer) (Driver, error)      // reaches its far store
-	Key    func(customer string) (string, error) // makes it, if there is none
+	Key    func(customer string) (string, error) // opens it
+	NewKey func(customer string) (string, error) // gives that key, and makes it if there is none
 }
 
 // Customers are the customers of an installation, and their far stores. A record of each is in the installation's own store. A far store
@@ -59,19 +61,14 @@ type Customers struct {
 	mu    sync.Mutex
 	known map[string]Customer
 	read  time.Time
-	open  map[string]*opening
-}
+	open  map[string]*Store // nil: closed
 
-type opening struct {
-	done  chan struct{} // closed when the others are known
-	ended time.Time
-	store *Store
-	err   error
+	opening singleflight.Group // by customer
 }
 
 // OpenCustomers reads the customers of an installation. Close the book before its own store.
 func OpenCustomers(ctx context.Context, c CustomersConfig) (*Customers, error) {
-	b := &Customers{CustomersConfig: c, open: map[string]*opening{}}
+	b := &Customers{CustomersConfig: c, open: map[string]*Store{}}
 	if err := b.readAll(ctx); err != nil {
 		return nil, err
 	}
@@ -81,14 +78,12 @@ func OpenCustomers(ctx context.Context, c CustomersConfig) (*Customers, error) {
 // Close closes the stores that were opened, but not the installation's own.
 func (b *Customers) Close() error {
 	b.mu.Lock()
-	all := slices.Collect(maps.Values(b.open))
+	all := b.open
 	b.open = nil
 	b.mu.Unlock()
 	var errs []error
-	for _, o := range all {
-		if <-o.done; o.store != nil {
-			errs = append(errs, o.store.Close(context.Background()))
-		}
+	for _, st := range all {
+		errs = append(errs, st.Close(context.Background()))
 	}
 	return errors.Join(errs...)
 }
@@ -166,52 +161,51 @@ func (b *Customers) Of(ctx context.Context, customer string) (*Store, error) {
 		return nil, err
 	}
 	b.mu.Lock()
-	o := b.open[customer]
-	switch {
-	case b.open == nil:
-		b.mu.Unlock()
-		return nil, errors.New("open far store: this process is ending")
-	case o == nil || o.failed():
-		o = &opening{done: make(chan struct{})}
-		b.open[customer] = o
-		go b.begin(context.WithoutCancel(ctx), c, o)
-	}
+	st := b.open[customer]
 	b.mu.Unlock()
+	if st != nil {
+		return st, nil
+	}
 	select {
-	case <-o.done:
-		return o.store, o.err
+	case r := <-b.opening.DoChan(customer, func() (any, error) { return b.openFar(context.WithoutCancel(ctx), c) }):
+		if r.Err != nil {
+			return nil, fmt.Errorf("open far store of %s: %w", customer, r.Err)
+		}
+		return r.Val.(*Store), nil //nolint:forcetypeassert // openFar's
 	case <-ctx.Done():
 		return nil, fmt.Errorf("open far store of %s: %w", customer, context.Cause(ctx))
 	}
 }
 
-func (o *opening) failed() bool {
-	select {
-	case <-o.done:
-		return o.err != nil && time.Since(o.ended) > openFarAgain
-	default:
-		return false
-	}
-}
-
-func (b *Customers) begin(ctx context.Context, c Customer, o *opening) {
+// openFar opens a far store, and keeps it.
+func (b *Customers) openFar(ctx context.Context, c Customer) (*Store, error) {
 	ctx, cancel := context.WithTimeout(ctx, openFarLimit)
 	defer cancel()
-	defer close(o.done)
 	drv, key, err := b.ways(c)
-	if err == nil {
-		o.store, err = Open(ctx, drv, key)
+	if err != nil {
+		return nil, err
 	}
+	st, err := Open(ctx, drv, key)
 	switch {
+	case errors.Is(err, ErrNotAStore) && c.Awaited:
+		err = fmt.Errorf("%w: the customer's appliance makes it when it connects", err)
 	case err == nil && c.Awaited: // from now on a place where nothing is, is one that is not mounted
 		c.Awaited = false
 		err = b.note(ctx, c)
-	case errors.Is(err, ErrNotAStore) && c.Awaited:
-		err = fmt.Errorf("%w: the customer's appliance makes it when it connects", err)
 	}
-	if o.ended = time.Now(); err != nil {
-		o.err = fmt.Errorf("open far store of %s: %w", c.Name, err)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if err == nil && b.open == nil {
+		err = errors.New("this process is ending")
 	}
+	if err != nil {
+		if st != nil {
+			err = errors.Join(err, st.Close(ctx))
+		}
+		return nil, err
+	}
+	b.open[c.Name] = st
+	return st, nil
 }
 
 // ways gives what opens a customer's store.
@@ -237,7 +231,11 @@ func (b *Customers) Add(ctx context.Context, c Customer) error {
 	case len(all) >= MaxCustomers:
 		return fmt.Errorf("add customer %s: there are %d, which is the most", c.Name, len(all))
 	}
-	if err := b.settle(ctx, c, true); err != nil {
+	_, err = b.NewKey(c.Name)
+	if err == nil {
+		err = b.settle(ctx, c, true)
+	}
+	if err != nil {
 		return fmt.Errorf("add customer %s: %w", c.Name, err)
 	}
 	return nil

@@ -27,7 +27,7 @@ func customersIn(t *testing.T, dir string) *store.Customers {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err := store.OpenCustomers(t.Context(), store.CustomersConfig{Own: own, OwnOf: "old", Driver: farOf, Key: keyOf})
+	b, err := store.OpenCustomers(t.Context(), store.CustomersConfig{Own: own, OwnOf: "old", Driver: farOf, Key: keyOf, NewKey: keyOf})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -238,24 +238,33 @@ func (r *Registry) unlock(passphrase func() (string, error)) (*age.HybridIdentit
 	return parseIdentityFile(r.path(fileUnlock), bytes.NewReader(text))
 }
 
-// CustomerKey gives a customer's key, which is made when it is first asked for. It opens the customer's far store, and
-// no other customer's.
+// CustomerKey gives a customer's key. It opens the customer's far store, and no other customer's. One that is not here is an error and
+// not made: another copy of this folder may have it, and what is sealed with a second one could never be read with the first.
 func (a *Authority) CustomerKey(customer string) (string, error) {
 	if err := dr.ValidateLabel("customer", customer); err != nil {
 		return "", err
 	}
-	name := filepath.Join(dirCustomers, customer+".key.age")
-	key, err := a.unseal(name)
-	if !errors.Is(err, os.ErrNotExist) {
-		return strings.TrimSpace(string(key)), err
+	key, err := a.unseal(filepath.Join(dirCustomers, customer+".key.age"))
+	if errors.Is(err, os.ErrNotExist) {
+		return "", refuse("the key of customer %s is not here: add the customer with 'muster master customer add %s', or put its key back into %s", customer, customer, a.path(dirCustomers))
 	}
-	// Under the book's lock, so that two that ask at once get the same key.
-	err = a.update(func(*book) error {
-		if key, err = a.unseal(name); !errors.Is(err, os.ErrNotExist) {
+	return strings.TrimSpace(string(key)), err
+}
+
+// MakeCustomerKey gives a customer's key, which is made if there is none.
+func (a *Authority) MakeCustomerKey(customer string) (key string, err error) {
+	if err := dr.ValidateLabel("customer", customer); err != nil {
+		return "", err
+	}
+	name := filepath.Join(dirCustomers, customer+".key.age")
+	err = a.update(func(*book) error { // under the book's lock, so that two that make it at once get the same
+		have, err := a.unseal(name)
+		if !errors.Is(err, os.ErrNotExist) {
+			key = strings.TrimSpace(string(have))
 			return err
 		}
-		key = []byte(base64.RawURLEncoding.EncodeToString(random(32)))
-		sealed, err := seal(key, a.identity.Recipient())
+		key = base64.RawURLEncoding.EncodeToString(random(32))
+		sealed, err := seal([]byte(key), a.identity.Recipient())
 		if err != nil {
 			return err
 		}
@@ -264,7 +273,7 @@ func (a *Authority) CustomerKey(customer string) (string, error) {
 	if err != nil {
 		return "", fmt.Errorf("make the key of customer %s: %w", customer, err)
 	}
-	return strings.TrimSpace(string(key)), nil
+	return key, nil
 }
 
 // GiveCustomerKey makes a key that of a customer: of a far store that is there already. One that has another key is refused, because

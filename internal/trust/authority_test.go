@@ -41,7 +41,7 @@ func TestNothingSecretLiesOpenAtRest(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	customerKey, err := a.CustomerKey("acme")
+	customerKey, err := a.MakeCustomerKey("acme")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -126,7 +126,7 @@ func TestAPassphraseOpensWhatItSealed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := a.CustomerKey("acme"); err != nil {
+	if _, err := a.MakeCustomerKey("acme"); err != nil {
 		t.Error(err)
 	}
 }
@@ -139,7 +139,7 @@ func TestEveryCustomerHasAKeyOfItsOwnForever(t *testing.T) {
 		work.Go(func() {
 			a, err := Open(dir, nil)
 			if err == nil {
-				keys[i], err = a.CustomerKey([]string{"acme", "globex"}[i%2])
+				keys[i], err = a.MakeCustomerKey([]string{"acme", "globex"}[i%2])
 			}
 			if err != nil {
 				t.Error(err)
@@ -160,9 +160,16 @@ func TestEveryCustomerHasAKeyOfItsOwnForever(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, bad := range []string{"", "../acme", "Acme", "a/b"} {
-		if _, err := a.CustomerKey(bad); err == nil {
+		if _, err := a.MakeCustomerKey(bad); err == nil {
 			t.Errorf("customer %q has a key", bad)
 		}
+	}
+	// A key is made when somebody makes it, and not by looking for it: another copy of the folder may have it.
+	if _, err := a.CustomerKey("initech"); err == nil || !strings.Contains(err.Error(), "muster master customer add initech") {
+		t.Errorf("the key of nobody: %v", err)
+	}
+	if key, err := a.CustomerKey("acme"); err != nil || key != keys[0] {
+		t.Errorf("key %q, %v", key, err)
 	}
 }
 

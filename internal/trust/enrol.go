@@ -130,8 +130,8 @@ func (h *Hub) join(r *http.Request, in joinRequest) (granted, error) {
 	address, _, _ := net.SplitHostPort(r.RemoteAddr)
 	out := h.greeting()
 	if who.Role == Appliance {
-		// Before the token is spent, so that a key that cannot be made spends none. A stranger makes none: it has to be
-		// known to the book.
+		// Before the token is spent, so that a key that is not here spends none. A stranger learns nothing of keys: it has to
+		// be known to the book.
 		if err := h.authority.invited(in.Secret, public, who); err != nil {
 			return granted{}, h.mayNotJoin(r.Context(), in.Secret, who, address, err)
 		}

@@ -81,6 +81,11 @@ func newMasterWith(t testing.TB, pace timing) *testMaster {
 	t.Helper()
 	m := &testMaster{t: t, dir: newAuthority(t), timing: pace}
 	m.start()
+	for _, customer := range []string{"acme", "globex"} {
+		if _, err := m.MakeCustomerKey(customer); err != nil {
+			t.Fatal(err)
+		}
+	}
 	t.Cleanup(func() { m.stop() })
 	return m
 }

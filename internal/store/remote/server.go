@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
 	"regexp"
 	"slices"
@@ -21,6 +22,7 @@ import (
 	"github.com/kopia/kopia/repo/blob"
 	"github.com/zeebo/blake3"
 	"golang.org/x/sync/semaphore"
+	"golang.org/x/sync/singleflight"
 
 	"github.com/musterdr/muster/internal/store"
 )
@@ -30,6 +32,8 @@ type Server struct {
 	open    func(r *http.Request) (store.Driver, Rights, error)
 	mux     *http.ServeMux
 	uploads *semaphore.Weighted // bytes
+
+	opening singleflight.Group // of places, by name
 
 	mu       sync.Mutex
 	places   map[string]store.Place
@@ -95,17 +99,18 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) { s.mux.Serve
 // Close closes the places. Requests that run fail.
 func (s *Server) Close(ctx context.Context) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.closed = true
 	for _, l := range s.locks {
 		l.let()
 	}
-	var errs []error
-	for _, p := range s.places {
-		errs = append(errs, p.Close(ctx))
-	}
+	places := maps.Clone(s.places)
 	clear(s.places)
 	clear(s.partials)
+	s.mu.Unlock()
+	var errs []error
+	for _, p := range places {
+		errs = append(errs, p.Close(ctx))
+	}
 	return errors.Join(errs...)
 }
 
@@ -171,30 +176,50 @@ func (s *Server) serve(w http.ResponseWriter, r *http.Request, create bool, leas
 	return do(q)
 }
 
-// openPlace gives the place of a driver, which stays open.
+// openPlace gives the place of a driver, which stays open. One that takes long keeps nobody from the others.
 func (s *Server) openPlace(ctx context.Context, drv store.Driver, create bool) (store.Place, error) {
+	name := drv.String()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.closed {
-		return nil, refuse(http.StatusServiceUnavailable, "this master is closing")
-	}
-	p, ok := s.places[drv.String()]
-	if ok && create {
+	p, there := s.places[name]
+	s.mu.Unlock()
+	switch {
+	case there && create:
 		return nil, store.ErrNotEmpty
-	}
-	if ok {
+	case there:
 		return p, nil
 	}
-	var err error
-	if ctx = context.WithoutCancel(ctx); create {
+	select {
+	case r := <-s.opening.DoChan(fmt.Sprint(create, name), func() (any, error) { return s.begin(context.WithoutCancel(ctx), drv, create) }):
+		if r.Err != nil {
+			return nil, r.Err
+		}
+		return r.Val.(store.Place), nil //nolint:forcetypeassert // begin's
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// begin opens a place, and keeps it.
+func (s *Server) begin(ctx context.Context, drv store.Driver, create bool) (p store.Place, err error) {
+	if create {
 		p, err = drv.Create(ctx)
 	} else {
 		p, err = drv.Open(ctx)
 	}
-	if err == nil {
-		s.places[drv.String()] = p
+	if err != nil {
+		return nil, err
 	}
-	return p, err
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before, there := s.places[drv.String()]
+	switch {
+	case s.closed:
+		return nil, errors.Join(refuse(http.StatusServiceUnavailable, "this master is closing"), p.Close(ctx))
+	case there:
+		return before, p.Close(ctx)
+	}
+	s.places[drv.String()] = p
+	return p, nil
 }
 
 func (s *Server) create(r *request) error { r.w.WriteHeader(http.StatusCreated); return nil }
