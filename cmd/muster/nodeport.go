@@ -156,8 +156,12 @@ func (f farStores) access(own string) func(context.Context, dr.Server) (*api.Acc
 func (i install) openBook(ctx context.Context, own *store.Store, set settings, authority *trust.Authority) (*store.Customers, error) {
 	return store.OpenCustomers(ctx, store.CustomersConfig{Own: own, OwnOf: set.Customer,
 		Driver: func(c store.Customer) (store.Driver, error) { return i.farDriver(set, c) },
-		Key:    func(customer string) (string, error) { return keyFrom(authority, customer, (*trust.Authority).CustomerKey) },
-		NewKey: func(customer string) (string, error) { return keyFrom(authority, customer, (*trust.Authority).MakeCustomerKey) }})
+		Key: func(customer string) (string, error) {
+			return keyFrom(authority, customer, (*trust.Authority).CustomerKey)
+		},
+		NewKey: func(customer string) (string, error) {
+			return keyFrom(authority, customer, (*trust.Authority).MakeCustomerKey)
+		}})
 }
 
 func keyFrom(authority *trust.Authority, customer string, get func(*trust.Authority, string) (string, error)) (string, error) {
