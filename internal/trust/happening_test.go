@@ -38,6 +38,9 @@ func TestWhatHappensToANodeIsToldOnceInOrder(t *testing.T) {
 	m := &testMaster{t: t, dir: newAuthority(t), timing: hasty, tell: w.tell}
 	m.start()
 	t.Cleanup(func() { m.stop() })
+	if _, err := m.MakeCustomerKey(office.Customer); err != nil {
+		t.Fatal(err)
+	}
 	tells := func(want ...string) {
 		t.Helper()
 		until(t, fmt.Sprint("it is told ", want), func() bool { return slices.Equal(w.of("office"), want) })
@@ -100,6 +103,9 @@ func TestStrangersAreNotTold(t *testing.T) {
 	m := &testMaster{t: t, dir: newAuthority(t), timing: hasty, tell: w.tell}
 	m.start()
 	t.Cleanup(func() { m.stop() })
+	if _, err := m.MakeCustomerKey(office.Customer); err != nil {
+		t.Fatal(err)
+	}
 	token := m.token(office)
 	token.secret = [secretSize]byte(random(secretSize))
 	if _, err := Join(t.Context(), t.TempDir(), token); err == nil {
