@@ -205,6 +205,31 @@ func TestNothingLinksWhatItMustNotKnow(t *testing.T) {
 	}
 }
 
+// What only these may lead to, over however many steps.
+var only = []struct {
+	what string
+	from []string
+	why  string
+}{
+	{"database/pgserver", []string{"cmd/muster-bench"}, "it starts a PostgreSQL for tests and measurements; an installation is given one that somebody looks after"},
+}
+
+func TestOnlyWhoMayLeadsThere(t *testing.T) {
+	all := packages(t)
+	for _, rule := range only {
+		for _, who := range append(rule.from, rule.what) {
+			if !slices.ContainsFunc(all, func(p pkg) bool { return p.name() == who }) {
+				t.Errorf("there is no %s any more: mend the rule about %s", who, rule.what)
+			}
+		}
+		for _, p := range all {
+			if slices.Contains(p.Deps, module+"internal/"+rule.what) && !slices.Contains(rule.from, p.name()) {
+				t.Errorf("%s leads to %s: %s", p.name(), rule.what, rule.why)
+			}
+		}
+	}
+}
+
 var knows = regexp.MustCompile(`(?s)\n\nKnows: .+\nMust not know: .+\.\s*$`)
 
 func TestEveryPartSaysWhatItKnows(t *testing.T) {

@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"io/fs"
 	"log/slog"
 	"math/rand/v2"
 	"net/url"
@@ -20,19 +22,28 @@ import (
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/catalog"
-	"github.com/musterdr/muster/internal/catalog/pgserver"
+	"github.com/musterdr/muster/internal/database/pgserver"
+	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/master"
+	"github.com/musterdr/muster/internal/store"
+	"github.com/musterdr/muster/internal/store/folder"
 )
 
-// statusLimit is how many milliseconds a status page, or a tick's questions, may take.
-const statusLimit = 50
+// Limits, in milliseconds.
+const (
+	statusLimit = 50  // of a status page, a tick's questions, a promotion
+	pageLimit   = 500 // of every other question
+)
 
 // statusPage is how many servers a page of the status shows.
 const statusPage = 100
 
-// asked is how often each question is asked.
-const asked = 100
+// How often each question is asked: what people and the scheduler ask, and what is asked now and then.
+const (
+	asked  = 100
+	seldom = 5
+)
 
 // catalogAtScale measures what people and the scheduler ask of a catalog of many servers and snapshots, on both databases.
 func catalogAtScale(ctx context.Context, b *bench) ([]Row, error) {
@@ -42,59 +53,129 @@ func catalogAtScale(ctx context.Context, b *bench) ([]Row, error) {
 		return nil, err
 	}
 	defer os.RemoveAll(dir)
-	file := filepath.Join(dir, "catalog.db")
-	rows, err := f.measure(ctx, "SQLite", file, filepath.Join(dir, "engine.db"))
+	rows, err := f.inFile(ctx, dir)
 	if err != nil {
 		return rows, fmt.Errorf("SQLite: %w", err)
 	}
-	for _, name := range []string{file, file + "-wal"} { // room for the other
-		_ = os.Remove(name)
-	}
-	server, err := pgserver.Start(ctx, dir)
+	more, err := f.inServer(ctx, dir)
 	if errors.Is(err, pgserver.ErrNotInstalled) {
 		fmt.Fprintln(os.Stderr, "NOT measured: the catalog on PostgreSQL, which is not installed (apt-get install postgresql)")
 		return rows, nil
 	}
 	if err != nil {
-		return rows, err
+		return rows, fmt.Errorf("PostgreSQL: %w", err)
+	}
+	return append(rows, more...), nil
+}
+
+// inFile measures a catalog on SQLite.
+func (f fleet) inFile(ctx context.Context, dir string) ([]Row, error) {
+	file := filepath.Join(dir, "catalog.db")
+	defer func() { // room for the other
+		for _, name := range []string{file, file + "-wal", file + "-shm"} {
+			_ = os.Remove(name)
+		}
+	}()
+	start := time.Now()
+	if err := f.fill(ctx, file, dir); err != nil {
+		return nil, err
+	}
+	info, err := os.Stat(file)
+	if err != nil {
+		return nil, err
+	}
+	return f.measure(ctx, full{"SQLite", file, filepath.Join(dir, "engine.db"), dir, info.Size(), time.Since(start)}, dir)
+}
+
+// inServer measures a catalog on a PostgreSQL with the settings of its packagers; only while it is filled it is in a hurry.
+func (f fleet) inServer(ctx context.Context, dir string) ([]Row, error) {
+	server, err := pgserver.Start(ctx, pgserver.Config{Parent: dir, Hasty: true})
+	if err != nil {
+		return nil, err
 	}
 	defer server.Stop()
 	var dsn [2]string
 	for i := range dsn {
 		if dsn[i], err = server.Database(ctx); err != nil {
-			return rows, err
+			return nil, err
 		}
 	}
-	more, err := f.measure(ctx, "PostgreSQL", dsn[0], dsn[1])
-	if err != nil {
-		err = fmt.Errorf("PostgreSQL: %w", err)
-	}
-	return append(rows, more...), err
-}
-
-// measure fills a catalog and asks it.
-func (f fleet) measure(ctx context.Context, database, dsn, runs string) ([]Row, error) {
 	start := time.Now()
-	if err := f.fill(ctx, dsn); err != nil {
+	if err := f.fill(ctx, dsn[0], dir); err != nil {
 		return nil, err
 	}
-	fmt.Fprintf(os.Stderr, "%s: filled in %s\n", database, time.Since(start).Round(time.Second))
-	c, err := catalog.Open(ctx, dsn)
+	if err := server.Settle(ctx); err != nil {
+		return nil, err
+	}
+	filled := time.Since(start)
+	db, err := sql.Open("pgx", dsn[0])
+	if err != nil {
+		return nil, err
+	}
+	defer db.Close()
+	var size int64
+	if err := db.QueryRowContext(ctx, `SELECT pg_database_size(current_database())`).Scan(&size); err != nil {
+		return nil, err
+	}
+	return f.measure(ctx, full{"PostgreSQL", dsn[0], dsn[1], dir, size, filled}, dir)
+}
+
+// full is a catalog that was filled.
+type full struct {
+	database   string // which
+	dsn, runs  string // of the catalog and of the engine
+	folder     string // in which it is
+	size       int64  // bytes
+	filledTook time.Duration
+}
+
+// warm reads all that there is once: a catalog in use is in memory, as far as that goes.
+func (f full) warm() error {
+	return filepath.WalkDir(f.folder, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || !entry.Type().IsRegular() {
+			return err
+		}
+		file, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer file.Close()
+		_, err = io.Copy(io.Discard, file)
+		return err
+	})
+}
+
+// measure asks a catalog that was filled.
+func (f fleet) measure(ctx context.Context, full full, dir string) ([]Row, error) {
+	fmt.Fprintf(os.Stderr, "%s: filled in %s, %d MiB\n", full.database, full.filledTook.Round(time.Second), full.size>>20)
+	c, err := catalog.Open(ctx, full.dsn)
 	if err != nil {
 		return nil, err
 	}
 	defer c.Close()
 	quiet := slog.New(slog.DiscardHandler)
-	e, err := engine.Open(ctx, engine.Config{DSN: runs, Version: "bench", Logger: quiet})
+	e, err := engine.Open(ctx, engine.Config{DSN: full.runs, Version: "bench", Logger: quiet})
 	if err != nil {
 		return nil, err
 	}
 	defer e.Close(ctx)
-	m := master.Open(master.Config{Catalog: c, Engine: e, Log: quiet})
-	if err := f.work(ctx, e, runs); err != nil {
+	driver := folder.Driver{Path: filepath.Join(dir, "store-"+full.database)}
+	if err := store.Create(ctx, driver, "bench"); err != nil {
 		return nil, err
 	}
-	return f.ask(ctx, database, m)
+	st, err := store.Open(ctx, driver, "bench")
+	if err != nil {
+		return nil, err
+	}
+	defer st.Close(ctx)
+	if err := full.warm(); err != nil {
+		return nil, err
+	}
+	m := master.Open(master.Config{Catalog: c, Engine: e, Store: st, Log: quiet})
+	if err := f.work(ctx, e, full.runs); err != nil {
+		return nil, err
+	}
+	return f.ask(ctx, full, m)
 }
 
 // Runs of the engine: those under way, and for how many days those that are over are remembered.
@@ -169,63 +250,13 @@ func (f fleet) work(ctx context.Context, e *engine.Engine, dsn string) error {
 	return err
 }
 
-// fill makes the fleet in an empty database.
-func (f fleet) fill(ctx context.Context, dsn string) error {
-	postgres := strings.HasPrefix(dsn, "postgres://")
-	hurried := dsn
-	if postgres {
-		hurried += "&synchronous_commit=off"
-	}
-	c, err := catalog.Open(ctx, hurried)
-	if err != nil {
-		return err
-	}
-	err = f.live(ctx, c)
-	if cerr := c.Close(); err != nil || cerr != nil {
-		return errors.Join(err, cerr)
-	}
-	// What is made here is only measured: nothing need be durable, and nothing refers to what is not there.
-	driver, address := "pgx", dsn
-	before := []string{"SET synchronous_commit = off", "SET session_replication_role = replica", "BEGIN"}
-	after := []string{"COMMIT", "VACUUM ANALYZE"} // as the server does by itself, some minutes later
-	if !postgres {
-		driver, address = "sqlite", (&url.URL{Scheme: "file", Path: dsn}).String()
-		before = []string{"PRAGMA journal_mode = OFF", "PRAGMA synchronous = OFF", "PRAGMA cache_size = -1000000", "PRAGMA temp_store = MEMORY", "BEGIN"}
-		after = []string{"COMMIT"}
-	}
-	db, err := sql.Open(driver, address)
-	if err != nil {
-		return err
-	}
-	defer db.Close()
-	conn, err := db.Conn(ctx)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	for _, statement := range before {
-		if _, err := conn.ExecContext(ctx, statement); err != nil {
-			return fmt.Errorf("%s: %w", statement, err)
-		}
-	}
-	if err := f.multiply(ctx, conn, postgres); err != nil {
-		return err
-	}
-	for _, statement := range after {
-		if _, err := conn.ExecContext(ctx, statement); err != nil {
-			return fmt.Errorf("%s: %w", statement, err)
-		}
-	}
-	return nil
-}
-
 // question is something that is asked of a catalog; it says how much it was told.
 type question struct {
 	name string
 	ask  func() (int, error)
 }
 
-func (f fleet) ask(ctx context.Context, database string, m *master.Master) ([]Row, error) {
+func (f fleet) ask(ctx context.Context, full full, m *master.Master) ([]Row, error) {
 	servers, err := m.Catalog.Servers(ctx)
 	if err != nil {
 		return nil, err
@@ -241,7 +272,55 @@ func (f fleet) ask(ctx context.Context, database string, m *master.Master) ([]Ro
 		_, err = json.Marshal(list)
 		return len(list), err
 	}}
-	tick := []question{
+	status, _, figures, err := clocked(asked, page)
+	if err != nil {
+		return nil, err
+	}
+	sum, _, tickFigures, err := clocked(asked, f.tick(ctx, m)...)
+	if err != nil {
+		return nil, err
+	}
+	promote, err := f.promotions(ctx, m.Catalog, servers)
+	if err != nil {
+		return nil, err
+	}
+	promoted, _, promoteFigures, err := clocked(asked, question{"promotion", promote})
+	if err != nil {
+		return nil, err
+	}
+	_, slowest, otherFigures, err := clocked(asked, f.others(ctx, m, anyone, rng)...)
+	if err != nil {
+		return nil, err
+	}
+	start := time.Now()
+	if _, err := m.Figures(ctx); err != nil { // the first counts everything that ever happened, as no process that is started does
+		return nil, err
+	}
+	counted := fmt.Sprintf("; all that ever happened counted in %s", time.Since(start).Round(time.Millisecond))
+	_, rare, rareFigures, err := clocked(seldom, f.rare(ctx, m)...)
+	if err != nil {
+		return nil, err
+	}
+	start = time.Now()
+	all, err := api.AllServers(ctx, m)
+	if err != nil {
+		return nil, err
+	}
+	whole := fmt.Sprintf("all %d servers, %d a page: %d ms; %d MiB on disk, filled in %s", len(all), api.MaxServers, time.Since(start).Milliseconds(), full.size>>20, full.filledTook.Round(time.Second))
+	return []Row{
+		lower("status page, "+full.database, status, statusLimit,
+			fmt.Sprintf("milliseconds, the 95th of a hundred, for a page of %d servers at random with newest, last-known-good, due, tickets and what is under way, as JSON; %s", statusPage, size),
+			figures+"; "+whole),
+		lower("tick, "+full.database, sum, statusLimit, "milliseconds, sum of 95ths, for what the scheduler asks every few seconds; "+size, tickFigures),
+		lower("promotion, "+full.database, promoted, statusLimit, "milliseconds, the 95th of a hundred, for the transaction that records a verdict with which last-known-good moves, synced; "+size, promoteFigures),
+		lower("slowest other page, "+full.database, slowest, pageLimit, "milliseconds, the 95th of a hundred; "+size, otherFigures),
+		lower("slowest of what is asked seldom, "+full.database, rare, pageLimit, fmt.Sprintf("milliseconds, the slowest of %d, for a scrape of all metrics, for what customers had in a month, and for the last-known-goods to be spread, once a minute; %s", seldom, size), rareFigures+counted),
+	}, nil
+}
+
+// tick is what the scheduler asks at each tick.
+func (f fleet) tick(ctx context.Context, m *master.Master) []question {
+	return []question{
 		{"what is due", func() (int, error) {
 			due, err := m.Catalog.Due(ctx, f.now, nil)
 			return len(due), err
@@ -254,62 +333,102 @@ func (f fleet) ask(ctx context.Context, database string, m *master.Master) ([]Ro
 			list, err := m.Invocations(ctx, false)
 			return len(list), err
 		}},
+		{"silos", func() (int, error) {
+			list, err := m.Catalog.Silos(ctx)
+			return len(list), err
+		}},
+		{"leases", func() (int, error) {
+			list, err := m.Catalog.Leases(ctx)
+			return len(list), err
+		}},
 		{"what is under way", func() (int, error) {
 			list, err := m.Engine.List(ctx, engine.Filter{Unfinished: true, Limit: f.servers})
 			return len(list), err
 		}},
 	}
-	others := []question{
+}
+
+// others is what else people ask.
+func (f fleet) others(ctx context.Context, m *master.Master, anyone func() string, rng *rand.Rand) []question {
+	events := func(server string, after func() int64) func() (int, error) {
+		return func() (int, error) {
+			list, err := m.Events(ctx, after(), api.MaxEvents, server)
+			return len(list), err
+		}
+	}
+	last := func() int64 { seq, _ := m.Catalog.LastEvent(ctx); return rng.Int64N(max(seq, 1)) }
+	return []question{
 		{"server show", func() (int, error) { _, err := m.Server(ctx, anyone()); return 1, err }},
+		{"first page", func() (int, error) { list, err := m.Servers(ctx, "", 0); return len(list), err }},
 		{"operations", func() (int, error) { list, err := m.Operations(ctx); return len(list), err }},
-		{"snapshots of one", func() (int, error) {
-			list, err := m.Snapshots(ctx, anyone())
-			return len(list), err
+		{"snapshots of one", func() (int, error) { list, err := m.Snapshots(ctx, anyone()); return len(list), err }},
+		{"one snapshot", func() (int, error) {
+			s, err := m.Catalog.Standing(ctx, anyone())
+			if err != nil || s.Newest == nil {
+				return 0, err
+			}
+			_, err = m.Record(ctx, s.Newest.Snapshot.ID)
+			return 1, err
 		}},
+		{"promotions of one", func() (int, error) { list, err := m.Promotions(ctx, anyone()); return len(list), err }},
 		{"open tickets", func() (int, error) { list, err := m.Tickets(ctx, false); return len(list), err }},
-		{"events", func() (int, error) {
-			list, err := m.Events(ctx, spread*rng.Int64N(100), api.MaxEvents, "")
+		{"all tickets", func() (int, error) { list, err := m.Tickets(ctx, true); return len(list), err }},
+		{"events", events("", last)},
+		{"events of one", func() (int, error) { return events(anyone(), func() int64 { return 0 })() }},
+		{"deltas by silo", func() (int, error) { list, err := m.Catalog.Held(ctx); return len(list), err }},
+	}
+}
+
+// rare is what is asked now and then, of everything.
+func (f fleet) rare(ctx context.Context, m *master.Master) []question {
+	month := func(back int) func() (int, error) {
+		return func() (int, error) {
+			list, err := m.Meter(ctx, f.now.UTC().AddDate(0, -back, 1-f.now.UTC().Day()).Format("2006-01"), "")
 			return len(list), err
-		}},
-		{"events of one", func() (int, error) {
-			list, err := m.Events(ctx, 0, api.MaxEvents, anyone())
-			return len(list), err
-		}},
+		}
 	}
-	status, _, figures, err := clocked([]question{page})
-	if err != nil {
-		return nil, err
+	return []question{
+		{"deltas that few hold", func() (int, error) { list, err := m.Catalog.Thin(ctx); return len(list), err }},
+		{"figures", func() (int, error) { list, err := m.Figures(ctx); return len(list.Servers), err }},
+		{"meter of this month", month(0)},
+		{"meter of the last", month(1)},
 	}
-	sum, _, tickFigures, err := clocked(tick)
-	if err != nil {
-		return nil, err
+}
+
+// promotions keeps a new snapshot of some servers and makes a rescue image of each. What it gives records that the next one has passed.
+func (f fleet) promotions(ctx context.Context, c *catalog.Catalog, servers []dr.Server) (func() (int, error), error) {
+	var passes []dr.Verdict
+	l := lives[0]
+	c.Now = func() time.Time { return f.now }
+	for n := range min(asked, len(servers)) {
+		s := l.snapshot(servers[n*len(servers)/asked], nil, 0, f.now)
+		if err := c.RecordSnapshot(ctx, s); err != nil {
+			return nil, err
+		}
+		pre := l.preRecovery(s)
+		if err := c.RecordPreRecovery(ctx, pre); err != nil {
+			return nil, err
+		}
+		passes = append(passes, l.verdict(s, pre, dr.Pass, f.now))
 	}
-	_, slowest, otherFigures, err := clocked(others)
-	if err != nil {
-		return nil, err
-	}
-	start := time.Now()
-	all, err := api.AllServers(ctx, m)
-	if err != nil {
-		return nil, err
-	}
-	whole := fmt.Sprintf("all %d servers, %d a page: %d ms", len(all), api.MaxServers, time.Since(start).Milliseconds())
-	return []Row{
-		lower("status page, "+database, status, statusLimit,
-			fmt.Sprintf("milliseconds, the 95th of a hundred, for a page of %d servers at random with newest, last-known-good, due, tickets and what is under way, as JSON; %s", statusPage, size),
-			figures+"; "+whole),
-		lower("tick, "+database, sum, statusLimit, "milliseconds, sum of 95ths, for what the scheduler asks every few seconds; "+size, tickFigures),
-		lower("slowest other question, "+database, slowest, statusLimit, "milliseconds, the 95th of a hundred; "+size, otherFigures),
+	n := 0
+	return func() (int, error) {
+		judged, err := c.RecordVerdict(ctx, passes[n%len(passes)])
+		n++
+		if err == nil && !judged.Moved {
+			err = errors.New("last-known-good did not move")
+		}
+		return 1, err
 	}, nil
 }
 
 // clocked asks each question many times, and gives the sum of the 95th percentiles in milliseconds, the greatest, and figures.
-func clocked(questions []question) (sum, greatest float64, figures string, err error) {
+func clocked(times int, questions ...question) (sum, greatest float64, figures string, err error) {
 	var parts []string
 	for _, q := range questions {
 		var took []float64
 		told := 0
-		for range asked {
+		for range times {
 			start := time.Now()
 			n, err := q.ask()
 			if err != nil {

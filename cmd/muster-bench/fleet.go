@@ -3,9 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
-	"database/sql"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -17,15 +15,19 @@ import (
 // A fleet is a catalog as large as one will be: a few servers live through their nights by the catalog's own verbs, and the
 // database copies what came of it, row by row and night by night, for thousands of others.
 type fleet struct {
-	servers   int // fewer than spread
+	servers   int
 	snapshots int // a server
 	now       time.Time
 }
+
+// fleetSilos is how many silos it has. The deltas of each rescue image are held by two of them.
+const fleetSilos = 20
 
 // life is a way in which a server lives; every one has its share of the fleet.
 type life struct {
 	name     string
 	thousand int // of a thousand servers, how many live so; the first takes what is left
+	variants int // servers that live so, each with bad nights of its own, and are copied; 0: one
 	tier     dr.Tier
 	failing  int // every so many nights the test fails; 0: never
 	last     dr.Outcome
@@ -37,9 +39,9 @@ type life struct {
 }
 
 var lives = []life{
-	{name: "well", last: dr.Pass, failing: 97},
-	{name: "shaky", thousand: 100, last: dr.Pass, failing: 17},
-	{name: "data", thousand: 70, tier: dr.TierImageData, last: dr.Pass, failing: 41},
+	{name: "well", variants: 8, last: dr.Pass, failing: 97},
+	{name: "shaky", thousand: 100, variants: 4, last: dr.Pass, failing: 17},
+	{name: "data", thousand: 70, variants: 2, tier: dr.TierImageData, last: dr.Pass, failing: 41},
 	{name: "broken", thousand: 20, last: dr.Fail},
 	{name: "fresh", thousand: 20, last: dr.Pass, untested: true, age: 20 * time.Minute},
 	{name: "overdue", thousand: 5, last: dr.Pass, untested: true, age: 3 * time.Hour},
@@ -49,6 +51,15 @@ var lives = []life{
 	{name: "gone", thousand: 10, last: dr.Pass, removed: true},
 }
 
+// template is a server that lives, and is copied.
+type template struct {
+	life
+	i, variant int // among all, and of its life
+	server     dr.Server
+	start      time.Time
+	kept       []dr.Snapshot
+}
+
 // mark is what stands for a server in the identifiers of a template and is replaced in its copies; title the same in its name.
 func mark(i int) string  { return fmt.Sprintf("qqqqqq%02d", i) }
 func title(i int) string { return fmt.Sprintf("wwwwww%02d", i) }
@@ -56,91 +67,139 @@ func title(i int) string { return fmt.Sprintf("wwwwww%02d", i) }
 // usualAge is how old the last snapshot of a server is in the middle of the day.
 const usualAge = 9 * time.Hour
 
-// spread is how far apart the numbers of two events of a template come to lie: there is room for as many servers between.
-const spread = 1 << 24
-
 // retained is how many snapshots the servers of a fleet keep; the others have expired.
 const retained = 30
 
-// live lets one server of each kind live through its nights.
-func (f fleet) live(ctx context.Context, c *catalog.Catalog) error {
-	for i, l := range lives {
-		n := f.snapshots
-		if l.never {
-			n = 0
+// templates are the servers that live.
+func (f fleet) templates() (all []*template) {
+	for _, l := range lives {
+		for v := range max(l.variants, 1) {
+			t := &template{life: l, i: len(all), variant: v, start: f.now.Add(-cmp.Or(l.age, usualAge) - time.Duration(max(f.nights(l)-1, 0))*24*time.Hour)}
+			t.server = l.server(t.i, t.start)
+			all = append(all, t)
 		}
-		if err := l.live(ctx, c, i, n, f.now); err != nil {
-			return fmt.Errorf("live as %s: %w", l.name, err)
+	}
+	return all
+}
+
+func (f fleet) nights(l life) int {
+	if l.never {
+		return 0
+	}
+	return f.snapshots
+}
+
+// live lets the templates live through their nights, all of them side by side, so that what happens is written down in the order in
+// which it would be.
+func (f fleet) live(ctx context.Context, c *catalog.Catalog) error {
+	at := f.now
+	c.Now = func() time.Time { return at }
+	all := f.templates()
+	slices.SortStableFunc(all, func(a, b *template) int { return a.start.Compare(b.start) })
+	at = all[0].start
+	for n := range fleetSilos {
+		_, _, err := c.Beat(ctx, dr.Silo{Name: fmt.Sprintf("silo-%d", n), Hypervisor: dr.HypervisorKVM, Memory: 64 << 10, Cores: 16, Space: 4 << 40}, at)
+		if err != nil {
+			return err
+		}
+	}
+	for _, t := range all {
+		at = t.start
+		if err := c.AddServer(ctx, t.server); err != nil {
+			return err
+		}
+	}
+	for n := range f.snapshots {
+		for _, t := range all {
+			if n >= f.nights(t.life) {
+				continue
+			}
+			at = t.start.Add(time.Duration(n) * 24 * time.Hour)
+			if err := t.night(ctx, c, n, f.snapshots, &at); err != nil {
+				return fmt.Errorf("live as %s: %w", t.name, err)
+			}
+		}
+	}
+	at = f.now
+	for _, t := range all {
+		if err := t.end(ctx, c); err != nil {
+			return fmt.Errorf("live as %s: %w", t.name, err)
 		}
 	}
 	return nil
 }
 
-func (l life) live(ctx context.Context, c *catalog.Catalog, i, nights int, now time.Time) error {
-	start := now.Add(-cmp.Or(l.age, usualAge) - time.Duration(max(nights-1, 0))*24*time.Hour)
-	at := start
-	c.Now = func() time.Time { return at }
-	server := l.server(i, start)
-	if err := c.AddServer(ctx, server); err != nil {
-		return err
-	}
-	var kept []dr.Snapshot
-	for n := range nights {
-		at = start.Add(time.Duration(n) * 24 * time.Hour)
-		s := l.snapshot(server, kept, n, at)
-		kept = append(kept, s)
-		if err := l.night(ctx, c, s, n, nights, &at); err != nil {
-			return err
-		}
-		if old := n - retained; old >= 0 && !(l.tier != "" && kept[old].Kind != dr.SnapshotData) {
-			if err := c.Expire(ctx, kept[old].ID); err != nil {
-				return err
-			}
-		}
-	}
+// end is what becomes of a server after its nights.
+func (t *template) end(ctx context.Context, c *catalog.Catalog) error {
 	switch {
-	case l.removed:
-		return c.RemoveServer(ctx, server.ID)
-	case l.invoked:
-		lkg := kept[len(kept)-1]
-		return c.RecordInvocation(ctx, dr.Invocation{ID: "inv-" + mark(i), ServerID: server.ID, Server: server.Name, SnapshotID: lkg.ID,
+	case t.removed:
+		return c.RemoveServer(ctx, t.server.ID)
+	case t.invoked:
+		lkg := t.kept[len(t.kept)-1]
+		return c.RecordInvocation(ctx, dr.Invocation{ID: "inv-" + mark(t.i), ServerID: t.server.ID, Server: t.server.Name, SnapshotID: lkg.ID,
 			State: dr.Invoking, By: "an engineer", Reason: "the original burns"})
 	}
 	return nil
 }
 
-// night is one night: capture, rescue image, boot test.
-func (l life) night(ctx context.Context, c *catalog.Catalog, s dr.Snapshot, n, nights int, at *time.Time) error {
+// night is one night: capture, rescue image, boot test, and what is not kept any longer.
+func (t *template) night(ctx context.Context, c *catalog.Catalog, n, nights int, at *time.Time) error {
+	s := t.snapshot(t.server, t.kept, n, *at)
+	t.kept = append(t.kept, s)
 	if err := c.RecordSnapshot(ctx, s); err != nil {
 		return err
 	}
-	if l.untested && n == nights-1 {
+	if untested := t.untested && n == nights-1; untested || t.tier != "" && s.Kind != dr.SnapshotData { // which is tested with the data
 		return nil
 	}
-	if l.tier != "" && s.Kind != dr.SnapshotData {
-		return nil // it is tested with the data
-	}
 	*at = at.Add(2 * time.Minute)
-	id := strings.TrimPrefix(s.ID, "snap-")
-	pre := dr.PreRecovery{ID: "pre-" + id, SnapshotID: s.ID, Hardware: dr.Hardware{Firmware: dr.UEFI, DiskBus: dr.BusVirtio},
-		Overlays: []string{"serial@1", "agent@3", "fstab@2", "network@4"}, Edits: make([]dr.Edit, 6), Facts: dr.Facts{Hostname: s.Server},
-		Deltas: []string{"/var/lib/muster/silo/" + s.ID + "/delta-0.qcow2"}}
+	pre := t.preRecovery(s)
 	if err := c.RecordPreRecovery(ctx, pre); err != nil {
+		return err
+	}
+	if err := c.RecordDeltas(ctx, pre.ID, s.ID, "silo-0", ""); err != nil {
 		return err
 	}
 	*at = at.Add(time.Minute)
 	outcome := dr.Pass
 	if n == nights-1 {
-		outcome = l.last
-	} else if l.failing > 0 && n%l.failing == l.failing-1 {
+		outcome = t.last
+	} else if t.failing > 0 && (n+t.variant*11)%t.failing == t.failing-1 {
 		outcome = dr.Fail
 	}
-	_, err := c.RecordVerdict(ctx, l.verdict(s, pre, id, outcome, *at))
-	return err
+	judged, err := c.RecordVerdict(ctx, t.verdict(s, pre, outcome, *at))
+	if err != nil {
+		return err
+	}
+	if judged.Moved {
+		for _, silo := range []string{"silo-0", "silo-1"} {
+			if err := c.RecordDeltas(ctx, pre.ID, s.ID, silo, deltasDigest); err != nil {
+				return err
+			}
+		}
+	}
+	old := n - retained
+	if old < 0 || t.tier != "" && t.kept[old].Kind != dr.SnapshotData {
+		return nil
+	}
+	gone := []string{t.kept[old].ID}
+	if image := t.kept[old].Image; image != "" && t.kept[old+1].Image != image { // no data that is kept goes onto it any more
+		gone = append(gone, image)
+	}
+	return c.Expire(ctx, gone...)
 }
 
-func (l life) verdict(s dr.Snapshot, pre dr.PreRecovery, id string, o dr.Outcome, at time.Time) dr.Verdict {
-	v := dr.Verdict{ID: "verdict-" + id, SnapshotID: s.ID, PreRecovery: pre.ID, Outcome: o, Started: at, Rung: "virtio/virtio-net", Accelerator: "kvm",
+// deltasDigest has the form of one.
+const deltasDigest = "b3:8f434346648f6b96df89dda901c5176b10a6d83961dd3c1ac88b59b2dc327aa4"
+
+func (l life) preRecovery(s dr.Snapshot) dr.PreRecovery {
+	return dr.PreRecovery{ID: "pre-" + strings.TrimPrefix(s.ID, "snap-"), SnapshotID: s.ID, Hardware: dr.Hardware{Firmware: dr.UEFI, DiskBus: dr.BusVirtio, Memory: 4096, CPUs: 2},
+		Overlays: []string{"serial@1", "agent@3", "fstab@2", "network@4"}, Edits: make([]dr.Edit, 6), Facts: dr.Facts{Hostname: s.Server},
+		Deltas: []string{"/var/lib/muster/silo/" + s.ID + "/delta-0.qcow2"}}
+}
+
+func (l life) verdict(s dr.Snapshot, pre dr.PreRecovery, o dr.Outcome, at time.Time) dr.Verdict {
+	v := dr.Verdict{ID: "verdict-" + strings.TrimPrefix(s.ID, "snap-"), SnapshotID: s.ID, PreRecovery: pre.ID, Outcome: o, Started: at, Rung: "virtio/virtio-net", Accelerator: "kvm",
 		Summary: "it booted, was stable and answered every check", BootID: "c1f5e1f2-7b0c-4f6e-9f6d-0123456789ab", RTA: 41 * time.Second, RPA: 4 * time.Minute,
 		Phases:  []dr.Phase{{Name: dr.PhaseAssemble, Duration: time.Second}, {Name: dr.PhaseKernel, Duration: 9 * time.Second}, {Name: dr.PhaseChecks, Duration: 3 * time.Second}},
 		Results: []dr.CheckResult{{Name: "http", State: dr.CheckPass}, {Name: "postgres", State: dr.CheckPass}}}
@@ -182,156 +241,4 @@ func (l life) snapshot(server dr.Server, before []dr.Snapshot, n int, at time.Ti
 		s.Parent = before[n-1].ID
 	}
 	return s
-}
-
-// copies says of which table's rows a copy is made for every other server, and how a row is found to be a template's.
-var copies = []struct{ table, mine string }{
-	{"servers", "t.id"}, {"snapshots", "t.server_id"}, {"pre_recoveries", ""}, {"verdicts", "t.server_id"}, {"promotions", "t.server_id"},
-	{"tickets", "t.server_id"}, {"invocations", "t.server_id"}, {"events", "t.server_id"},
-}
-
-// multiply copies the templates' rows until the fleet is whole, on one connection, and counts what there is.
-func (f fleet) multiply(ctx context.Context, db *sql.Conn, postgres bool) error {
-	run := func(format string, args ...any) error {
-		if _, err := db.ExecContext(ctx, fmt.Sprintf(format, args...)); err != nil {
-			return fmt.Errorf("%.200s: %w", fmt.Sprintf(format, args...), err)
-		}
-		return nil
-	}
-	// A ticket's identifier is the catalog's own and has no mark.
-	for _, statement := range []string{
-		`UPDATE verdicts SET ticket = (SELECT 'ticket-' || t.seq || '-' || t.server_id FROM tickets AS t WHERE t.id = verdicts.ticket) WHERE ticket <> ''`,
-		`UPDATE events SET subject = (SELECT 'ticket-' || t.seq || '-' || t.server_id FROM tickets AS t WHERE t.id = events.subject) WHERE kind LIKE 'ticket.%'`,
-		`UPDATE tickets SET id = 'ticket-' || seq || '-' || server_id`,
-	} {
-		if err := run("%s", statement); err != nil {
-			return err
-		}
-	}
-	if err := run(`CREATE TEMP TABLE clones (tpl TEXT, n BIGINT, mark TEXT, code TEXT, title TEXT, name TEXT)`); err != nil {
-		return err
-	}
-	for _, values := range f.clones() {
-		if err := run(`INSERT INTO clones VALUES %s`, values); err != nil {
-			return err
-		}
-	}
-	for _, c := range copies {
-		columns, err := columnsOf(ctx, db, c.table, postgres)
-		if err != nil {
-			return err
-		}
-		mine, join := c.mine, ""
-		if mine == "" {
-			mine, join = "s.server_id", " JOIN snapshots AS s ON s.id = t.snapshot_id"
-		}
-		if err := run(`CREATE TEMP TABLE tpl AS SELECT t.*, %s AS mine FROM %s AS t%s`, mine, c.table, join); err != nil {
-			return err
-		}
-		var from []string
-		nightly := false
-		for _, col := range columns {
-			switch {
-			case col.name == "seq":
-				nightly = true
-				from = append(from, fmt.Sprintf("t.seq * %d + c.n", spread))
-			case col.text:
-				from = append(from, fmt.Sprintf("replace(replace(t.%s, c.mark, c.code), c.title, c.name)", col.name))
-			default:
-				from = append(from, "t."+col.name)
-			}
-		}
-		names := make([]string, len(columns))
-		for i, col := range columns {
-			names[i] = col.name
-		}
-		insert := fmt.Sprintf(`INSERT INTO %s (%s) SELECT %s FROM tpl AS t JOIN clones AS c ON c.tpl = t.mine`, c.table, strings.Join(names, ", "), strings.Join(from, ", "))
-		// Night by night, as the rows of real servers come.
-		keys := []string{""}
-		if nightly {
-			if keys, err = texts(ctx, db, `SELECT CAST(seq AS TEXT) FROM tpl ORDER BY seq`); err != nil {
-				return err
-			}
-		}
-		for _, k := range keys {
-			where := ""
-			if k != "" {
-				where = " WHERE t.seq = " + k
-			}
-			if err := run("%s%s", insert, where); err != nil {
-				return err
-			}
-		}
-		if err := run(`DROP TABLE tpl`); err != nil {
-			return err
-		}
-	}
-	return run(`UPDATE counters SET value = (SELECT MAX(seq) FROM events) WHERE name = 'event'`)
-}
-
-// clones gives the rows of the table of clones, some at a time. What a server is called and what its identifiers are has
-// nothing to do with each other, nor with how it lives.
-func (f fleet) clones() (batches []string) {
-	rng := rand.New(rand.NewPCG(1, 2))
-	names := rng.Perm(f.servers)
-	var rows []string
-	for n := 1; n <= f.servers-len(lives); n++ {
-		i, share := 0, n%1000
-		for j, l := range lives {
-			if share < l.thousand {
-				i = j
-				break
-			}
-			share -= l.thousand
-		}
-		rows = append(rows, fmt.Sprintf("('srv-%s', %d, '%s', '%08x', '%s', '%08d')", mark(i), n, mark(i), uint32(n)*2654435761, title(i), names[n]))
-	}
-	for chunk := range slices.Chunk(rows, 500) {
-		batches = append(batches, strings.Join(chunk, ", "))
-	}
-	return batches
-}
-
-type column struct {
-	name string
-	text bool
-}
-
-func columnsOf(ctx context.Context, db *sql.Conn, table string, postgres bool) (out []column, err error) {
-	query := `SELECT name, type FROM pragma_table_info('` + table + `')`
-	if postgres {
-		query = `SELECT column_name, data_type FROM information_schema.columns WHERE table_name = '` + table + `' ORDER BY ordinal_position`
-	}
-	rows, err := db.QueryContext(ctx, query)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var c column
-		var kind string
-		if err := rows.Scan(&c.name, &kind); err != nil {
-			return nil, err
-		}
-		c.text = strings.EqualFold(kind, "text")
-		out = append(out, c)
-	}
-	return out, cmp.Or(rows.Err(), rows.Close())
-}
-
-// texts reads one column of text.
-func texts(ctx context.Context, db *sql.Conn, query string) (out []string, err error) {
-	rows, err := db.QueryContext(ctx, query)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var s string
-		if err := rows.Scan(&s); err != nil {
-			return nil, err
-		}
-		out = append(out, s)
-	}
-	return out, rows.Err()
 }

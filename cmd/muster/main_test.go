@@ -16,7 +16,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 
 	"github.com/musterdr/muster/internal/catalog"
-	"github.com/musterdr/muster/internal/database/pgtest"
+	"github.com/musterdr/muster/internal/database/pgserver"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/engine"
 )
@@ -28,7 +28,7 @@ func TestMain(m *testing.M) {
 // TestCommandLine types what people type. Everything that needs a hypervisor is tested with real guests elsewhere.
 func TestCommandLine(t *testing.T) {
 	cmds := map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "nodeport": nodeport, "fill": fill, "unfinished": unfinished, "postgres": postgres(t)}
-	has := func(what string) (bool, error) { return what == "postgres" && pgtest.Installed(), nil }
+	has := func(what string) (bool, error) { return what == "postgres" && pgserver.Installed(), nil }
 	testscript.Run(t, testscript.Params{Dir: "testdata", Cmds: cmds, Condition: has, Setup: func(e *testscript.Env) error {
 		e.Setenv("MUSTER_DIR", e.WorkDir+"/inst")
 		return os.MkdirAll(e.WorkDir+"/images", 0o755)
@@ -37,7 +37,7 @@ func TestCommandLine(t *testing.T) {
 
 // postgres makes an empty database and puts its URL into a variable: postgres NAME.
 func postgres(t *testing.T) func(ts *testscript.TestScript, _ bool, args []string) {
-	start := sync.OnceValue(func() *pgtest.Server { return pgtest.Start(t) })
+	start := sync.OnceValue(func() pgserver.Tested { return pgserver.ForTest(t) })
 	return func(ts *testscript.TestScript, _ bool, args []string) {
 		ts.Setenv(args[0], start().Database(t))
 	}

@@ -13,7 +13,7 @@ import (
 	"filippo.io/age"
 
 	"github.com/musterdr/muster/internal/api"
-	"github.com/musterdr/muster/internal/database/pgtest"
+	"github.com/musterdr/muster/internal/database/pgserver"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/lab"
 )
@@ -171,7 +171,7 @@ func facts(t *testing.T, l *lab.Lab) string {
 func TestAMasterBackedUpUnderLoadIsRestoredElsewhereAndGoesOn(t *testing.T) {
 	t.Run("files", func(t *testing.T) { rehearse(t, lab.New(t, lab.Healthy)) })
 	t.Run("PostgreSQL", func(t *testing.T) {
-		server := pgtest.Start(t)
+		server := pgserver.ForTest(t)
 		l := lab.New(t, lab.Healthy)
 		l.Use(server.Database(t))
 		rehearse(t, l, "--database", server.Database(t))

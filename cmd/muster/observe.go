@@ -143,8 +143,8 @@ func printHealth(cmd *cobra.Command, h api.Health) {
 
 func meterCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "meter", Short: "Say what each customer had of the platform in a month", Args: cobra.NoArgs,
-		Long: `Add up, for each customer and one month in UTC: what of its servers is protected, what that takes in the store, what was sent, and
-the memory and processors that rescue machines had in boot tests and invocations. It is worked out from the record each time, so
+		Long: `Add up, for each customer and one month in UTC: what of its servers is protected, what that takes in the store, what was sent by the
+servers and over the line into the far store, and the memory and processors that rescue machines had in boot tests and invocations. It is worked out from the record each time, so
 that any month can be asked for again. A server counts for the customer that its definition names now: see 'muster server set --customer'.`,
 		Example: `  muster meter --month 2026-11
   muster meter --month 2026-11 --customer acme --json
@@ -187,10 +187,10 @@ func customerName(name string) string {
 func printMeter(cmd *cobra.Command, list []dr.Metered) {
 	var rows [][]string
 	for _, m := range list {
-		rows = append(rows, []string{customerName(m.Customer), strconv.Itoa(m.Servers), size(m.Protected), size(m.Stored), size(m.Added), size(m.Sent),
+		rows = append(rows, []string{customerName(m.Customer), strconv.Itoa(m.Servers), size(m.Protected), size(m.Stored), size(m.Added), size(m.Sent), size(m.Replicated),
 			fmt.Sprint(m.Snapshots), capacity(m.Tests), capacity(m.Invocations)})
 	}
-	table(cmd.OutOrStdout(), "CUSTOMER SERVERS PROTECTED STORED ADDED SENT SNAPSHOTS TESTS INVOCATIONS", rows)
+	table(cmd.OutOrStdout(), "CUSTOMER SERVERS PROTECTED STORED ADDED SENT REPLICATED SNAPSHOTS TESTS INVOCATIONS", rows)
 }
 
 // capacity prints what machines had as people charge for it.
@@ -203,12 +203,12 @@ func gibHours(mibSeconds int64) float64 { return float64(mibSeconds) / 1024 / 36
 
 func meterCSV(cmd *cobra.Command, list []dr.Metered) error {
 	w := csv.NewWriter(cmd.OutOrStdout())
-	_ = w.Write([]string{"month", "customer", "servers", "protected_bytes", "stored_bytes", "added_bytes", "sent_bytes", "snapshots",
+	_ = w.Write([]string{"month", "customer", "servers", "protected_bytes", "stored_bytes", "added_bytes", "sent_bytes", "replicated_bytes", "snapshots",
 		"tests", "test_hours", "test_memory_gib_hours", "test_cpu_hours",
 		"invocations", "invocation_hours", "invocation_memory_gib_hours", "invocation_cpu_hours"}) // Error tells
 	for _, m := range list {
 		row := []string{m.Month, m.Customer}
-		for _, n := range []int64{int64(m.Servers), m.Protected, m.Stored, m.Added, m.Sent, int64(m.Snapshots)} {
+		for _, n := range []int64{int64(m.Servers), m.Protected, m.Stored, m.Added, m.Sent, m.Replicated, int64(m.Snapshots)} {
 			row = append(row, strconv.FormatInt(n, 10))
 		}
 		for _, c := range []dr.Capacity{m.Tests, m.Invocations} {

@@ -70,6 +70,7 @@ type OperationFigures struct {
 type Counts struct {
 	Verdicts    map[dr.Outcome]int64
 	Snapshots   map[dr.SnapshotKind]SnapshotCounts
+	Arrivals    map[dr.SnapshotKind]ArrivalCounts
 	Promotions  int64
 	Expired     int64
 	Invocations int64
@@ -79,6 +80,13 @@ type Counts struct {
 type SnapshotCounts struct {
 	N                                int64
 	Read, Changed, Sent, New, Stored int64
+}
+
+// ArrivalCounts is how many snapshots came into the far store over the line.
+type ArrivalCounts struct {
+	N       int64
+	Changed int64 // bytes of them that differed from the snapshot before
+	Sent    int64 // bytes that crossed the line for them
 }
 
 // StoreFigures say how large a store is. At is when that was measured: not at each question.

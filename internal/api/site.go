@@ -80,7 +80,7 @@ type Arrival struct {
 type Transfer struct {
 	Snapshot string        `json:"snapshot"`
 	At       time.Time     `json:"at"`
-	Sent     int64         `json:"sent"`    // bytes that crossed the line
+	Sent     int64         `json:"sent"`    // bytes of blobs that crossed the line, those of attempts that broke off too
 	Skipped  int64         `json:"skipped"` // bytes that the far store had
 	Took     time.Duration `json:"took"`
 }

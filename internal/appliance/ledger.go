@@ -25,6 +25,7 @@ const (
 // passage is a snapshot of the near store on its way into the far one.
 type passage struct {
 	Seq      int64         `json:"seq"`                // the order in which snapshots were kept
+	Spent    int64         `json:"spent,omitempty"`    // bytes that crossed the line in attempts that broke off
 	Transfer *api.Transfer `json:"transfer,omitempty"` // it is in the far store
 	Told     bool          `json:"told,omitempty"`     // the master has said that it is
 	Refused  string        `json:"refused,omitempty"`  // why the master does not want it

@@ -100,9 +100,12 @@ func (n *Node) send(ctx context.Context, r *engine.Run, id string) (api.Transfer
 	done, err := store.Replicate(ctx, n.Appliance.Store, far, id, store.ReplicateOptions{Rate: n.rate}, r.Report)
 	if err != nil {
 		n.closeFar() // it may be the reason
+		if done.Sent > 0 {
+			err = errors.Join(err, n.note(context.WithoutCancel(ctx), id, func(p *passage) { p.Spent += done.Sent }))
+		}
 		return api.Transfer{}, err
 	}
-	return api.Transfer{Snapshot: id, At: n.Now().UTC(), Sent: done.Sent, Took: time.Since(start)}, nil
+	return api.Transfer{Snapshot: id, At: n.Now().UTC(), Sent: p.Spent + done.Sent, Took: time.Since(start)}, nil
 }
 
 func (n *Node) sent(ctx context.Context, in sending, t api.Transfer) error {

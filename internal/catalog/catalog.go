@@ -52,8 +52,10 @@ func Open(ctx context.Context, dsn string) (*Catalog, error) {
 		return nil, errors.Join(fmt.Errorf("open catalog: %w", err), db.Close())
 	}
 	c := &Catalog{Now: time.Now, db: db, lock: lock}
-	if err := c.planAll(ctx); err != nil {
-		return nil, errors.Join(fmt.Errorf("open catalog: %w", err), db.Close())
+	for _, work := range []func(context.Context) error{c.planAll, c.bookAll} { // what an older release did not keep
+		if err := work(ctx); err != nil {
+			return nil, errors.Join(fmt.Errorf("open catalog: %w", err), db.Close())
+		}
 	}
 	return c, nil
 }
@@ -163,12 +165,16 @@ type (
 		Name          string
 		Data          string
 		LKG           string `bun:"lkg"`
+		LKGAt         int64  `bun:"lkg_at"`
+		ShownAt       int64  // by the newest snapshot
+		Outcome       dr.Outcome
 		Removed       int64
 		ImageAt       int64
 		DataAt        int64
 		LastAt        int64
 		NewestAt      int64
 		Due           int64
+		Booked        int64 // 1: its history is in its books
 	}
 	snapshotRow struct {
 		bun.BaseModel `bun:"table:snapshots"`
@@ -177,9 +183,12 @@ type (
 		Seq           int64
 		Taken         int64
 		Recorded      int64
+		Arrived       int64 // 0: it did not come over the line
+		Sent          int64 // bytes that crossed the line for it
 		State         dr.State
 		Kind          dr.SnapshotKind
 		Image         string
+		Carries       int64 // 1: data goes onto it
 		PreRecovery   string
 		Verdict       string
 		Data          string

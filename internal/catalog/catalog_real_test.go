@@ -5,7 +5,7 @@ import (
 	"testing"
 
 	"github.com/musterdr/muster/internal/catalog/catalogtest"
-	"github.com/musterdr/muster/internal/database/pgtest"
+	"github.com/musterdr/muster/internal/database/pgserver"
 )
 
 func TestCatalogsKilledOftenWhileTheyWriteAreWhole(t *testing.T) {
@@ -13,5 +13,5 @@ func TestCatalogsKilledOftenWhileTheyWriteAreWhole(t *testing.T) {
 		t.Skip("set MUSTER_REAL=1 to kill some dozen processes")
 	}
 	t.Run("SQLite", func(t *testing.T) { catalogtest.Crash(t, sqliteFile(t), 60) })
-	t.Run("PostgreSQL", func(t *testing.T) { catalogtest.Crash(t, pgtest.Start(t).Database(t), 30) })
+	t.Run("PostgreSQL", func(t *testing.T) { catalogtest.Crash(t, pgserver.ForTest(t).Database(t), 30) })
 }

@@ -11,7 +11,7 @@ import (
 
 	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/catalog/catalogtest"
-	"github.com/musterdr/muster/internal/database/pgtest"
+	"github.com/musterdr/muster/internal/database/pgserver"
 )
 
 func TestMain(m *testing.M) { catalogtest.Main(m) }
@@ -25,7 +25,7 @@ func TestSQLite(t *testing.T) {
 
 func TestPostgres(t *testing.T) {
 	t.Parallel()
-	server := pgtest.Start(t)
+	server := pgserver.ForTest(t)
 	made := server.Database(t) // with its tables; making them takes longer than most tests
 	c, err := catalog.Open(context.Background(), made)
 	if err != nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 	"time"
 
@@ -20,17 +21,8 @@ type Figures struct {
 
 // Figures gives where every protected server stands, by name, in one query.
 func (c *Catalog) Figures(ctx context.Context) ([]Figures, error) {
-	var rows []struct {
-		Data    string
-		LKG     int64 `bun:"lkg"`
-		Newest  int64
-		Outcome dr.Outcome
-	}
-	err := c.db.NewRaw(`SELECT r.data,
-			COALESCE((SELECT l.taken FROM snapshots AS l WHERE l.id = r.lkg), 0) AS lkg,
-			COALESCE((SELECT s.taken FROM snapshots AS s WHERE s.server_id = r.id AND s.state <> ? ORDER BY s.taken DESC LIMIT 1), 0) AS newest,
-			COALESCE((SELECT v.outcome FROM verdicts AS v WHERE v.server_id = r.id ORDER BY v.seq DESC LIMIT 1), '') AS outcome
-		FROM servers AS r WHERE r.removed = 0 ORDER BY r.name`, dr.Expired).Scan(ctx, &rows)
+	var rows []serverRow
+	err := c.db.NewSelect().Model(&rows).Column("data", "lkg_at", "shown_at", "outcome").Where("removed = 0").Order("name").Scan(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("list where servers stand: %w", err)
 	}
@@ -40,7 +32,7 @@ func (c *Catalog) Figures(ctx context.Context) ([]Figures, error) {
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, Figures{Server: s, LKG: instant(row.LKG), Newest: instant(row.Newest), Outcome: row.Outcome})
+		out = append(out, Figures{Server: s, LKG: instant(row.LKGAt), Newest: instant(row.ShownAt), Outcome: row.Outcome})
 	}
 	return out, nil
 }
@@ -67,6 +59,7 @@ type Tally struct {
 	Seq         int64 // of the last event that is in it
 	Verdicts    map[dr.Outcome]int64
 	Snapshots   map[dr.SnapshotKind]SnapshotTally
+	Arrivals    map[dr.SnapshotKind]ArrivalTally
 	Promotions  int64
 	Expired     int64
 	Invocations int64 // that came to run
@@ -76,6 +69,13 @@ type Tally struct {
 type SnapshotTally struct {
 	N                                int64
 	Read, Changed, Sent, New, Stored int64
+}
+
+// ArrivalTally is how many snapshots came into the far store over the line.
+type ArrivalTally struct {
+	N       int64
+	Changed int64 // bytes of them that differed from the snapshot before
+	Sent    int64 // bytes that crossed the line for them
 }
 
 // LastEvent gives the number of the last event.
@@ -93,7 +93,7 @@ func (c *Catalog) Tally(ctx context.Context, t Tally) (Tally, error) {
 		return t, err
 	}
 	out := t.clone()
-	for _, count := range []func(context.Context, int64, int64, *Tally) error{c.tallyEvents, c.tallyVerdicts, c.tallySnapshots} {
+	for _, count := range []func(context.Context, int64, int64, *Tally) error{c.tallyEvents, c.tallyVerdicts, c.tallySnapshots, c.tallyArrivals} {
 		if err := count(ctx, t.Seq, to, &out); err != nil {
 			return t, fmt.Errorf("count what happened since event %d: %w", t.Seq, err)
 		}
@@ -104,13 +104,10 @@ func (c *Catalog) Tally(ctx context.Context, t Tally) (Tally, error) {
 
 func (t Tally) clone() Tally {
 	out := t
-	out.Verdicts, out.Snapshots = map[dr.Outcome]int64{}, map[dr.SnapshotKind]SnapshotTally{}
-	for k, v := range t.Verdicts {
-		out.Verdicts[k] = v
-	}
-	for k, v := range t.Snapshots {
-		out.Snapshots[k] = v
-	}
+	out.Verdicts, out.Snapshots, out.Arrivals = map[dr.Outcome]int64{}, map[dr.SnapshotKind]SnapshotTally{}, map[dr.SnapshotKind]ArrivalTally{}
+	maps.Copy(out.Verdicts, t.Verdicts)
+	maps.Copy(out.Snapshots, t.Snapshots)
+	maps.Copy(out.Arrivals, t.Arrivals)
 	return out
 }
 
@@ -147,16 +144,41 @@ func (c *Catalog) tallyVerdicts(ctx context.Context, after, to int64, t *Tally) 
 	return err
 }
 
-// tallySnapshots reads rows in pages: after a long time without anybody who asks there may be many.
 func (c *Catalog) tallySnapshots(ctx context.Context, after, to int64, t *Tally) error {
+	return c.eachSnapshot(ctx, "snapshot.kept", after, to, func(kind dr.SnapshotKind, st dr.CaptureStats, _ int64) {
+		sum := t.Snapshots[kind]
+		sum.N++
+		sum.Read += st.Read
+		sum.Changed += st.Changed
+		sum.Sent += st.Sent
+		sum.New += st.New
+		sum.Stored += st.Stored
+		t.Snapshots[kind] = sum
+	})
+}
+
+func (c *Catalog) tallyArrivals(ctx context.Context, after, to int64, t *Tally) error {
+	return c.eachSnapshot(ctx, "snapshot.replicated", after, to, func(kind dr.SnapshotKind, st dr.CaptureStats, line int64) {
+		sum := t.Arrivals[kind]
+		sum.N++
+		sum.Changed += st.Changed
+		sum.Sent += line
+		t.Arrivals[kind] = sum
+	})
+}
+
+// eachSnapshot calls for every snapshot to which an event of a kind happened, with the bytes that crossed the line for it. It reads
+// rows in pages: after a long time without anybody who asks there may be many.
+func (c *Catalog) eachSnapshot(ctx context.Context, event string, after, to int64, each func(kind dr.SnapshotKind, st dr.CaptureStats, line int64)) error {
 	for {
 		var rows []struct {
 			Seq  int64
 			Kind dr.SnapshotKind
+			Sent int64
 			Data string
 		}
-		err := c.db.NewRaw(`SELECT e.seq, s.kind, s.data FROM events AS e JOIN snapshots AS s ON s.id = e.subject
-			WHERE e.seq > ? AND e.seq <= ? AND e.kind = 'snapshot.kept' ORDER BY e.seq LIMIT ?`, after, to, MaxList).Scan(ctx, &rows)
+		err := c.db.NewRaw(`SELECT e.seq, s.kind, s.sent, s.data FROM events AS e JOIN snapshots AS s ON s.id = e.subject
+			WHERE e.seq > ? AND e.seq <= ? AND e.kind = ? ORDER BY e.seq LIMIT ?`, after, to, event, MaxList).Scan(ctx, &rows)
 		if err != nil {
 			return err
 		}
@@ -165,14 +187,7 @@ func (c *Catalog) tallySnapshots(ctx context.Context, after, to int64, t *Tally)
 			if err != nil {
 				return err
 			}
-			sum, st := t.Snapshots[row.Kind], s.Stats
-			sum.N++
-			sum.Read += st.Read
-			sum.Changed += st.Changed
-			sum.Sent += st.Sent
-			sum.New += st.New
-			sum.Stored += st.Stored
-			t.Snapshots[row.Kind] = sum
+			each(row.Kind, s.Stats, row.Sent)
 			after = row.Seq
 		}
 		if len(rows) < MaxList {

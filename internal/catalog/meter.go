@@ -3,106 +3,53 @@ package catalog
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"github.com/musterdr/muster/internal/dr"
 )
 
-// Meter tells a meter everything that was recorded before the end of its month. It reads every snapshot's row once.
+// Meter tells a meter everything that was recorded before the end of its month. It reads the servers' books, and no snapshot.
 func (c *Catalog) Meter(ctx context.Context, m *dr.Meter) error {
-	from, to := m.Span()
-	for _, tell := range []func(ctx context.Context, m *dr.Meter, from, to time.Time) error{
-		c.meterServers, c.meterSnapshots, c.meterTests, c.meterInvocations} {
-		if err := tell(ctx, m, from, to); err != nil {
+	for _, tell := range []func(ctx context.Context, m *dr.Meter) error{c.meterServers, c.meterBooks, c.meterInvocations} {
+		if err := tell(ctx, m); err != nil {
 			return fmt.Errorf("meter: %w", err)
 		}
 	}
 	return nil
 }
 
-func (c *Catalog) meterServers(ctx context.Context, m *dr.Meter, _, _ time.Time) error {
+func (c *Catalog) meterServers(ctx context.Context, m *dr.Meter) error {
 	var rows []serverRow
-	if err := c.db.NewSelect().Model(&rows).Column("data").Scan(ctx); err != nil {
+	if err := c.db.NewSelect().Model(&rows).Column("id", "data").Scan(ctx); err != nil {
 		return err
 	}
 	for _, row := range rows {
-		s, err := parse[dr.Server](row.Data)
+		s, err := parse[struct{ Customer string }](row.Data)
 		if err != nil {
 			return err
 		}
-		m.Server(s)
+		m.Server(row.ID, s.Customer)
 	}
 	return nil
 }
 
-// meterSnapshots goes through the snapshots by their identifiers, so that it holds few of them at once.
-func (c *Catalog) meterSnapshots(ctx context.Context, m *dr.Meter, _, to time.Time) error {
-	var later []string // what has expired since, and was kept at the end
-	err := c.db.NewRaw(`SELECT subject FROM events WHERE kind = 'snapshot.expired' AND at >= ?`, stamp(to)).Scan(ctx, &later)
+// meterBooks tells of each server how its books stood at the end of the month.
+func (c *Catalog) meterBooks(ctx context.Context, m *dr.Meter) error {
+	var rows []struct {
+		bookRow `bun:",extend"`
+		Kept    int64
+	}
+	err := c.db.NewRaw(`SELECT b.*, g.kept FROM (SELECT server_id, MAX(month) AS month, CAST(SUM(stored) AS BIGINT) AS kept FROM books WHERE month <= ? GROUP BY server_id) AS g
+		JOIN books AS b ON b.server_id = g.server_id AND b.month = g.month`, m.Month()).Scan(ctx, &rows)
 	if err != nil {
 		return err
 	}
-	since := make(map[string]bool, len(later))
-	for _, id := range later {
-		since[id] = true
+	for _, row := range rows {
+		m.Book(row.ServerID, row.book(), row.Kept)
 	}
-	for last := ""; ; {
-		var rows []snapshotRow
-		err := c.db.NewSelect().Model(&rows).Column("id", "state", "data").Where("id > ? AND taken < ?", last, stamp(to)).
-			Order("id").Limit(MaxList).Scan(ctx)
-		if err != nil {
-			return err
-		}
-		for _, row := range rows {
-			s, err := parse[dr.Snapshot](row.Data)
-			if err != nil {
-				return err
-			}
-			m.Snapshot(s, row.State != dr.Expired || since[row.ID])
-			last = row.ID
-		}
-		if len(rows) < MaxList {
-			return nil
-		}
-	}
+	return nil
 }
 
-// meterTests finds the month's verdicts by their events.
-func (c *Catalog) meterTests(ctx context.Context, m *dr.Meter, from, to time.Time) error {
-	const grace = 24 * time.Hour // a verdict is recorded when the test is over: later than it began
-	for last := int64(0); ; {
-		var rows []struct {
-			Seq      int64
-			ServerID string
-			Verdict  string
-			Hardware string
-		}
-		err := c.db.NewRaw(`SELECT e.seq, v.server_id, v.brief AS verdict, p.brief AS hardware FROM events AS e
-			JOIN verdicts AS v ON v.id = e.subject JOIN pre_recoveries AS p ON p.id = v.pre_recovery
-			WHERE e.seq > ? AND e.kind = 'verdict.recorded' AND e.at >= ? AND e.at < ? ORDER BY e.seq LIMIT ?`,
-			last, stamp(from), stamp(to.Add(grace)), MaxList).Scan(ctx, &rows)
-		if err != nil {
-			return err
-		}
-		for _, row := range rows {
-			v, err := parse[dr.Verdict](row.Verdict)
-			if err != nil {
-				return err
-			}
-			p, err := parse[dr.PreRecovery](row.Hardware)
-			if err != nil {
-				return err
-			}
-			m.Test(row.ServerID, v, p.Hardware)
-			last = row.Seq
-		}
-		if len(rows) < MaxList {
-			return nil
-		}
-	}
-}
-
-func (c *Catalog) meterInvocations(ctx context.Context, m *dr.Meter, _, _ time.Time) error {
+func (c *Catalog) meterInvocations(ctx context.Context, m *dr.Meter) error {
 	var rows []invocationRow
 	err := c.db.NewSelect().Model(&rows).Column("data").Scan(ctx)
 	if err != nil {

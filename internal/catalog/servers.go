@@ -37,7 +37,7 @@ func (t *tx) addServer(s dr.Server) (added bool, err error) {
 		}
 		return false, fmt.Errorf("server %s (%s): %w", row.Name, row.ID, ErrExists)
 	}
-	if _, err := t.NewInsert().Model(&serverRow{ID: s.ID, Name: s.Name, Data: data}).Exec(t.ctx); err != nil {
+	if _, err := t.NewInsert().Model(&serverRow{ID: s.ID, Name: s.Name, Data: data, Booked: 1}).Exec(t.ctx); err != nil {
 		return false, err
 	}
 	if _, err := t.event(t.now, "server.added", s.ID, s.Name, s.ID, "server %s is protected: %s", s.Name, s.Source); err != nil {

@@ -68,15 +68,32 @@ func (t *tx) recordSnapshot(s dr.Snapshot) (added bool, err error) {
 	if s.Kind == "" {
 		s.Kind = dr.SnapshotImage
 	}
-	_, err = t.NewInsert().Model(&snapshotRow{ID: s.ID, ServerID: s.ServerID, Seq: seq, Taken: stamp(s.Taken),
-		Recorded: stamp(t.now), State: dr.Kept, Kind: s.Kind, Image: s.Image, Data: data, Inventory: inventory}).Exec(t.ctx)
-	if err != nil {
+	row := snapshotRow{ID: s.ID, ServerID: s.ServerID, Seq: seq, Taken: stamp(s.Taken), Recorded: stamp(t.now), State: dr.Kept, Kind: s.Kind, Image: s.Image,
+		Data: data, Inventory: inventory}
+	if row.Carries, err = t.carries(s); err != nil {
+		return false, err
+	}
+	if _, err = t.NewInsert().Model(&row).Exec(t.ctx); err != nil {
+		return false, err
+	}
+	if err := t.book(server, func(b *dr.Books) error { b.Snapshot(s); return nil }); err != nil {
 		return false, err
 	}
 	return true, t.plan(s.ServerID)
 }
 
-// RecordReplicated records that a snapshot, which is recorded if need be, is in the far store. It says whether that is news.
+// carries notes with the image of a new snapshot of data that it has some, and says whether a new image has: data may be recorded
+// before its image.
+func (t *tx) carries(s dr.Snapshot) (int64, error) {
+	if s.Image != "" {
+		return 0, t.do(`UPDATE snapshots SET carries = 1 WHERE id = ? AND carries = 0`, s.Image)
+	}
+	n, err := t.NewSelect().Model((*snapshotRow)(nil)).Where("image <> '' AND image = ?", s.ID).Limit(1).Count(t.ctx)
+	return min(n, 1), err
+}
+
+// RecordReplicated records that a snapshot, which is recorded if need be, is in the far store, and how many bytes crossed the line
+// for it. It says whether that is news.
 func (c *Catalog) RecordReplicated(ctx context.Context, s dr.Snapshot, sent int64) (fresh bool, err error) {
 	err = c.write(ctx, "record replicated snapshot "+s.ID, func(t *tx) error {
 		fresh = false // a transaction may be tried again
@@ -101,7 +118,10 @@ func (c *Catalog) RecordReplicated(ctx context.Context, s dr.Snapshot, sent int6
 			return err
 		}
 		fresh = true
-		if err := t.do(`UPDATE snapshots SET state = ? WHERE id = ?`, dr.Replicated, s.ID); err != nil {
+		if err := t.do(`UPDATE snapshots SET state = ?, arrived = ?, sent = ? WHERE id = ?`, dr.Replicated, stamp(t.now), sent, s.ID); err != nil {
+			return err
+		}
+		if err := t.book(server, func(b *dr.Books) error { b.Arrival(t.now, sent); return nil }); err != nil {
 			return err
 		}
 		return t.closeTickets(s.ServerID, t.now, "snapshot "+s.ID+" arrived", func(row ticketRow) (bool, error) {
@@ -225,6 +245,9 @@ func (t *tx) expire(id string) error {
 	if err := t.do(`DELETE FROM deltas WHERE snapshot_id = ?`, id); err != nil {
 		return err
 	}
+	if err := t.bookExpired(server, row); err != nil {
+		return err
+	}
 	if _, err := t.event(t.now, "snapshot.expired", server.ID, server.Name, id, "snapshot %s of %s expired", id, server.Name); err != nil {
 		return err
 	}
@@ -290,8 +313,7 @@ func (c *Catalog) Snapshots(ctx context.Context, serverID string) ([]dr.Record, 
 // from an appliance after a newer one is not tested. They are given as Snapshots gives them, at most MaxList.
 func (c *Catalog) TestsOverdue(ctx context.Context, now time.Time, grace time.Duration) ([]dr.Record, error) {
 	var rows []listed
-	err := c.listing(&rows).Where("s.verdict = '' AND s.state IN ('kept', 'replicated', 'pre-recovered')").
-		Where("NOT EXISTS (SELECT 1 FROM snapshots AS d WHERE d.image <> '' AND d.image = s.id)").
+	err := c.listing(&rows).Where("s.verdict = '' AND s.carries = 0 AND s.state IN ('kept', 'replicated', 'pre-recovered')").
 		Where("NOT (s.state = 'replicated' AND EXISTS (SELECT 1 FROM snapshots AS n WHERE n.server_id = s.server_id AND n.kind = s.kind"+
 			" AND n.taken > s.taken AND n.state <> 'expired'))").
 		Where("s.recorded <= ?", stamp(now.Add(-grace))).Where("r.removed = 0").

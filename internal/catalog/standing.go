@@ -135,9 +135,11 @@ func (c *Catalog) Due(ctx context.Context, now time.Time, after *Due) ([]Due, er
 		at, id = stamp(after.At), after.Server.ID
 	}
 	var rows []serverRow
-	// What was taken in the future was taken before the clock was stepped back, and is due at once.
+	// What was taken in the future was taken before the clock was stepped back, and is due at once. Each of the two has its index;
+	// one condition of both would be asked of every server.
 	err := c.db.NewRaw(`SELECT id, data, image_at, data_at, last_at, due FROM servers AS s
-		WHERE removed = 0 AND (due <= ? OR newest_at > ?) AND (due, id) > (?, ?) AND NOT EXISTS
+		WHERE id IN (SELECT id FROM servers WHERE removed = 0 AND due <= ? UNION ALL SELECT id FROM servers WHERE removed = 0 AND newest_at > ?)
+			AND (due, id) > (?, ?) AND NOT EXISTS
 			(SELECT 1 FROM invocations AS i WHERE i.server_id = s.id AND i.state IN ('invoking', 'running'))
 		ORDER BY due, id LIMIT ?`, stamp(now), stamp(now), at, id, MaxList).Scan(ctx, &rows)
 	if err != nil {
@@ -180,7 +182,8 @@ func (t *tx) plan(serverID string) error {
 	if server.Appliance != "" { // which captures it when it finds it due
 		due = math.MaxInt64
 	}
-	return t.do(`UPDATE servers SET image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ? WHERE id = ?`,
+	return t.do(`UPDATE servers SET image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ?, shown_at =
+		COALESCE((SELECT s.taken FROM snapshots AS s WHERE s.server_id = servers.id AND s.state <> 'expired' ORDER BY s.taken DESC LIMIT 1), 0) WHERE id = ?`,
 		stamp(taken.Image), stamp(taken.Data), stamp(taken.Last), stamp(newest), due, serverID)
 }
 

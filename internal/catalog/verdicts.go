@@ -142,6 +142,12 @@ func (t *tx) storeVerdict(v dr.Verdict, row snapshotRow, server serverRow) error
 	if err != nil {
 		return err
 	}
+	if err := t.do(`UPDATE servers SET outcome = ? WHERE id = ?`, v.Outcome, server.ID); err != nil {
+		return err
+	}
+	if err := t.bookTest(server, v); err != nil {
+		return err
+	}
 	ruling, err := row.ruling()
 	if err != nil {
 		return err
@@ -183,7 +189,7 @@ func (t *tx) promote(v dr.Verdict, row snapshotRow, server serverRow) (moved boo
 	if _, err := t.NewInsert().Model(&promotion).Exec(t.ctx); err != nil {
 		return false, "", err
 	}
-	return true, server.LKG, t.do(`UPDATE servers SET lkg = ? WHERE id = ?`, row.ID, server.ID)
+	return true, server.LKG, t.do(`UPDATE servers SET lkg = ?, lkg_at = ? WHERE id = ?`, row.ID, row.Taken, server.ID)
 }
 
 // passed closes the tickets that a passing test proves gone: not the one it stands for itself, and none about a snapshot

@@ -17,6 +17,7 @@ type Metered struct {
 	Stored      int64    `json:"stored_bytes"`       // by which the snapshots kept at the end made the store grow
 	Added       int64    `json:"added_bytes"`        // by which the month's snapshots made the store grow
 	Sent        int64    `json:"sent_bytes"`         // over the wire from the servers in the month
+	Replicated  int64    `json:"replicated_bytes"`   // over the line from appliances into the far store, of snapshots that arrived in the month
 	Snapshots   int      `json:"snapshots"`          // taken in the month
 	Tests       Capacity `json:"tests"`
 	Invocations Capacity `json:"invocations"`
@@ -38,23 +39,19 @@ func (c *Capacity) add(hw Hardware, d time.Duration) {
 	c.CPUs += seconds * int64(hw.CPUs)
 }
 
+func (c *Capacity) join(d Capacity) {
+	c.Machines += d.Machines
+	c.Seconds += d.Seconds
+	c.Memory += d.Memory
+	c.CPUs += d.CPUs
+}
+
 // Meter adds up one month. Everything that was recorded before its end is told to it, in any order but servers first.
 type Meter struct {
 	month    string
 	from, to time.Time // to is no later than the instant of asking: what still runs is metered up to there
 	customer map[string]string
 	sums     map[string]*Metered
-	newest   map[newestKey]*newestSize
-}
-
-type newestKey struct {
-	server string
-	data   bool
-}
-
-type newestSize struct {
-	taken time.Time
-	size  int64
 }
 
 // NewMeter begins a month, given as 2026-11, as it stands now. A month that has not begun is an error.
@@ -70,14 +67,11 @@ func NewMeter(month string, now time.Time) (*Meter, error) {
 	if now.Before(to) {
 		to = now
 	}
-	return &Meter{month: month, from: from, to: to, customer: map[string]string{}, sums: map[string]*Metered{},
-		newest: map[newestKey]*newestSize{}}, nil
+	return &Meter{month: month, from: from, to: to, customer: map[string]string{}, sums: map[string]*Metered{}}, nil
 }
 
-// Span is the time that is metered, the end left out.
-func (m *Meter) Span() (from, to time.Time) { return m.from, m.to }
-
-func (m *Meter) in(t time.Time) bool { return !t.Before(m.from) && t.Before(m.to) }
+// Month is the month that is metered.
+func (m *Meter) Month() Month { return MonthOf(m.from) }
 
 func (m *Meter) sum(server string) *Metered {
 	customer := m.customer[server]
@@ -90,37 +84,26 @@ func (m *Meter) sum(server string) *Metered {
 }
 
 // Server tells whose a server is, by the definition that it has now or had last.
-func (m *Meter) Server(s Server) { m.customer[s.ID] = s.Customer }
+func (m *Meter) Server(id, customer string) { m.customer[id] = customer }
 
-// Snapshot tells of a snapshot; kept says whether it was still kept at the end.
-func (m *Meter) Snapshot(s Snapshot, kept bool) {
-	if !s.Taken.Before(m.to) {
-		return
+// Book tells how the books of a server stood at the end: the last of them that is not of a later month, and the bytes by which what is
+// kept of the server had grown in all of them up to there.
+func (m *Meter) Book(server string, last Book, stored int64) {
+	if last.Image.Taken.IsZero() && last.Data.Taken.IsZero() && stored == 0 && last.Month != m.Month() {
+		return // nothing is left of it
 	}
-	if m.in(s.Taken) {
-		sum := m.sum(s.ServerID)
-		sum.Snapshots++
-		sum.Added += s.Stats.Stored
-		sum.Sent += s.Stats.Sent
+	sum := m.sum(server)
+	sum.Stored += stored
+	sum.Protected += last.Image.Size + last.Data.Size
+	if !last.Image.Taken.IsZero() || !last.Data.Taken.IsZero() {
+		sum.Servers++
 	}
-	if !kept {
-		return
-	}
-	m.sum(s.ServerID).Stored += s.Stats.Stored
-	key := newestKey{s.ServerID, s.IsData()}
-	if n := m.newest[key]; n == nil || s.Taken.After(n.taken) {
-		m.newest[key] = &newestSize{s.Taken, s.Size()}
-	}
-}
-
-// Test tells of a boot test. It counts in the month in which it began. One that started no machine counts for nothing.
-func (m *Meter) Test(serverID string, v Verdict, hw Hardware) {
-	var d time.Duration
-	for _, p := range v.Phases {
-		d += p.Duration
-	}
-	if d > 0 && m.in(v.Started) {
-		m.sum(serverID).Tests.add(hw, d)
+	if last.Month == m.Month() {
+		sum.Snapshots += int(last.Snapshots)
+		sum.Added += last.Added
+		sum.Sent += last.Sent
+		sum.Replicated += last.Replicated
+		sum.Tests.join(last.Tests)
 	}
 }
 
@@ -140,15 +123,6 @@ func (m *Meter) Invocation(i Invocation, hw Hardware) {
 
 // Result gives each customer's sums, by name.
 func (m *Meter) Result() []Metered {
-	counted := map[string]bool{}
-	for key, n := range m.newest {
-		sum := m.sum(key.server)
-		sum.Protected += n.size
-		if !counted[key.server] {
-			counted[key.server] = true
-			sum.Servers++
-		}
-	}
 	out := make([]Metered, 0, len(m.sums))
 	for _, s := range m.sums {
 		out = append(out, *s)

@@ -18,23 +18,50 @@ func TestAMonthIsMeteredPerCustomer(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m.Server(Server{ID: "srv-a", Customer: "acme"})
-	m.Server(Server{ID: "srv-b"})
+	m.Server("srv-a", "acme")
+	m.Server("srv-b", "")
+	m.Server("srv-c", "gone")
+	books := map[string]*Books{"srv-a": {}, "srv-b": {}, "srv-c": {}}
 	image := func(server, taken string, size, stored, sent int64) Snapshot {
-		return Snapshot{ServerID: server, Taken: at(taken), Disks: []SnapshotDisk{{Size: size}}, Stats: CaptureStats{Stored: stored, Sent: sent}}
+		s := Snapshot{ServerID: server, Taken: at(taken), Disks: []SnapshotDisk{{Size: size}}, Stats: CaptureStats{Stored: stored, Sent: sent}}
+		books[server].Snapshot(s)
+		return s
 	}
-	m.Snapshot(image("srv-a", "2026-10-31 23:59", 100, 50, 60), true)   // kept, of another month
-	m.Snapshot(image("srv-a", "2026-11-01 00:00", 110, 5, 6), false)    // expired since
-	m.Snapshot(image("srv-a", "2026-11-30 23:59", 120, 7, 8), true)     // the newest
-	m.Snapshot(image("srv-a", "2026-12-01 00:00", 999, 999, 999), true) // after the end
-	m.Snapshot(Snapshot{ServerID: "srv-a", Kind: SnapshotData, Taken: at("2026-11-02 00:00"), Files: &SnapshotFiles{Bytes: 30}}, true)
-	m.Snapshot(image("srv-b", "2026-11-05 00:00", 40, 4, 0), true)
+	none := func() (Newest, error) { return Newest{}, nil }
+	image("srv-a", "2026-10-31 23:59", 100, 50, 60) // kept, of another month
+	first := image("srv-a", "2026-11-01 00:00", 110, 5, 6)
+	newest := image("srv-a", "2026-11-30 23:59", 120, 7, 8)
+	if err := books["srv-a"].Expired(first, at("2026-11-30 23:59"), none); err != nil {
+		t.Fatal(err)
+	}
+	if err := books["srv-a"].Expired(newest, at("2026-12-01 00:01"), none); err != nil { // it was kept at the end
+		t.Fatal(err)
+	}
+	image("srv-a", "2026-12-01 00:00", 999, 999, 999) // after the end
+	books["srv-a"].Snapshot(Snapshot{ServerID: "srv-a", Kind: SnapshotData, Taken: at("2026-11-02 00:00"), Files: &SnapshotFiles{Bytes: 30}})
+	image("srv-b", "2026-11-05 00:00", 40, 4, 0)
+	if err := books["srv-c"].Expired(image("srv-c", "2026-09-01 00:00", 40, 4, 0), at("2026-10-05 00:00"), none); err != nil {
+		t.Fatal(err)
+	}
+	for taken, sent := range map[string]int64{"2026-10-31 23:59": 1000, "2026-11-01 00:00": 20, "2026-11-30 23:59": 3, "2026-12-01 00:00": 4000} {
+		books["srv-a"].Arrival(at(taken), sent)
+	}
 	hw := Hardware{Memory: 1024, CPUs: 2}
 	test := Verdict{Started: at("2026-11-05 01:00"), Phases: []Phase{{Duration: 40 * time.Second}, {Duration: 20 * time.Second}}}
-	m.Test("srv-a", test, hw)
-	m.Test("srv-a", Verdict{Started: test.Started}, hw) // no machine was started
+	books["srv-a"].Test(test, hw)
+	books["srv-a"].Test(Verdict{Started: test.Started}, hw) // no machine was started
 	test.Started = at("2026-12-05 01:00")
-	m.Test("srv-a", test, hw)
+	books["srv-a"].Test(test, hw)
+	for server, b := range books {
+		var stored int64
+		var last Book
+		for _, page := range *b {
+			if page.Month <= m.Month() {
+				stored, last = stored+page.Stored, page
+			}
+		}
+		m.Book(server, last, stored)
+	}
 	ended := at("2026-11-01 01:00")
 	m.Invocation(Invocation{ServerID: "srv-b", Requested: at("2026-10-31 00:00"), Ended: &ended}, hw) // an hour of it
 	m.Invocation(Invocation{ServerID: "srv-b", Requested: at("2026-11-30 23:00")}, hw)                // runs on
@@ -43,7 +70,7 @@ func TestAMonthIsMeteredPerCustomer(t *testing.T) {
 	want := []Metered{
 		{Month: "2026-11", Servers: 1, Protected: 40, Stored: 4, Added: 4, Snapshots: 1,
 			Invocations: Capacity{Machines: 2, Seconds: 7200, Memory: 7200 * 1024, CPUs: 14400}},
-		{Month: "2026-11", Customer: "acme", Servers: 1, Protected: 150, Stored: 57, Added: 12, Sent: 14, Snapshots: 3,
+		{Month: "2026-11", Customer: "acme", Servers: 1, Protected: 150, Stored: 57, Added: 12, Sent: 14, Replicated: 23, Snapshots: 3,
 			Tests: Capacity{Machines: 1, Seconds: 60, Memory: 60 * 1024, CPUs: 120}},
 	}
 	got := m.Result()

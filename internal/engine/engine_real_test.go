@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/musterdr/muster/internal/database/pgtest"
+	"github.com/musterdr/muster/internal/database/pgserver"
 	"github.com/musterdr/muster/internal/engine/enginetest"
 )
 
@@ -15,7 +15,7 @@ func TestKilledAtEveryPointOfEveryMode(t *testing.T) {
 	if os.Getenv("MUSTER_REAL") == "" {
 		t.Skip("set MUSTER_REAL=1 to kill some dozen processes")
 	}
-	server := pgtest.Start(t)
+	server := pgserver.ForTest(t)
 	for kind, dsn := range map[string]func() string{"SQLite": func() string { return sqliteFile(t) }, "PostgreSQL": func() string { return server.Database(t) }} {
 		for _, mode := range []string{"succeed", "fail", "cancel"} {
 			t.Run(kind+", "+mode, func(t *testing.T) { enginetest.Crash(t, dsn(), mode) })
@@ -28,14 +28,14 @@ func TestOneOfTwoHostsKilledAtEveryPoint(t *testing.T) {
 	if os.Getenv("MUSTER_REAL") == "" {
 		t.Skip("set MUSTER_REAL=1 to kill some dozen processes")
 	}
-	enginetest.KillOne(t, prepared(t, pgtest.Start(t)))
+	enginetest.KillOne(t, prepared(t, pgserver.ForTest(t)))
 }
 
 func TestPostgresRestartedInTheMiddle(t *testing.T) {
 	if os.Getenv("MUSTER_REAL") == "" {
 		t.Skip("set MUSTER_REAL=1 to restart a server while others work")
 	}
-	server := pgtest.Start(t)
+	server := pgserver.ForTest(t)
 	enginetest.Disturb(t, server.Database(t), func() { server.Restart(t) })
 }
 
@@ -60,7 +60,7 @@ func TestAClockIsTurnedByHours(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	server := pgtest.Start(t, "LD_PRELOAD="+libraries[0], "FAKETIME_TIMESTAMP_FILE="+ahead, "FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1")
+	server := pgserver.ForTest(t, "LD_PRELOAD="+libraries[0], "FAKETIME_TIMESTAMP_FILE="+ahead, "FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1")
 	hours := []int{1, -1, 2, 0, -3}
 	var seen []time.Duration
 	turn := 0

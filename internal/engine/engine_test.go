@@ -9,7 +9,7 @@ import (
 	"sync"
 	"testing"
 
-	"github.com/musterdr/muster/internal/database/pgtest"
+	"github.com/musterdr/muster/internal/database/pgserver"
 	"github.com/musterdr/muster/internal/engine"
 	"github.com/musterdr/muster/internal/engine/enginetest"
 )
@@ -58,7 +58,7 @@ func TestSQLite(t *testing.T) {
 
 func TestPostgres(t *testing.T) {
 	t.Parallel()
-	server := pgtest.Start(t)
+	server := pgserver.ForTest(t)
 	dsn := prepared(t, server)
 	enginetest.Run(t, dsn)
 	enginetest.Hosts(t, dsn, func(t *testing.T) string { return server.Database(t) })
@@ -73,7 +73,7 @@ func TestPostgres(t *testing.T) {
 }
 
 // prepared gives empty databases of runs, with their tables.
-func prepared(t *testing.T, server *pgtest.Server) func(t *testing.T) string {
+func prepared(t *testing.T, server pgserver.Tested) func(t *testing.T) string {
 	t.Helper()
 	made := server.Database(t)
 	e, err := engine.Open(t.Context(), engine.Config{DSN: made, Version: "1"})

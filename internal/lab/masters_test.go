@@ -6,14 +6,14 @@ import (
 	"time"
 
 	"github.com/musterdr/muster/internal/api"
-	"github.com/musterdr/muster/internal/database/pgtest"
+	"github.com/musterdr/muster/internal/database/pgserver"
 	"github.com/musterdr/muster/internal/dr"
 )
 
 func TestTwoMastersDoOnceWhatIsDueAndOneGoesOnWithoutTheOther(t *testing.T) {
 	t.Parallel()
 	a := New(t, Healthy)
-	a.Use(pgtest.Start(t).Database(t))
+	a.Use(pgserver.ForTest(t).Database(t))
 	writeDisk(t, a, 1)
 	_, err := a.AddServer(ctx, dr.Server{Name: "shop", Source: dr.Source{Disks: []string{a.path("shop.raw")}}, Schedule: dr.Schedule{Every: 24 * time.Hour}})
 	if err != nil {

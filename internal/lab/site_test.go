@@ -3,6 +3,7 @@ package lab
 import (
 	"context"
 	"errors"
+	"net/http"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -87,6 +88,39 @@ func TestASnapshotOfABranchArrivesAndIsTestedAtOnce(t *testing.T) {
 	}
 	if open := l.openTickets(t); len(open) != 0 {
 		t.Errorf("tickets %+v", open)
+	}
+}
+
+// What crossed the line for a snapshot is metered, that of an attempt which broke off too, and once.
+func TestWhatABranchSendsIsMetered(t *testing.T) {
+	t.Parallel()
+	l, s := branch(t)
+	var sent, broken atomic.Int64
+	look := func(r *http.Request) error {
+		if r.Method != http.MethodPut || !strings.Contains(r.URL.Path, "/blobs/") {
+			return nil
+		}
+		if strings.Contains(r.URL.Path, "/blobs/p") {
+			sent.Add(r.ContentLength)
+		} else if sent.Load() > 0 && broken.Add(1) == 1 { // a pack has arrived
+			r.Header.Set("X-Muster-Locks", "somebody-took-it-away")
+		}
+		return nil
+	}
+	s.line.broken.Store(&look)
+	for range 3 {
+		s.Night()
+	}
+	l.settled(t)
+	if broken.Load() < 2 || sent.Load() == 0 {
+		t.Fatalf("%d other blobs after %d bytes of packs: nothing broke off", broken.Load(), sent.Load())
+	}
+	list, err := l.Meter(ctx, l.Clock.Now().UTC().Format("2006-01"), "")
+	if err != nil || len(list) != 1 {
+		t.Fatalf("%+v, %v", list, err)
+	}
+	if got := list[0].Replicated; got < sent.Load() || got > sent.Load()+1<<16 {
+		t.Errorf("%d bytes are metered; %d were packs", got, sent.Load())
 	}
 }
 

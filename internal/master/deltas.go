@@ -16,6 +16,8 @@ import (
 const (
 	holdLimit = 10 * time.Minute // for one silo to fetch the deltas of one image
 	maxSpread = 64               // copies asked for in one go
+
+	spreadEvery = time.Minute // every server is looked at for that
 )
 
 // keepDeltas has a silo that holds the deltas of a rescue image put them into the store.
@@ -58,23 +60,30 @@ func (m *Master) deltasTask(ctx context.Context, s dr.Server, snap dr.Snapshot, 
 	return api.DeltasTask{Grant: api.Grant{Access: access}, Snapshot: snap, PreRecovery: pre}, err
 }
 
-// spreadSoon spreads deltas without waiting for it, unless that is under way.
+// spreadSoon spreads deltas now and then, without waiting for it, unless that is under way.
 func (m *Master) spreadSoon(ctx context.Context) {
 	if !m.farm.spreading.TryLock() {
 		return
 	}
+	if age := m.Now().Sub(m.farm.spread); age >= 0 && age < spreadEvery {
+		m.farm.spreading.Unlock()
+		return
+	}
 	go func() {
 		defer m.farm.spreading.Unlock()
-		m.spread(ctx)
+		if more := m.spread(ctx); !more {
+			m.farm.spread = m.Now()
+		}
 	}()
 }
 
-// spread has the deltas of every last-known-good held by as many silos as dr.Spread wants.
-func (m *Master) spread(ctx context.Context) {
+// spread has the deltas of every last-known-good held by as many silos as dr.Spread wants. It says whether it left some for the next
+// time.
+func (m *Master) spread(ctx context.Context) (more bool) {
 	silos, err := m.reached(ctx)
 	if err != nil {
 		m.Log.ErrorContext(ctx, "look at silos", "error", err)
-		return
+		return false
 	}
 	active := 0
 	for _, s := range silos {
@@ -83,14 +92,14 @@ func (m *Master) spread(ctx context.Context) {
 		}
 	}
 	if active < 2 {
-		return
+		return false
 	}
 	thin, err := m.Catalog.Thin(ctx)
 	if err != nil || len(thin) == 0 {
 		if err != nil {
 			m.Log.ErrorContext(ctx, "look for deltas that few hold", "error", err)
 		}
-		return
+		return false
 	}
 	var images []dr.Rescue
 	servers := map[string]string{}
@@ -110,17 +119,18 @@ func (m *Master) spread(ctx context.Context) {
 	where, err := m.where(ctx, pres...)
 	if err != nil {
 		m.Log.ErrorContext(ctx, "look for deltas", "error", err)
-		return
+		return false
 	}
 	copies := dr.Spread(images, silos, where)
 	for _, c := range copies[:min(len(copies), maxSpread)] {
 		if ctx.Err() != nil {
-			return
+			return false
 		}
 		if err := m.hold(ctx, servers[c.PreRecovery], c); err != nil {
 			m.Log.ErrorContext(ctx, "have deltas held by another silo", "silo", c.Silo, "pre_recovery", c.PreRecovery, "error", err)
 		}
 	}
+	return len(copies) > maxSpread
 }
 
 // hold has one silo fetch the deltas of a last-known-good, and takes its word for it only with the right digest.

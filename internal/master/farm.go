@@ -56,6 +56,7 @@ var (
 // Whatever has to survive the process is in the catalog: the silos, their leases, the deltas they hold.
 type farm struct {
 	placing   sync.Mutex // one decision at a time
+	spread    time.Time  // when that was last done, and nothing was left to do; under spreading
 	spreading sync.Mutex // held while deltas are
 
 	mu      sync.Mutex

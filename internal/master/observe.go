@@ -115,12 +115,13 @@ func (m *Master) operationFigures(ctx context.Context) ([]api.OperationFigures, 
 
 func counts(t catalog.Tally) api.Counts {
 	out := api.Counts{Verdicts: map[dr.Outcome]int64{}, Snapshots: map[dr.SnapshotKind]api.SnapshotCounts{},
+		Arrivals:   map[dr.SnapshotKind]api.ArrivalCounts{},
 		Promotions: t.Promotions, Expired: t.Expired, Invocations: t.Invocations}
 	for _, o := range []dr.Outcome{dr.Pass, dr.Fail, dr.Blocked, dr.Inconclusive} {
 		out.Verdicts[o] = t.Verdicts[o]
 	}
 	for _, kind := range []dr.SnapshotKind{dr.SnapshotImage, dr.SnapshotData} {
-		out.Snapshots[kind] = api.SnapshotCounts(t.Snapshots[kind])
+		out.Snapshots[kind], out.Arrivals[kind] = api.SnapshotCounts(t.Snapshots[kind]), api.ArrivalCounts(t.Arrivals[kind])
 	}
 	return out
 }

@@ -301,6 +301,9 @@ func (m *Master) arrived(ctx context.Context, from string, a api.Arrival) error 
 	if err := snap.Validate(); err != nil {
 		return api.Errorf(api.Invalid, "%w", err)
 	}
+	if a.Transfer.Sent < 0 {
+		return api.Errorf(api.Invalid, "snapshot %s came with %d bytes", snap.ID, a.Transfer.Sent)
+	}
 	if snap.IsData() {
 		if _, err := m.Catalog.Snapshot(ctx, snap.Image); errors.Is(err, catalog.ErrNotFound) {
 			return api.Errorf(api.Conflict, "the image %s that data %s goes onto has not arrived", snap.Image, snap.ID)

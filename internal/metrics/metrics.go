@@ -112,6 +112,10 @@ var (
 	storedBytes    = desc("capture_stored_bytes_total", "Bytes by which the store grew, after compression and sealing.", "kind")
 	dedupe         = desc("capture_dedupe_ratio", "Of the bytes that changed since the process started, the part that the store had already, 0 to 1. Missing while nothing changed.", one...)
 
+	arrived       = desc("replicated_snapshots_total", "Snapshots that came into the far store over the line since the process started.", "kind")
+	arrivedBytes  = desc("replicated_bytes_total", "Bytes that crossed the line for them.", "kind")
+	transferRatio = desc("transfer_ratio", "Bytes that crossed the line for snapshots that arrived since the process started, over the bytes that had changed in them. Missing while none arrived.", one...)
+
 	storeBytes = desc("store_size_bytes", "Bytes of everything in a store, by the customer whose far store it is, empty for the installation's own; measured every few minutes.", "customer")
 	storeFree  = desc("store_free_bytes", "Bytes free where a store lies. Missing where that is not known.", "customer")
 
@@ -265,6 +269,16 @@ func (s sink) counts(c api.Counts) {
 	}
 	if changed > 0 {
 		s.gauge(dedupe, min(max(1-float64(fresh)/float64(changed), 0), 1))
+	}
+	changed = 0
+	var sent int64
+	for kind, n := range c.Arrivals {
+		s.counter(arrived, n.N, string(kind))
+		s.counter(arrivedBytes, n.Sent, string(kind))
+		changed, sent = changed+n.Changed, sent+n.Sent
+	}
+	if changed > 0 {
+		s.gauge(transferRatio, float64(sent)/float64(changed))
 	}
 	s.counter(promotions, c.Promotions)
 	s.counter(expired, c.Expired)

@@ -37,6 +37,7 @@ func full(n int) installation {
 		Operations: []api.OperationFigures{{Kind: "protect", State: api.OperationQueued, N: 3}},
 		Since: api.Counts{Verdicts: map[dr.Outcome]int64{dr.Pass: 4, dr.Fail: 1},
 			Snapshots:  map[dr.SnapshotKind]api.SnapshotCounts{dr.SnapshotImage: {N: 5, Read: 1000, Changed: 400, Sent: 200, New: 100, Stored: 50}},
+			Arrivals:   map[dr.SnapshotKind]api.ArrivalCounts{dr.SnapshotImage: {N: 2, Changed: 300, Sent: 60}, dr.SnapshotData: {N: 1, Changed: 100, Sent: 40}},
 			Promotions: 4, Expired: 2, Invocations: 1},
 		Stores: []api.StoreFigures{{At: now, Bytes: 1 << 30, Free: 1 << 40}, {Customer: "acme", At: now, Bytes: 1 << 20, Free: -1}},
 		Nodes: []api.NodeFigures{{Role: "silo", Name: "silo-1", Connected: true, Seen: now.Add(-5 * time.Second), Expires: now.Add(24 * time.Hour)},
@@ -118,10 +119,18 @@ muster_servers_behind_rpo 2
 # TYPE muster_boot_tests_total counter
 muster_boot_tests_total{outcome="FAIL"} 1
 muster_boot_tests_total{outcome="PASS"} 4
+# HELP muster_replicated_bytes_total Bytes that crossed the line for them.
+# TYPE muster_replicated_bytes_total counter
+muster_replicated_bytes_total{kind="data"} 40
+muster_replicated_bytes_total{kind="image"} 60
+# HELP muster_transfer_ratio Bytes that crossed the line for snapshots that arrived since the process started, over the bytes that had changed in them. Missing while none arrived.
+# TYPE muster_transfer_ratio gauge
+muster_transfer_ratio 0.25
 `
 	err := testutil.GatherAndCompare(registry(t, full(2)), strings.NewReader(want), "muster_capture_dedupe_ratio", "muster_oldest_lkg_age_seconds",
 		"muster_node_certificate_left_seconds", "muster_node_connected", "muster_node_revoked", "muster_node_seen_age_seconds",
-		"muster_server_has_lkg", "muster_server_lkg_age_seconds", "muster_server_rpo_lag_seconds", "muster_servers_behind_rpo", "muster_boot_tests_total")
+		"muster_server_has_lkg", "muster_server_lkg_age_seconds", "muster_server_rpo_lag_seconds", "muster_servers_behind_rpo", "muster_boot_tests_total",
+		"muster_replicated_bytes_total", "muster_transfer_ratio")
 	if err != nil {
 		t.Error(err)
 	}

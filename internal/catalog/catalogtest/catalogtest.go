@@ -58,6 +58,7 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 		"a long history is listed quickly":                                  many,
 		"servers are listed page by page":                                   standings,
 		"what an older release recorded is due when it should be":           planned,
+		"what an older release recorded is in the books":                    booked,
 		"where servers stand is told at once":                               figures,
 		"what happened since is counted, and only that":                     tallied,
 		"open tickets are counted by kind":                                  problems,
@@ -401,6 +402,15 @@ func overdue(w *world) {
 	w.kept(1)
 	w.judge(w.kept(2), 1, dr.Inconclusive) // held, with a ticket of its own
 	w.must(w.RecordSnapshot(w.ctx, snapshot(2, 1)))
+	for i, order := range [][2]int{{0, 1}, {1, 0}} { // an image is tested with its data, whichever is recorded first
+		image, data := snapshot(1, 10+2*i), snapshot(1, 11+2*i)
+		data.Kind, data.Image = dr.SnapshotData, image.ID
+		for _, n := range order {
+			w.must(w.RecordSnapshot(w.ctx, []dr.Snapshot{image, data}[n]))
+		}
+		w.must(w.RecordPreRecovery(w.ctx, preRecovery(data, 0)))
+		w.judge(data, 1, dr.Fail)
+	}
 	w.clock.advance(2 * time.Hour)
 	w.kept(3)
 	w.must(w.RemoveServer(w.ctx, "srv-2"))

@@ -66,17 +66,26 @@ func tallied(w *world) {
 	w.must(w.RecordSnapshot(w.ctx, costly))
 	w.must(w.RecordPreRecovery(w.ctx, preRecovery(costly, 0)))
 	w.judge(costly, 1, dr.Pass)
+	_, err = w.RecordReplicated(w.ctx, snapshot(1, 1), 50) // told again, and verified long since
+	w.must(err)
 	before := tally
 	tally, err = w.Tally(w.ctx, tally)
 	w.must(err)
 	bad := w.kept(3)
 	w.judge(bad, 1, dr.Fail)
 	w.must(w.Expire(w.ctx, bad.ID))
+	came := snapshot(1, 4)
+	came.Stats.Changed = 8
+	_, err = w.RecordReplicated(w.ctx, came, 3)
+	w.must(err)
 	tally, err = w.Tally(w.ctx, tally)
 	w.must(err)
-	want := catalog.SnapshotTally{N: 2, Read: 10, Changed: 8, Sent: 6, New: 4, Stored: 2}
+	want := catalog.SnapshotTally{N: 3, Read: 10, Changed: 16, Sent: 6, New: 4, Stored: 2}
 	if tally.Snapshots[dr.SnapshotImage] != want || tally.Verdicts[dr.Pass] != 1 || tally.Verdicts[dr.Fail] != 1 || tally.Promotions != 1 || tally.Expired != 1 {
 		w.t.Errorf("tally %+v", tally)
+	}
+	if got := tally.Arrivals[dr.SnapshotImage]; got != (catalog.ArrivalTally{N: 1, Changed: 8, Sent: 3}) {
+		w.t.Errorf("arrived: %+v", got)
 	}
 	if len(before.Verdicts) != 0 {
 		w.t.Errorf("an earlier tally was changed: %+v", before)
@@ -143,6 +152,10 @@ func metered(w *world) {
 		return snap
 	}
 	first, second := prepared(1), prepared(2)
+	for range 2 { // told twice, it came once
+		_, err := w.RecordReplicated(w.ctx, snapshot(1, 3), 77)
+		w.must(err)
+	}
 	for _, snap := range []dr.Snapshot{first, second} {
 		v := verdict(snap, 1, dr.Pass)
 		v.Phases = []dr.Phase{{Name: dr.PhaseKernel, Duration: time.Minute}}
@@ -160,7 +173,7 @@ func metered(w *world) {
 	m, err := dr.NewMeter("2026-03", w.clock.now())
 	w.must(err)
 	w.must(w.Meter(w.ctx, m))
-	want := dr.Metered{Month: "2026-03", Customer: "acme", Servers: 1, Protected: second.Size(), Stored: 200, Added: 200, Snapshots: 2,
+	want := dr.Metered{Month: "2026-03", Customer: "acme", Servers: 1, Protected: second.Size(), Stored: 200, Added: 200, Replicated: 77, Snapshots: 3,
 		Tests:       dr.Capacity{Machines: 2, Seconds: 120, Memory: 120 * 1024, CPUs: 240},
 		Invocations: dr.Capacity{Machines: 1, Seconds: 7200, Memory: 7200 * 1024, CPUs: 14400}}
 	if got := m.Result(); len(got) != 1 || got[0] != want {
@@ -169,7 +182,7 @@ func metered(w *world) {
 	next, err := dr.NewMeter("2026-04", w.clock.now())
 	w.must(err)
 	w.must(w.Meter(w.ctx, next))
-	if got := next.Result(); len(got) != 1 || got[0].Stored != 100 || got[0].Added != 0 || got[0].Tests.Machines != 0 {
+	if got := next.Result(); len(got) != 1 || got[0].Stored != 100 || got[0].Added != 0 || got[0].Replicated != 0 || got[0].Tests.Machines != 0 {
 		w.t.Errorf("the month after: %+v", got)
 	}
 }

@@ -146,6 +146,7 @@ func checkStanding(t failer, c *catalog.Catalog, id string, now time.Time) {
 			lkg = r.Snapshot.ID
 		}
 	}
+	checkFigures(t, c, id, records)
 	tickets, err := c.Tickets(ctx, catalog.TicketFilter{ServerID: id})
 	fine(err)
 	if idOf(got.Newest) != newest || idOf(got.LKG) != lkg || got.Tickets != len(tickets) {
@@ -159,6 +160,36 @@ func checkStanding(t failer, c *catalog.Catalog, id string, now time.Time) {
 	due := !invoked && !got.Server.Dues(want, now).Next().After(now)
 	if listed := slices.Contains(dueAt(t, c, now), id); listed != due {
 		t.Fatalf("%s, taken %+v, is due at %s: %v; listed as due: %v", id, want, now, due, listed)
+	}
+}
+
+// checkFigures checks that what metrics say of a server is what its snapshots, newest first, and verdicts say.
+func checkFigures(t failer, c *catalog.Catalog, id string, records []dr.Record) {
+	t.Helper()
+	var want catalog.Figures
+	for _, r := range records {
+		if want.Newest.IsZero() && r.State != dr.Expired {
+			want.Newest = r.Snapshot.Taken
+		}
+		if r.LKG {
+			want.LKG = r.Snapshot.Taken
+		}
+	}
+	verdicts, err := c.Verdicts(context.Background(), id, 1)
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	for _, v := range verdicts {
+		want.Outcome = v.Outcome
+	}
+	list, err := c.Figures(context.Background())
+	if err != nil {
+		t.Fatalf("%v", err)
+	}
+	for _, got := range list {
+		if got.Server.ID == id && (!got.Newest.Equal(want.Newest) || !got.LKG.Equal(want.LKG) || got.Outcome != want.Outcome) {
+			t.Fatalf("the figures of %s are %s, %s, %s; it has %s, %s, %s", id, got.Newest, got.LKG, got.Outcome, want.Newest, want.LKG, want.Outcome)
+		}
 	}
 }
 
@@ -196,11 +227,12 @@ func sequences(w *world) {
 	rapid.Check(w.t, func(t *rapid.T) {
 		round++ // each round has a server of its own: the database is made once
 		m := &machine{world: w, srv: round, before: map[string]dr.State{}}
-		if err := w.AddServer(w.ctx, server(round)); err != nil {
+		if err := w.AddServer(w.ctx, m.server()); err != nil {
 			t.Fatal(err)
 		}
 		t.Repeat(map[string]func(*rapid.T){
 			"snapshot":  m.snapshot,
+			"arrive":    m.arrive,
 			"prepare":   m.prepare,
 			"verdict":   m.verdict,
 			"repeat":    m.repeat,
@@ -213,7 +245,8 @@ func sequences(w *world) {
 			"":          m.check,
 			"adopt all": m.adopt,
 		})
-		_ = w.RemoveServer(w.ctx, server(round).ID) // unless it is invoked
+		checkBooks(t, w.Catalog, m.server())
+		_ = w.RemoveServer(w.ctx, m.id()) // unless it is invoked
 	})
 }
 
@@ -228,16 +261,22 @@ type machine struct {
 
 func (m *machine) id() string { return server(m.srv).ID }
 
+func (m *machine) server() dr.Server {
+	s := server(m.srv)
+	s.Customer = s.ID
+	return s
+}
+
 func (m *machine) pick(t *rapid.T) dr.Snapshot {
 	if len(m.taken) == 0 {
 		t.Skip("no snapshot yet")
 	}
-	return snapshot(m.srv, rapid.SampledFrom(m.taken).Draw(t, "of"))
+	return monthly(m.srv, rapid.SampledFrom(m.taken).Draw(t, "of"))
 }
 
 func (m *machine) snapshot(t *rapid.T) {
 	n := rapid.IntRange(1, 30).Draw(t, "taken") // in any order: the source's clock may step back
-	if err := m.RecordSnapshot(m.ctx, m.nth(n)); err != nil {
+	if err := m.RecordSnapshot(m.ctx, monthly(m.srv, n)); err != nil {
 		t.Fatal(err)
 	}
 	if !slices.Contains(m.taken, n) {
@@ -245,13 +284,10 @@ func (m *machine) snapshot(t *rapid.T) {
 	}
 }
 
-// nth is the nth snapshot: every third is of data.
-func (m *machine) nth(n int) dr.Snapshot {
-	s := snapshot(m.srv, n)
-	if n%3 == 0 {
-		s.Kind = dr.SnapshotData
+func (m *machine) arrive(t *rapid.T) {
+	if _, err := m.RecordReplicated(m.ctx, m.pick(t), line); err != nil {
+		t.Fatal(err)
 	}
-	return s
 }
 
 func (m *machine) prepare(t *rapid.T) {
@@ -264,6 +300,9 @@ func (m *machine) verdict(t *rapid.T) {
 	m.made++
 	v := verdict(s, m.made, rapid.SampledFrom([]dr.Outcome{dr.Pass, dr.Pass, dr.Fail, dr.Inconclusive, dr.Blocked}).Draw(t, "outcome"))
 	v.PreRecovery = preRecovery(s, rapid.IntRange(0, 2).Draw(t, "pre")).ID
+	if _, err := m.PreRecovery(m.ctx, v.PreRecovery); err == nil && rapid.Bool().Draw(t, "started") { // no machine starts of what was not made
+		v.Phases = []dr.Phase{{Name: dr.PhaseKernel, Duration: time.Duration(m.made) * time.Second}}
+	}
 	if rapid.Bool().Draw(t, "late") {
 		late := false
 		v.RTOMet = &late
@@ -311,24 +350,24 @@ func (m *machine) ticket(t *rapid.T) {
 }
 
 func (m *machine) stepClock(t *rapid.T) {
-	m.clock.advance(time.Duration(rapid.IntRange(-48, 48).Draw(t, "hours")) * time.Hour)
+	m.clock.advance(time.Duration(rapid.IntRange(-480, 480).Draw(t, "hours")) * time.Hour)
 }
 
 func (m *machine) adopt(t *rapid.T) {
 	var snaps []dr.Snapshot
 	var pres []dr.PreRecovery
 	for _, n := range m.taken {
-		snaps = append(snaps, m.nth(n))
+		snaps = append(snaps, monthly(m.srv, n))
 		pres = append(pres, preRecovery(snapshot(m.srv, n), 0))
 	}
-	if _, err := m.Adopt(m.ctx, []dr.Server{server(m.srv)}, snaps, pres, nil, nil, nil); err != nil {
+	if _, err := m.Adopt(m.ctx, []dr.Server{m.server()}, snaps, pres, nil, nil, nil); err != nil {
 		t.Fatal(err)
 	}
 }
 
 // change changes what is captured of the server, and how often.
 func (m *machine) change(t *rapid.T) {
-	s := server(m.srv)
+	s := m.server()
 	s.Schedule.Every = time.Duration(rapid.IntRange(1, 48).Draw(t, "every")) * time.Hour
 	s.Data.Every = time.Duration(rapid.IntRange(1, 48).Draw(t, "data every")) * time.Hour
 	s.Tier = rapid.SampledFrom([]dr.Tier{dr.TierImage, dr.TierImageData, dr.TierData}).Draw(t, "tier")
