@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/musterdr/muster/internal/api"
-	"github.com/musterdr/muster/internal/database/pgtest"
+	"github.com/musterdr/muster/internal/database/pgserver"
 	"github.com/musterdr/muster/internal/dr"
 )
 
@@ -29,7 +29,7 @@ type realm struct {
 	box   *place
 	silos map[string]*place
 	api   *api.Client // of the master
-	pg    *pgtest.Server
+	pg    pgserver.Tested
 
 	patience time.Duration
 	day      uint64
@@ -75,7 +75,7 @@ func newRealm(t *testing.T) *realm {
 	if err := os.WriteFile(filepath.Join(r.dir, "muster-guest"), []byte("\x7fELF test agent"), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	r.pg = pgtest.Start(t)
+	r.pg = pgserver.ForTest(t)
 	r.hq = r.place("hq", "1", "serve")
 	r.box = r.place("box", "2", "appliance", "serve")
 	for _, disk := range []string{r.near(), r.far()} { // of a size that a test can fill
