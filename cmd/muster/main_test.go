@@ -22,7 +22,7 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"muster": main})
+	testscript.Main(m, map[string]func(){"muster": main, makeBelieve: simulated})
 }
 
 // TestCommandLine types what people type. Everything that needs a hypervisor is tested with real guests elsewhere.

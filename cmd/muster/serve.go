@@ -170,6 +170,7 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 	}
 	handlers, end := nodeHandlers(m, far)
 	p.onClose("far store of nodes", end)
+	nodes.witness(ctx, m)
 	noded := make(chan struct{})
 	go func() {
 		defer close(noded)
@@ -267,9 +268,9 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 	app := &appliance.Appliance{Store: st, Open: i.openSource, Browser: browser}
 	silos := silosOf{home: master.SiloSet{i.homeSilo(set): s}}
 	config := master.Config{Catalog: cat, Engine: eng, Store: st, Appliance: app, Silos: silos, Home: i.homeSilo(set), Customers: far.book, Access: far.access(password),
-		Log: p.log, Version: version, Data: i.Dir, Location: set.Store}
+		Log: p.log, Version: version, Data: i.Dir, Location: set.Store, Lease: leaseTime, LeaseGrace: leaseGrace}
 	if nodes != nil {
-		config.Sites, config.CustomerOf = nodes.site, nodes.customerOf
+		config.Sites, config.CustomerOf, config.Nodes = nodes.site, nodes.customerOf, nodes.figures
 		silos.hub = nodes.hub
 		config.Silos = silos
 	}
@@ -293,31 +294,44 @@ func (i install) homeSilo(s settings) string {
 	return homeSilo + "-" + hex.EncodeToString(sum[:4])
 }
 
-// openSilo adds to what is said of a silo what its host has.
-func (p *platform) openSilo(ctx context.Context, i install, set settings, c silo.Config, e exporter) (s *silo.Silo, kvm bool, err error) {
+// What tests of many machines on one replace: the machines of its silos, and how long those may be silent.
+var (
+	equip                 = (*platform).equip
+	leaseTime, leaseGrace time.Duration // 0: as the rules say
+)
+
+// equip gives a silo the hypervisor of its host, and what reads images there. kvm says whether that is quick.
+func (p *platform) equip(ctx context.Context, i install, set settings, c *silo.Config) (kvm bool, err error) {
 	hv, err := libvirt.Open(ctx, libvirt.Config{Socket: set.Libvirt, ProbeFile: probeFile(i)})
 	if err != nil {
-		return nil, false, withCode(exitUnavailable, fmt.Errorf("reach libvirt: %w; 'muster doctor' says what is missing", err))
+		return false, withCode(exitUnavailable, fmt.Errorf("reach libvirt: %w; 'muster doctor' says what is missing", err))
 	}
 	p.onClose("hypervisor", hv.Close)
-	_, gid := hv.User()
-	e.group = gid
 	host, err := hv.Host(ctx)
 	if err != nil {
-		return nil, false, err
+		return false, err
 	}
 	kvm = host.Accelerator == "kvm"
+	c.Hypervisor, c.Opener = hv, guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}
+	_, c.SocketGID = hv.User()
+	c.Diagnose = func(ctx context.Context) []api.Finding { return diagnose(ctx, i, set, hv, nil) }
+	return kvm, nil
+}
+
+// openSilo adds to what is said of a silo what its host has.
+func (p *platform) openSilo(ctx context.Context, i install, set settings, c silo.Config, e exporter) (s *silo.Silo, kvm bool, err error) {
+	if kvm, err = equip(p, ctx, i, set, &c); err != nil {
+		return nil, false, err
+	}
 	if err := os.MkdirAll(i.path("silo/work"), 0o711); err != nil {
 		return nil, false, fmt.Errorf("make work folder: %w", err)
 	}
-	guest, err := besides("muster-guest")
-	if err != nil {
+	if c.GuestAgent, err = besides("muster-guest"); err != nil {
 		return nil, false, err
 	}
-	c.Hypervisor, c.Opener, c.Networks, c.Bridges = hv, guestfs.Driver{Work: i.path("silo/work"), Cache: i.path("silo/guestfs"), KVM: kvm}, hostNetworks{}, bridges
-	c.Exporter, c.GuestAgent, c.SocketGID = e, guest, gid
+	e.group = c.SocketGID
+	c.Networks, c.Bridges, c.Exporter = hostNetworks{}, bridges, e
 	c.Dir, c.Run, c.Version, c.MaxMemory, c.MaxCPUs = i.path("silo"), i.Run, version, set.MaxMemory, set.MaxCPUs
-	c.Diagnose = func(ctx context.Context) []api.Finding { return diagnose(ctx, i, set, hv, nil) }
 	s, err = silo.Open(ctx, c)
 	if err != nil {
 		return nil, false, err

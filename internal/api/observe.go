@@ -29,6 +29,7 @@ type Figures struct {
 	Invocations int                // machines that run for real
 	Since       Counts             // since this process started
 	Stores      []StoreFigures     // the installation's own first; one that cannot be measured is left out
+	Nodes       []NodeFigures      // appliances and silos on other machines, by name
 }
 
 // ServerFigures is one server in numbers.
@@ -96,6 +97,15 @@ type StoreFigures struct {
 	Free     int64 // bytes free where the store lies; -1 not known
 }
 
+// NodeFigures is one appliance or silo on another machine, as its master knows it.
+type NodeFigures struct {
+	Role, Name, Customer string
+	Connected            bool
+	Seen                 time.Time // when it was last heard of; zero: never
+	Expires              time.Time // when its newest certificate ends; zero: it has none
+	Revoked              bool
+}
+
 // Health is what of the platform works.
 type Health struct {
 	Alive  bool          `json:"alive"` // false: the process should be started anew
@@ -106,7 +116,7 @@ type Health struct {
 
 // HealthCheck is one part of the platform.
 type HealthCheck struct {
-	Name   string        `json:"name"` // scheduler, engine, catalog, store, space, silo
+	Name   string        `json:"name"` // scheduler, engine, catalog, store, silo, nodes
 	OK     bool          `json:"ok"`
 	Detail string        `json:"detail"`
 	Took   time.Duration `json:"took"`

@@ -163,7 +163,8 @@ func (a *attendance) close(ctx context.Context, err error) (Attendance, error) {
 	if a.doneAt.IsZero() {
 		a.doneAt = time.Now()
 	}
-	out := Attendance{Phases: a.phases(), Garbage: a.garbage, Screen: a.photograph(ctx)}
+	a.watch.measure(context.WithoutCancel(ctx), time.Now())
+	out := Attendance{Phases: a.phases(), Garbage: a.garbage, Waited: a.watch.meter.waited(), Screen: a.photograph(ctx)}
 	out.Hello, out.Status = a.hello, a.status
 	if a.hello != nil {
 		out.BootID = a.hello.BootID

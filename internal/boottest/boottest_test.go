@@ -595,6 +595,76 @@ func TestWhatIsOurFaultIsInconclusive(t *testing.T) {
 	})
 }
 
+// starved is a guest that waits for a processor for a part of the time.
+func starved(share float64, g sim.Guest) sim.Guest {
+	return sim.GuestFunc(func(ctx context.Context, c *sim.Computer) sim.End {
+		began, waited := time.Now(), time.Duration(0)
+		tick := time.NewTicker(time.Second)
+		defer tick.Stop()
+		inner, cancel := context.WithCancel(ctx)
+		done := make(chan sim.End, 1)
+		go func() { done <- g.Run(inner, c) }()
+		defer cancel()
+		for {
+			select {
+			case end := <-done:
+				return end
+			case <-tick.C:
+				// A make-believe machine uses a processor all the time: it wants what it has and what it waits for.
+				due := time.Duration(float64(time.Since(began)) * share / (1 - share))
+				c.Starve(due - waited)
+				waited = due
+			}
+		}
+	})
+}
+
+func TestAHostThatLetsNoGuestRunCondemnsNone(t *testing.T) {
+	t.Parallel()
+	broken := func(int) probe.Status {
+		s := shopStatus
+		s.InitState, s.FailedUnits, s.Listening = "degraded", []string{"postgresql@15-main.service"}, s.Listening[:2]
+		return s
+	}
+	noBootable := mute("SeaBIOS (version 1.16.2)\r\nBooting from Hard Disk...\r\nNo bootable device.\r\n")
+	ill := inside{serial: healthySerial, status: broken}
+	for name, c := range map[string]struct {
+		guest   sim.Guest
+		waits   float64
+		outcome dr.Outcome
+		code    dr.Code
+		words   string
+	}{
+		"a service failed, and the host was busy":         {ill, 0.8, dr.Inconclusive, dr.CodeHostBusy, "waited 80 % of the time for a processor. Seen was service-failed: failed units"},
+		"a service failed, and the host was half busy":    {ill, 0.5, dr.Fail, dr.CodeServiceFailed, ""},
+		"it was silent, and the host was busy":            {mute(healthySerial), 0.8, dr.Inconclusive, dr.CodeHostBusy, "nothing has moved"},
+		"nothing boots from the disk, however busy it is": {noBootable, 0.9, dr.Fail, dr.CodeNoBootable, ""},
+		"it passed all the same":                          {inside{serial: healthySerial}, 0.9, dr.Pass, dr.CodeNone, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBench(t, starved(c.waits, c.guest))
+				want(t, b.run(t), c.outcome, c.code, c.words)
+				b.host.Close()
+			})
+		})
+	}
+}
+
+// One that slept, and had to wait for a processor whenever it woke, was not kept from anything.
+func TestAGuestThatSleptIsNotExcused(t *testing.T) {
+	t.Parallel()
+	now := time.Now()
+	asleep := meter{from: now, to: now.Add(100 * time.Second), last: vm.Usage{CPU: time.Second, Waited: 9 * time.Second}}
+	if share := asleep.waited(); share != 0.09 {
+		t.Errorf("it waited %v of the time", share)
+	}
+	many := meter{from: now, to: now.Add(100 * time.Second), last: vm.Usage{CPU: 100 * time.Second, Waited: 300 * time.Second}}
+	if share := many.waited(); share != 0.75 {
+		t.Errorf("four processors that shared one waited %v of the time", share)
+	}
+}
+
 // deaf is a hypervisor whose machines' ports cannot be connected.
 type deaf struct{ *sim.Hypervisor }
 

@@ -20,7 +20,8 @@
 //
 // What the guest did or did not do is a result with a code, and FAIL; what our side could not do is Unheld, and the verdict
 // INCONCLUSIVE. While the guest starts, one goroutine watches its serial log, its state and its disks, and ends the test
-// as soon as the reason is known: see symptoms.
+// as soon as the reason is known: see symptoms. A host that hardly let the guest run is to blame for nearly everything that did
+// not come up: see tooBusy.
 //
 // Knows: machines, the conversation with the test agent, what a healthy boot looks like.
 // Must not know: libvirt, the store, the catalog, who asked for the test.
@@ -85,6 +86,7 @@ type Attendance struct {
 	Hello   *probe.Hello     `json:"hello,omitempty"`
 	Status  *probe.Status    `json:"status,omitempty"` // of the stable machine
 	Garbage int64            `json:"garbage"`          // bytes on the agent's ports that were no answer
+	Waited  float64          `json:"waited"`           // part of the time, 0 to 1, in which the host kept the guest from a processor
 	Screen  []byte           `json:"-"`                // PNG, when it was decided; nil if there was no screen to photograph
 }
 

@@ -206,6 +206,7 @@ func (r Request) judge(a Attendance, err error) (dr.Verdict, error) {
 		if v.Outcome == dr.Pass && a.BootID == "" {
 			return dr.Verdict{}, fmt.Errorf("test %s: it passed without an answer to its challenge", r.VerdictID)
 		}
+		excuse(&v, a.Waited)
 	}
 	return v, nil
 }

@@ -42,6 +42,7 @@ type watch struct {
 	moved    time.Time // when something moved last
 	seen     map[[sha256.Size]byte]bool
 	reads    int64
+	meter    meter
 
 	mu       sync.Mutex
 	talk     *probe.Conversation
@@ -74,6 +75,7 @@ func (w *watch) greet() {
 func (w *watch) run(ctx context.Context, end context.CancelCauseFunc) {
 	w.suspect, w.moved, w.seen = -1, time.Now(), map[[sha256.Size]byte]bool{}
 	defer w.console.close()
+	w.measure(ctx, w.moved)
 	tick := time.NewTicker(pollEvery)
 	defer tick.Stop()
 	var lastState, lastStall time.Time
@@ -88,6 +90,7 @@ func (w *watch) run(ctx context.Context, end context.CancelCauseFunc) {
 		}
 		if err == nil && now.Sub(lastStall) >= min(stallEvery, w.limits.Stall/3) {
 			lastStall = now
+			w.measure(ctx, now)
 			err = w.stall(ctx, now)
 		}
 		if err == nil {
@@ -268,6 +271,15 @@ func (w *watch) stopped(why string, now time.Time) error {
 	return nil
 }
 
+// measure looks at what the machine has used.
+func (w *watch) measure(ctx context.Context, now time.Time) {
+	limited, cancel := context.WithTimeout(ctx, callLimit)
+	defer cancel()
+	if usage, ok := w.meter.read(limited, w.machine, now); ok && usage.ReadBytes != w.reads {
+		w.reads, w.moved = usage.ReadBytes, now
+	}
+}
+
 // stall ends the wait for a guest in which nothing moves any more: no output, no disk read, no picture that was not
 // seen before (a cursor blinks).
 func (w *watch) stall(ctx context.Context, now time.Time) error {
@@ -279,9 +291,6 @@ func (w *watch) stall(ctx context.Context, now time.Time) error {
 	}
 	limited, cancel := context.WithTimeout(ctx, callLimit)
 	defer cancel()
-	if usage, err := w.machine.Usage(limited); err == nil && usage.ReadBytes != w.reads {
-		w.reads, w.moved = usage.ReadBytes, now
-	}
 	if w.photograph(limited) {
 		w.moved = now
 	}

@@ -36,14 +36,20 @@ func (t *tx) addEvent(e dr.Event) error {
 }
 
 // AddEventOnce is AddEvent of what is told until it is heard: if the server has an event of that kind and subject, it does
-// nothing.
+// nothing. What is of no server may happen to its subject again: there the time has to be the same too.
 func (c *Catalog) AddEventOnce(ctx context.Context, e dr.Event) error {
 	return c.write(ctx, "add event "+e.Kind, func(t *tx) error {
-		id, err := anyServerID(t.ctx, t, e.Server)
-		if err != nil {
-			return err
+		q := t.NewSelect().Model((*eventRow)(nil)).Where("kind = ? AND subject = ?", e.Kind, e.Subject)
+		if e.Server == "" {
+			q = q.Where("server_id = '' AND at = ?", stamp(e.At))
+		} else {
+			id, err := anyServerID(t.ctx, t, e.Server)
+			if err != nil {
+				return err
+			}
+			q = q.Where("server_id = ?", id)
 		}
-		known, err := t.NewSelect().Model((*eventRow)(nil)).Where("server_id = ? AND kind = ? AND subject = ?", id, e.Kind, e.Subject).Count(t.ctx)
+		known, err := q.Count(t.ctx)
 		if err != nil || known > 0 {
 			return err
 		}

@@ -36,6 +36,7 @@ const (
 	CodeNothingChecked   Code = "nothing-checked"
 	CodeNoCapacity       Code = "no-capacity"
 	CodeInfrastructure   Code = "infrastructure" // our side broke
+	CodeHostBusy         Code = "host-busy"      // what did not come up may have had no time to
 	CodePreRecoverFailed Code = "pre-recover-failed"
 )
 

@@ -247,15 +247,22 @@ func (l *Lab) openSilos(ctx context.Context, closes *[]func()) (master.SiloSet, 
 	}
 	hv := l.Host.Open()
 	*closes = append(*closes, func() { hv.Close() })
-	s, err := silo.Open(ctx, silo.Config{Name: l.home, Stores: own{l.Customers}, Tests: 1, Hypervisor: hv, Opener: tree.Opener{System: l.system}, Networks: l.networks,
-		Exporter: l.exports, GuestAgent: l.path("muster-guest"), Dir: l.path("silo"), Run: l.path("run"), SocketGID: -1, NewLayer: newLayer,
-		Flatten: flatten, Limits: boottest.Limits{Sample: 10 * time.Millisecond}})
+	config := silo.Config{Name: l.home, Stores: own{l.Customers}, Tests: 1, Networks: l.networks,
+		Exporter: l.exports, GuestAgent: l.path("muster-guest"), Dir: l.path("silo"), Run: l.path("run")}
+	Equip(&config, hv, l.system)
+	s, err := silo.Open(ctx, config)
 	if err != nil {
 		return nil, err
 	}
 	*closes = append(*closes, func() { s.Close() })
 	set[l.home] = faultySilo{s, l}
 	return set, nil
+}
+
+// Equip gives a silo make-believe machines, and images that all hold the same system.
+func Equip(c *silo.Config, hv *sim.Hypervisor, system *tree.System) {
+	c.Hypervisor, c.Opener, c.SocketGID = hv, tree.Opener{System: system}, -1
+	c.NewLayer, c.Flatten, c.Limits = newLayer, flatten, boottest.Limits{Sample: 10 * time.Millisecond}
 }
 
 // Crash ends the present process: whatever is under way ends where it is. Machines and exporters run on.

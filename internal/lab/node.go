@@ -11,8 +11,6 @@ import (
 	"time"
 
 	"github.com/musterdr/muster/internal/api"
-	"github.com/musterdr/muster/internal/boottest"
-	"github.com/musterdr/muster/internal/prerecover/tree"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/vm"
@@ -76,9 +74,10 @@ func (n *Node) open() error {
 	if n.Link != nil {
 		stores = n.Link.stores()
 	}
-	s, err := silo.Open(ctx, silo.Config{Name: n.Name, Stores: stores, Hypervisor: hv, Opener: tree.Opener{System: n.lab.system},
-		Networks: n.networks, Exporter: n.exports, GuestAgent: n.lab.path("muster-guest"), Dir: n.dir(), Run: n.lab.path("run-" + n.Name),
-		SocketGID: -1, NewLayer: newLayer, Flatten: flatten, Limits: boottest.Limits{Sample: 10 * time.Millisecond}, Clock: n.clock})
+	config := silo.Config{Name: n.Name, Stores: stores, Networks: n.networks, Exporter: n.exports, GuestAgent: n.lab.path("muster-guest"),
+		Dir: n.dir(), Run: n.lab.path("run-" + n.Name), Clock: n.clock}
+	Equip(&config, hv, n.lab.system)
+	s, err := silo.Open(ctx, config)
 	if err != nil {
 		cancel()
 		return errors.Join(err, st.Close(ctx))

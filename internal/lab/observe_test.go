@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -189,5 +190,36 @@ func TestACustomerIsMeteredForWhatItHad(t *testing.T) {
 	}
 	if _, err := l.Meter(ctx, "soon", ""); api.KindOf(err) != api.Invalid {
 		t.Errorf("a month that is none: %v", err)
+	}
+}
+
+func TestHowNodesStandAndWhatHappenedToThemIsTold(t *testing.T) {
+	t.Parallel()
+	l := New(t, Healthy)
+	now := time.Now()
+	l.Master.Nodes = func() ([]api.NodeFigures, error) {
+		return []api.NodeFigures{{Role: "silo", Name: "here", Connected: true, Expires: now.Add(100 * time.Hour)},
+			{Role: "appliance", Name: "gone", Customer: "acme", Expires: now.Add(time.Hour)}, {Role: "silo", Name: "out", Revoked: true}, {Role: "silo", Name: home, Connected: true, Expires: now}}, nil
+	}
+	h := l.Master.Health(ctx)
+	i := slices.IndexFunc(h.Checks, func(c api.HealthCheck) bool { return c.Name == "nodes" })
+	if i < 0 || !h.Checks[i].OK || !h.Ready {
+		t.Fatalf("%+v", h)
+	}
+	for _, want := range []string{"2 of 3 connected", "appliance gone is away and was never heard of", "certificate of gone ends in 1h", "silo out is revoked", "certificate of " + home + " has expired"} {
+		if !strings.Contains(h.Checks[i].Detail, want) {
+			t.Errorf("%q is not said in %q", want, h.Checks[i].Detail)
+		}
+	}
+	f, err := l.Master.Figures(ctx)
+	if err != nil || len(f.Nodes) != 4 || !f.Nodes[1].Seen.IsZero() || f.Nodes[3].Seen.IsZero() {
+		t.Errorf("%+v, %v", f.Nodes, err)
+	}
+	for range 2 { // a master that is started again tells it again
+		l.Master.Witness(ctx, now, "joined", "gone", "appliance gone of customer acme joined")
+	}
+	l.Master.Witness(ctx, now.Add(time.Minute), "joined", "gone", "appliance gone of customer acme joined")
+	if n := l.count(t, "node.joined"); n != 2 {
+		t.Errorf("%d events of two joins", n)
 	}
 }

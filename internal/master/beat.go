@@ -22,11 +22,14 @@ func (m *Master) beat(ctx context.Context) {
 	defer tick.Stop()
 	var under sync.WaitGroup
 	defer under.Wait()
-	for {
+	for last := time.Now(); ; last = time.Now() {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
+		}
+		if time.Since(last) > m.Lease/2 {
+			m.awake()
 		}
 		for _, name := range m.Silos.Names() {
 			under.Go(func() {
@@ -39,6 +42,13 @@ func (m *Master) beat(ctx context.Context) {
 		m.judge(ctx)
 		m.place(ctx)
 	}
+}
+
+// awake is called when this process stood still, or its host slept: that it heard of nobody meanwhile says nothing of them.
+func (m *Master) awake() {
+	m.farm.mu.Lock()
+	defer m.farm.mu.Unlock()
+	clear(m.farm.seen)
 }
 
 var errAsking = errors.New("it is being asked")

@@ -58,8 +58,11 @@ type Config struct {
 	Sites func(name string) (api.Site, error)
 	// Far makes sure that a snapshot, of which an appliance says that it was replicated, is in the far store. nil: the master looks there.
 	// An error of kind api.Refused is for good.
-	Far      func(ctx context.Context, server dr.Server, snapshot string) error
-	Silos    Silos
+	Far   func(ctx context.Context, server dr.Server, snapshot string) error
+	Silos Silos
+	// Nodes gives the appliances and silos elsewhere that were enrolled; what it does not know of when they were heard of the master adds. nil:
+	// nobody can be.
+	Nodes    func() ([]api.NodeFigures, error)
 	Home     string // the silo that is part of this process; "" none
 	Log      *slog.Logger
 	Version  string

@@ -72,7 +72,10 @@ func (m *Master) Figures(ctx context.Context) (api.Figures, error) {
 		return out, err
 	}
 	out.Since = counts(m.observed.tally)
-	out.Stores, err = m.spaceFigures(ctx)
+	if out.Stores, err = m.spaceFigures(ctx); err != nil {
+		return out, err
+	}
+	out.Nodes, err = m.nodes(ctx)
 	return out, err
 }
 
@@ -158,6 +161,9 @@ func (m *Master) Health(ctx context.Context) api.Health {
 	checks := []func(context.Context) api.HealthCheck{
 		timed("scheduler", m.checkScheduler), timed("engine", m.checkEngine), timed("catalog", m.checkCatalog),
 		timed("store", m.checkStore), timed("silo", m.checkSilo)}
+	if m.Nodes != nil {
+		checks = append(checks, timed("nodes", m.checkNodes))
+	}
 	h := api.Health{Alive: true, Ready: true, At: now, Checks: make([]api.HealthCheck, len(checks))}
 	var all sync.WaitGroup
 	for i, check := range checks {

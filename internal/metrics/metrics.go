@@ -5,7 +5,7 @@
 //	collector  asks an api.Observer at each scrape and forgets; nothing is counted here
 //
 // A name says what it is of, its unit last. Series are few: one of each name for the installation, by short closed lists of
-// kinds, and five for each server, of at most MaxServers servers.
+// kinds, five for each server, of at most MaxServers servers, and four for each node.
 //
 // Knows: Prometheus.
 // Must not know: where a figure comes from.
@@ -78,6 +78,7 @@ type collector struct {
 var (
 	one      = []string{}
 	byServer = []string{"server", "customer"}
+	byNode   = []string{"node", "role", "customer"}
 
 	buildInfo = desc("build_info", "Which release this is; always 1.", "version", "goversion")
 	up        = desc("up", "Whether the figures could be read; 0: the others of this scrape are missing.", one...)
@@ -118,7 +119,12 @@ var (
 	storeBytes = desc("store_size_bytes", "Bytes of everything in a store, by the customer whose far store it is, empty for the installation's own; measured every few minutes.", "customer")
 	storeFree  = desc("store_free_bytes", "Bytes free where a store lies. Missing where that is not known.", "customer")
 
-	healthy = desc("health", "1 if a part of the platform works, 0 if not: scheduler, engine, catalog, store, silo.", "check")
+	nodeConnected = desc("node_connected", "1 if an appliance or silo on another machine is connected, 0 if not.", byNode...)
+	nodeSeen      = desc("node_seen_age_seconds", "How long ago the node was last heard of. Missing if it never was.", byNode...)
+	nodeLeft      = desc("node_certificate_left_seconds", "For how long the node's certificate is still good; negative: it has expired. Missing while it has none.", byNode...)
+	nodeRevoked   = desc("node_revoked", "1 if the node is let in no more, 0 if it is.", byNode...)
+
+	healthy = desc("health", "1 if a part of the platform works, 0 if not: scheduler, engine, catalog, store, silo, nodes.", "check")
 	ready   = desc("ready", "1 if everything that protecting needs works.", one...)
 )
 
@@ -151,6 +157,7 @@ func (c collector) Collect(to chan<- prometheus.Metric) {
 	out.each(f)
 	out.work(f)
 	out.counts(f.Since)
+	out.nodes(f)
 	for _, st := range f.Stores {
 		out.gauge(storeBytes, float64(st.Bytes), st.Customer)
 		if st.Free >= 0 {
@@ -230,6 +237,20 @@ func (s sink) work(f api.Figures) {
 		s.gauge(tickets, float64(n), problem)
 	}
 	s.gauge(invocations, float64(f.Invocations))
+}
+
+// nodes says how each node stands. There are as many as a master has room for.
+func (s sink) nodes(f api.Figures) {
+	for _, n := range f.Nodes {
+		s.gauge(nodeConnected, number(n.Connected), n.Name, n.Role, n.Customer)
+		s.gauge(nodeRevoked, number(n.Revoked), n.Name, n.Role, n.Customer)
+		if !n.Seen.IsZero() {
+			s.gauge(nodeSeen, f.At.Sub(n.Seen).Seconds(), n.Name, n.Role, n.Customer)
+		}
+		if !n.Expires.IsZero() {
+			s.gauge(nodeLeft, n.Expires.Sub(f.At).Seconds(), n.Name, n.Role, n.Customer)
+		}
+	}
 }
 
 func (s sink) counts(c api.Counts) {

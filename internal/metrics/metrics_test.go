@@ -39,7 +39,9 @@ func full(n int) installation {
 			Snapshots:  map[dr.SnapshotKind]api.SnapshotCounts{dr.SnapshotImage: {N: 5, Read: 1000, Changed: 400, Sent: 200, New: 100, Stored: 50}},
 			Arrivals:   map[dr.SnapshotKind]api.ArrivalCounts{dr.SnapshotImage: {N: 2, Changed: 300, Sent: 60}, dr.SnapshotData: {N: 1, Changed: 100, Sent: 40}},
 			Promotions: 4, Expired: 2, Invocations: 1},
-		Stores: []api.StoreFigures{{At: now, Bytes: 1 << 30, Free: 1 << 40}, {Customer: "acme", At: now, Bytes: 1 << 20, Free: -1}}}
+		Stores: []api.StoreFigures{{At: now, Bytes: 1 << 30, Free: 1 << 40}, {Customer: "acme", At: now, Bytes: 1 << 20, Free: -1}},
+		Nodes: []api.NodeFigures{{Role: "silo", Name: "silo-1", Connected: true, Seen: now.Add(-5 * time.Second), Expires: now.Add(24 * time.Hour)},
+			{Role: "appliance", Name: "box", Customer: "acme", Seen: now.Add(-time.Hour), Expires: now.Add(-time.Minute)}, {Role: "silo", Name: "silo-2", Revoked: true}}}
 	for k := range n {
 		s := api.ServerFigures{Name: fmt.Sprintf("s%05d", k), Customer: "acme", Promised: dr.Objectives{RPO: 24 * time.Hour},
 			Created: now.Add(-90 * 24 * time.Hour), LKG: now.Add(-30 * time.Hour), Newest: now.Add(-time.Hour), Outcome: dr.Pass}
@@ -78,6 +80,24 @@ func TestFiguresAreWhatTheyAreOf(t *testing.T) {
 # HELP muster_capture_dedupe_ratio Of the bytes that changed since the process started, the part that the store had already, 0 to 1. Missing while nothing changed.
 # TYPE muster_capture_dedupe_ratio gauge
 muster_capture_dedupe_ratio 0.75
+# HELP muster_node_certificate_left_seconds For how long the node's certificate is still good; negative: it has expired. Missing while it has none.
+# TYPE muster_node_certificate_left_seconds gauge
+muster_node_certificate_left_seconds{customer="",node="silo-1",role="silo"} 86400
+muster_node_certificate_left_seconds{customer="acme",node="box",role="appliance"} -60
+# HELP muster_node_connected 1 if an appliance or silo on another machine is connected, 0 if not.
+# TYPE muster_node_connected gauge
+muster_node_connected{customer="",node="silo-1",role="silo"} 1
+muster_node_connected{customer="",node="silo-2",role="silo"} 0
+muster_node_connected{customer="acme",node="box",role="appliance"} 0
+# HELP muster_node_revoked 1 if the node is let in no more, 0 if it is.
+# TYPE muster_node_revoked gauge
+muster_node_revoked{customer="",node="silo-1",role="silo"} 0
+muster_node_revoked{customer="",node="silo-2",role="silo"} 1
+muster_node_revoked{customer="acme",node="box",role="appliance"} 0
+# HELP muster_node_seen_age_seconds How long ago the node was last heard of. Missing if it never was.
+# TYPE muster_node_seen_age_seconds gauge
+muster_node_seen_age_seconds{customer="",node="silo-1",role="silo"} 5
+muster_node_seen_age_seconds{customer="acme",node="box",role="appliance"} 3600
 # HELP muster_oldest_lkg_age_seconds Age of the oldest last-known-good; a server without one counts from when it was added.
 # TYPE muster_oldest_lkg_age_seconds gauge
 muster_oldest_lkg_age_seconds 108000
@@ -108,6 +128,7 @@ muster_replicated_bytes_total{kind="image"} 60
 muster_transfer_ratio 0.25
 `
 	err := testutil.GatherAndCompare(registry(t, full(2)), strings.NewReader(want), "muster_capture_dedupe_ratio", "muster_oldest_lkg_age_seconds",
+		"muster_node_certificate_left_seconds", "muster_node_connected", "muster_node_revoked", "muster_node_seen_age_seconds",
 		"muster_server_has_lkg", "muster_server_lkg_age_seconds", "muster_server_rpo_lag_seconds", "muster_servers_behind_rpo", "muster_boot_tests_total",
 		"muster_replicated_bytes_total", "muster_transfer_ratio")
 	if err != nil {

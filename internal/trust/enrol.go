@@ -133,8 +133,7 @@ func (h *Hub) join(r *http.Request, in joinRequest) (granted, error) {
 		// Before the token is spent, so that a key that is not here spends none. A stranger learns nothing of keys: it has to
 		// be known to the book.
 		if err := h.authority.invited(in.Secret, public, who); err != nil {
-			h.log.WarnContext(r.Context(), "a node may not join", "node", who.String(), "address", address, "reason", err.Error())
-			return granted{}, err
+			return granted{}, h.mayNotJoin(r.Context(), in.Secret, who, address, err)
 		}
 		if out.CustomerKey, err = h.authority.CustomerKey(who.Customer); err != nil {
 			h.log.ErrorContext(r.Context(), "open the customer's key", "customer", who.Customer, "error", err)
@@ -143,12 +142,28 @@ func (h *Hub) join(r *http.Request, in joinRequest) (granted, error) {
 	}
 	cert, err := h.authority.redeem(in.Secret, public, who, func() (*x509.Certificate, error) { return h.authority.certify(who, public) })
 	if err != nil {
-		h.log.WarnContext(r.Context(), "a node may not join", "node", who.String(), "address", address, "reason", err.Error())
-		return granted{}, err
+		return granted{}, h.mayNotJoin(r.Context(), in.Secret, who, address, err)
 	}
 	h.log.InfoContext(r.Context(), "a node joined", "node", who.String(), "address", address, "serial", serialOf(cert))
 	out.Certificate = cert.Raw
 	return out, nil
+}
+
+// mayNotJoin tells why somebody may not join. For the record that is worth it if the token is one of the book's: strangers write nothing there.
+func (h *Hub) mayNotJoin(ctx context.Context, secret []byte, who Peer, address string, why error) error {
+	h.log.WarnContext(ctx, "a node may not join", "node", who.String(), "address", address, "reason", why.Error())
+	b, err := h.authority.book()
+	if err != nil {
+		return why
+	}
+	hash := digest(secret)
+	var no *Refusal
+	for _, e := range b.Nodes {
+		if errors.As(why, &no) && e.Invitation != nil && e.Invitation.Hash == hash {
+			h.refused(e.peer(), fmt.Sprintf("somebody at %s may not join as %s: %s", address, e.peer(), no.Reason))
+		}
+	}
+	return why
 }
 
 func (h *Hub) renew(r *http.Request, in renewRequest) (granted, error) {

@@ -18,6 +18,10 @@ import (
 
 // Hub is the master's end of the lines of all its nodes. Its methods may be called from many goroutines.
 type Hub struct {
+	// Tell, if it is set before Serve, is told what happens to nodes; what the book says of them again after each start, with the time at
+	// which it happened. Connections wait for it.
+	Tell func(Happening)
+
 	authority *Authority
 	log       *slog.Logger
 	timing    timing
@@ -29,6 +33,7 @@ type Hub struct {
 	strangers map[string]int // by address: connections that have shown no good certificate (yet)
 	stranger  int            // all of them
 	links     map[nodeKey]*link
+	told      map[string]time.Time // refusals, by node and reason
 }
 
 // Limits of a hub.
@@ -41,7 +46,7 @@ const (
 
 // NewHub makes the hub of a master. Serve sets it going.
 func NewHub(a *Authority, log *slog.Logger) *Hub {
-	return &Hub{authority: a, log: log, timing: patient, conns: map[*conn]struct{}{}, perNode: map[string]int{}, strangers: map[string]int{}, links: map[nodeKey]*link{}}
+	return &Hub{authority: a, log: log, timing: patient, conns: map[*conn]struct{}{}, perNode: map[string]int{}, strangers: map[string]int{}, links: map[nodeKey]*link{}, told: map[string]time.Time{}}
 }
 
 // Serve lets nodes in until the context ends. Requests whose path begins with one of the prefixes go to its handler, which
@@ -214,20 +219,27 @@ func (h *Hub) who(state tls.ConnectionState) (*Peer, time.Time, error) {
 	}
 	cert, now := state.PeerCertificates[0], h.authority.now()
 	peer, err := verify(h.authority.signer.cert, cert, x509.ExtKeyUsageClientAuth, now)
+	ours := err == nil || errors.Is(err, errTime)
 	hint := clockHint(cert.NotBefore, cert.NotAfter, now)
+	var joined time.Time
 	switch {
+	case err == nil:
+		joined, err = h.authority.admit(peer, cert.NotBefore.Add(backdate))
 	case errors.Is(err, errTime) && now.Before(cert.NotBefore):
 		err = refuse("the certificate of %s is not valid yet by the master's clock: %s there; set the master's clock", peer, hint)
 	case errors.Is(err, errTime):
 		err = refuse("the certificate of %s has expired: %s by the master's clock; if that is right, enrol the node again ('muster master enrol') and join with the new token", peer, hint)
-	case err != nil:
+	default:
 		err = refuse("the certificate is not of this master's authority: ask for a token ('muster master enrol') and join (%v)", err)
+	}
+	var no *Refusal
+	if ours && errors.As(err, &no) {
+		h.refused(peer, no.Reason)
 	}
 	if err != nil {
 		return nil, time.Time{}, err
 	}
-	joined, err := h.authority.admit(peer, cert.NotBefore.Add(backdate))
-	return &peer, joined, err
+	return &peer, joined, nil
 }
 
 // stays says why a node that was let in has to go, nil if it may stay.
@@ -291,8 +303,9 @@ func (h *Hub) watch(ctx context.Context) {
 			h.log.ErrorContext(ctx, "read the book of nodes", "error", err)
 		}
 		if err == nil && b != last {
-			last = b
 			h.cutRefused(b)
+			h.tell(b.changes(last)...)
+			last = b
 		}
 	}
 }

@@ -58,6 +58,7 @@ type testMaster struct {
 	timing  timing
 	hub     *Hub
 	wire    func(net.Listener) net.Listener // what is between the port and the hub, nil for nothing
+	tell    func(Happening)
 	long    atomic.Pointer[func(http.ResponseWriter, *http.Request)]
 	stop    func()
 }
@@ -111,7 +112,7 @@ func (m *testMaster) start() {
 		listener = m.wire(listener)
 	}
 	m.hub = NewHub(a, quiet)
-	m.hub.timing = m.timing
+	m.hub.timing, m.hub.Tell = m.timing, m.tell
 	ctx, cancel := context.WithCancel(context.Background())
 	var work sync.WaitGroup
 	work.Go(func() {

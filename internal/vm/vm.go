@@ -151,8 +151,11 @@ type Channel interface {
 
 // Usage is what a machine has used.
 type Usage struct {
-	CPU        time.Duration // processor time of the emulator, virtual CPUs and all else
-	ReadBytes  int64         // from its disks
+	CPU time.Duration // processor time of the emulator, virtual CPUs and all else
+	// Waited is how long its virtual CPUs, all together, were ready to run while the host ran something else: what a guest calls
+	// stolen time. 0 where the host does not tell.
+	Waited     time.Duration
+	ReadBytes  int64 // from its disks
 	WriteBytes int64
 	ReadOps    int64
 }

@@ -72,6 +72,7 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 		"a silo that is heard of keeps its leases":                          leaseRenewed,
 		"grants at once do not overcommit memory":                           grantsAtOnce,
 		"deltas are known where they are held":                              deltasHeld,
+		"what is told again is written down once":                           toldAgain,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -232,3 +232,19 @@ func deltasHeld(w *world) {
 		w.t.Errorf("deltas of an expired snapshot: %v, %v", where, err)
 	}
 }
+
+func toldAgain(w *world) {
+	joined := dr.Event{Kind: "node.joined", Subject: "box", At: epoch, Message: "appliance box joined"}
+	later := joined
+	later.At = epoch.Add(time.Nanosecond)
+	other := joined
+	other.Subject = "silo"
+	for _, e := range []dr.Event{joined, other, joined, later, later} {
+		w.must(w.AddEventOnce(w.ctx, e))
+	}
+	events, err := w.Events(w.ctx, 0, 0, "")
+	w.must(err)
+	if len(events) != 3 || events[0].Subject != "box" || events[1].Subject != "silo" || !events[2].At.Equal(later.At) {
+		w.t.Errorf("written down are %+v", events)
+	}
+}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"testing"
 	"time"
 
@@ -38,13 +39,34 @@ func open(t *testing.T) vm.Hypervisor {
 
 func rig() vmtest.Rig {
 	return vmtest.Rig{
-		Open: open, Layer: overlay, Sector: sector, Echo: []dr.GuestPort{dr.PortISA}, Patience: 20 * time.Second,
+		Open: open, Layer: overlay, Sector: sector, Crowd: crowd, Echo: []dr.GuestPort{dr.PortISA}, Patience: 20 * time.Second,
 	}
 }
 
 func TestLibvirtKeepsThePromises(t *testing.T) {
 	real(t)
 	vmtest.Run(t, rig())
+}
+
+// crowd has four busy loops a processor.
+func crowd(t *testing.T) (end func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	var all []*exec.Cmd
+	end = func() {
+		cancel()
+		for _, c := range all {
+			_ = c.Wait()
+		}
+	}
+	for range 4 * runtime.NumCPU() {
+		c := exec.CommandContext(ctx, "sh", "-c", "while :; do :; done")
+		if err := c.Start(); err != nil {
+			end()
+			t.Fatal(err)
+		}
+		all = append(all, c)
+	}
+	return end
 }
 
 // overlay makes a qcow2 layer.

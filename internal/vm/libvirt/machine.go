@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -153,10 +154,32 @@ func (m *machine) Usage(ctx context.Context) (vm.Usage, error) {
 	if err == nil && m.tag.NVMe {
 		ops, read, written, err = m.askQEMU(ctx)
 	}
+	var waited time.Duration
+	if err == nil {
+		waited, err = m.waited(ctx)
+	}
 	if err != nil {
 		return u, fmt.Errorf("measure %s: %w", m.dom.Name, err)
 	}
-	return vm.Usage{CPU: time.Duration(nanoseconds), ReadOps: ops, ReadBytes: read, WriteBytes: written}, nil
+	return vm.Usage{CPU: time.Duration(nanoseconds), Waited: waited, ReadOps: ops, ReadBytes: read, WriteBytes: written}, nil
+}
+
+// waited adds up how long the threads of the virtual CPUs stood in the host's run queues. libvirt reads it from the kernel's
+// /proc/PID/task/TID/schedstat. Where QEMU emulates all processors in one thread it tells nothing.
+func (m *machine) waited(ctx context.Context) (sum time.Duration, err error) {
+	var records []libvirt.DomainStatsRecord
+	err = m.h.conn.ask(ctx, func(l *libvirt.Libvirt) (err error) {
+		records, err = l.ConnectGetAllDomainStats([]libvirt.Domain{m.dom}, uint32(libvirt.DomainStatsVCPU), 0)
+		return err
+	})
+	for _, r := range records {
+		for _, p := range r.Params {
+			if nanoseconds, ok := p.Value.I.(uint64); ok && strings.HasSuffix(p.Field, libvirt.DomainStatsVCPUSuffixDelay) {
+				sum += time.Duration(nanoseconds)
+			}
+		}
+	}
+	return sum, err
 }
 
 // askQEMU asks QEMU itself about disks that libvirt does not know.

@@ -82,6 +82,13 @@ func (c *Computer) Pause(ctx context.Context, reason string) {
 	}
 }
 
+// Starve has the guest want a processor for so long and the host give it none, for Usage. No time passes.
+func (c *Computer) Starve(d time.Duration) {
+	c.m.mu.Lock()
+	defer c.m.mu.Unlock()
+	c.m.usage.Waited += d
+}
+
 // Die ends the machine as if the emulator had crashed: it is gone from the host and its handles say Crashed. Run must
 // return after it.
 func (c *Computer) Die() { c.m.set(vm.Crashed, "the emulator died") }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -28,9 +29,13 @@ func TestSimKeepsThePromises(t *testing.T) {
 		}
 	})
 	vmtest.Run(t, vmtest.Rig{
-		Open:     func(*testing.T) vm.Hypervisor { return host.Open() },
-		Layer:    rawCopy,
-		Sector:   rawSector,
+		Open:   func(*testing.T) vm.Hypervisor { return host.Open() },
+		Layer:  rawCopy,
+		Sector: rawSector,
+		Crowd: func(*testing.T) func() {
+			busy.Store(true)
+			return func() { busy.Store(false) }
+		},
 		Echo:     []dr.GuestPort{dr.PortISA, dr.PortVirtio},
 		Patience: 10 * time.Second,
 	})
@@ -113,6 +118,9 @@ func TestAGuestPausesWithItsReason(t *testing.T) {
 	}
 }
 
+// busy is whether the make-believe host has no time for guests.
+var busy atomic.Bool
+
 // tiny imitates vmtest's guest.
 type tiny struct{}
 
@@ -152,6 +160,9 @@ func (tiny) Run(ctx context.Context, c *sim.Computer) sim.End {
 		case letter := <-letters:
 			if letter == 'I' {
 				button = nil
+			}
+			if busy.Load() {
+				c.Starve(time.Minute)
 			}
 			_, _ = isa.Write([]byte{letter})
 			switch letter {

@@ -338,6 +338,22 @@ func usage(t *testing.T, s *stage) {
 	t.Logf("usage %+v", u)
 }
 
+func crowded(t *testing.T, s *stage) {
+	end := s.Crowd(t)
+	defer end()
+	m := s.start(t, s.Spec(t))
+	s.tell(t, m, "D")
+	s.says(t, m, "tiny: read", 1)
+	u, err := m.Usage(s.ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("usage %+v", u)
+	if u.Waited < u.CPU/10 {
+		t.Errorf("on a crowded host it used a processor for %s and waited for one for %s", u.CPU, u.Waited)
+	}
+}
+
 func gone(t *testing.T, s *stage) {
 	m := s.start(t, s.Spec(t))
 	if err := m.Destroy(s.ctx); err != nil {

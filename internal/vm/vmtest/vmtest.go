@@ -43,6 +43,8 @@ type Rig struct {
 	Layer func(t *testing.T, path string, below vm.Layer) vm.Layer
 	// Sector reads a sector through a top layer.
 	Sector func(t *testing.T, top vm.Layer, n int64) []byte
+	// Crowd keeps the host's processors busy with other things until end is called.
+	Crowd func(t *testing.T) (end func())
 	// Echo are the ports on which the guest sends back what it gets.
 	Echo []dr.GuestPort
 	// Patience is how long a guest may take to do anything.
@@ -73,6 +75,7 @@ func Run(t *testing.T, rig Rig) {
 		{"a machine that was started paused runs when it is resumed", resumes},
 		{"a machine larger than the host is refused", tooLarge},
 		{"what a machine has used grows", usage},
+		{"that the host had no time for a machine is told", crowded},
 		{"a machine that is gone says so", gone},
 	} {
 		t.Run(promise.name, func(t *testing.T) {
