@@ -25,8 +25,12 @@ const tidyEvery = 10 * time.Minute
 // sweepAge is how old something must be that no blob belongs to before Collect removes it.
 const sweepAge = time.Hour
 
-// immediateStep is how far the store's clock is put forward for an immediate collection.
-const immediateStep = 2 * time.Second
+// settled is how old everything must be before an immediate collection: Kopia counts in seconds and dates a deletion after what it
+// deletes, and what was written just now would stay.
+const settled = 2 * time.Second
+
+// maxSettle is how long an immediate collection waits for that at most: deletions may be dated some seconds ahead.
+const maxSettle = 15 * time.Second
 
 // rewriteAge keeps an immediate collection from copying what it has just marked as deleted.
 const rewriteAge = time.Minute
@@ -154,18 +158,21 @@ func (s *Store) collect(ctx context.Context, opts CollectOptions, progress dr.Pr
 	if opts.Immediate {
 		safety = maintenance.SafetyNone
 		safety.RewriteMinAge = rewriteAge
-		// What was written by a store whose clock is ahead of the place's, as ours is after this, is nobody's either.
+		// What was written by a store whose clock is a little ahead of the place's is nobody's either.
 		safety.MinContentAgeSubjectToGC = math.MinInt64
 		release, err := s.lockAlone(lockPublish) // a record being put must not lose its blob
 		if err != nil {
 			return r, fmt.Errorf("%w: a record is being put", err)
 		}
 		defer release()
-		// Kopia counts in seconds and dates a deletion after what it deletes: what was written just now would stay.
-		s.raiseFloor(s.now().Add(immediateStep))
 	}
 	if err := s.rep.Refresh(ctx); err != nil {
 		return r, err
+	}
+	if opts.Immediate {
+		if err := s.settle(ctx); err != nil {
+			return r, err
+		}
 	}
 	entries, err := findManifests(ctx, s.rep, kindSnapshot, "")
 	if err != nil {
@@ -195,6 +202,32 @@ func (s *Store) collect(ctx context.Context, opts CollectOptions, progress dr.Pr
 	r.After, _, err = s.blobs(ctx)
 	progress.Report("collect", steps, steps, "steps")
 	return r, err
+}
+
+// settle waits until everything in the store is old enough for an immediate collection. The clock is not put forward instead: what
+// another process writes a moment later would be older than its deletion, and lost with it. So what is dated far ahead, because a clock was
+// wrong then or is now, is an error.
+func (s *Store) settle(ctx context.Context) error {
+	var newest time.Time
+	err := s.rep.ContentReader().IterateContents(ctx, content.IterateOptions{IncludeDeleted: true}, func(c content.Info) error {
+		if at := c.Timestamp(); at.After(newest) {
+			newest = at
+		}
+		return ctx.Err()
+	})
+	if err != nil {
+		return err
+	}
+	wait := time.Until(newest.Add(settled))
+	if wait > maxSettle {
+		return fmt.Errorf("the store holds what is dated %s ahead of this clock: set the clock, or wait so long", wait.Round(time.Second))
+	}
+	select {
+	case <-time.After(wait):
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
 }
 
 func maintain(ctx context.Context, rep repo.DirectRepository, mode maintenance.Mode, safety maintenance.SafetyParameters) error {
