@@ -72,6 +72,15 @@ func newAuthority(t testing.TB) (dir string) {
 	if err := Create(dir, Plan{Name: "hq", Listen: "127.0.0.1:0", Addresses: []string{"127.0.0.1:1"}, KeyFile: filepath.Join(base, "master.key")}); err != nil {
 		t.Fatal(err)
 	}
+	a, err := Open(dir, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, customer := range []string{"acme", "globex"} {
+		if _, err := a.MakeCustomerKey(customer); err != nil {
+			t.Fatal(err)
+		}
+	}
 	return dir
 }
 
@@ -81,11 +90,6 @@ func newMasterWith(t testing.TB, pace timing) *testMaster {
 	t.Helper()
 	m := &testMaster{t: t, dir: newAuthority(t), timing: pace}
 	m.start()
-	for _, customer := range []string{"acme", "globex"} {
-		if _, err := m.MakeCustomerKey(customer); err != nil {
-			t.Fatal(err)
-		}
-	}
 	t.Cleanup(func() { m.stop() })
 	return m
 }
