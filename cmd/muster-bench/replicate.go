@@ -123,6 +123,9 @@ func join(ctx context.Context, dir, address string) (node func() (*http.Client, 
 	if err != nil {
 		return nil, nil, err
 	}
+	if _, err := authority.MakeCustomerKey("bench"); err != nil {
+		return nil, nil, err
+	}
 	token, err := authority.Enrol(trust.Peer{Role: trust.Appliance, Customer: "bench", Name: "box"}, time.Hour, []string{address})
 	if err != nil {
 		return nil, nil, err
