@@ -260,6 +260,7 @@ func (p *platform) openNode(ctx context.Context, i install, set applianceSetting
 		return nil, fmt.Errorf("make work folder: %w", err)
 	}
 	browser := files.New(st, filesguestfs.Driver{Work: work, Cache: i.path("guestfs"), KVM: probeKVM(ctx) == ""}, i.Run)
+	browser.Host = "the appliance " + line.Peer().Name
 	p.onClose("files", browser.Close)
 	eng, err := engine.Open(ctx, engine.Config{DSN: i.path("engine.db"), Version: appliance.Shape, Logger: p.log})
 	if err != nil {
@@ -374,6 +375,11 @@ func printSite(out io.Writer, s api.SiteStatus) {
 	fmt.Fprintf(out, "master       %s; it last answered %s\n", tame(s.Link), ago(s.Heard))
 	fmt.Fprintf(out, "near store   %d snapshots, %s; %s free, %s of that are kept free\n", s.Hello.Snapshots, size(s.Hello.Used), size(max(s.Hello.Free, 0)), size(s.Reserve))
 	fmt.Fprintf(out, "sending      %s; %d snapshots are still to be sent\n", rateText(s.Rate), s.Hello.Owed)
+	if s.Files == "" {
+		fmt.Fprintln(out, "files        single files of its snapshots can be looked into")
+	} else {
+		fmt.Fprintf(out, "files        %s\n", tame(s.Files))
+	}
 	for _, p := range s.Hello.Problems {
 		fmt.Fprintf(out, "PROBLEM      %s, since %s: %s\n", tame(p.Title), when(p.Since), tame(p.Detail))
 	}

@@ -10,23 +10,20 @@ import (
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/doctor"
+	filesguestfs "github.com/musterdr/muster/internal/files/guestfs"
+	"github.com/musterdr/muster/internal/trust"
 	"github.com/musterdr/muster/internal/vm/libvirt"
 )
 
 func doctorCommand() *cobra.Command {
 	return &cobra.Command{Use: "doctor", Short: "Say what this host can do, what it lacks, and how to get it", Args: cobra.NoArgs,
-		Long: "Look at this host: hypervisor (KVM is tried by running a guest), firmware, libguestfs, space, clock. It needs no master. Exit code 5 if something needed is missing.",
+		Long: `Look at this host: hypervisor (KVM is tried by running a guest), firmware, libguestfs, space, clock. It needs no master. An appliance is asked for
+what an appliance needs, which is no hypervisor. Exit code 5 if something needed is missing.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			i := installation(cmd)
-			set, err := i.settings()
+			findings, err := installation(cmd).examine(cmd.Context())
 			if err != nil {
-				set = settings{Store: i.path("store")}
+				return err
 			}
-			hv, err := libvirt.Open(cmd.Context(), libvirt.Config{Socket: set.Libvirt, ProbeFile: probeFile(i)})
-			if err == nil {
-				defer hv.Close()
-			}
-			findings := diagnose(cmd.Context(), i, set, hv, err)
 			if wantJSON(cmd) {
 				if err := printJSON(cmd, findings); err != nil {
 					return err
@@ -41,6 +38,34 @@ func doctorCommand() *cobra.Command {
 			}
 			return nil
 		}}
+}
+
+// examine looks at this host with the eyes of whatever lives in the folder.
+func (i install) examine(ctx context.Context) ([]api.Finding, error) {
+	if i.isAppliance() {
+		set, err := i.applianceSettings()
+		if err != nil {
+			return nil, err
+		}
+		return doctor.Examine(ctx, doctor.Patient{Data: i.Dir, Store: set.nearStore().Path, Appliance: true, Files: filesguestfs.Driver{}.Ready, ProbeKVM: probeKVM}), nil
+	}
+	set, err := i.settings()
+	if err != nil {
+		set = settings{Store: i.path("store")}
+	}
+	hv, err := libvirt.Open(ctx, libvirt.Config{Socket: set.Libvirt, ProbeFile: probeFile(i)})
+	if err == nil {
+		defer hv.Close()
+	}
+	return diagnose(ctx, i, set, hv, err), nil
+}
+
+// isAppliance says whether the folder is that of an appliance alone, which need not have joined yet where its package made the folder.
+func (i install) isAppliance() bool {
+	if node, err := trust.OpenNode(i.nodeDir()); err == nil {
+		return node.Peer().Role == trust.Appliance
+	}
+	return i.Dir == roleDirs[trust.Appliance]
 }
 
 // probeFile is where the answer to whether KVM works is kept, if there is an installation to keep it in.

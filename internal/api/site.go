@@ -94,6 +94,7 @@ type SiteStatus struct {
 	Heard   time.Time   `json:"heard,omitzero"`    // when the master last answered
 	Reserve int64       `json:"reserve"`           // bytes that are kept free in the near store
 	Rate    int64       `json:"rate"`              // bytes a second that may be sent now; 0: no limit, negative: none
+	Files   string      `json:"files,omitempty"`   // why no image can be looked into for single files; "": it can
 	Working []Operation `json:"working,omitempty"` // runs that are not over
 }
 

@@ -229,6 +229,9 @@ func (n *Node) Status(ctx context.Context) (api.SiteStatus, error) {
 	}
 	n.mu.Unlock()
 	out.Hello = n.hello()
+	if err := n.Browser.Ready(); err != nil {
+		out.Files = err.Error()
+	}
 	for _, r := range runs {
 		out.Working = append(out.Working, operation(r))
 	}

@@ -26,6 +26,10 @@ type Patient struct {
 	AppArmor   []string // the rules QEMU needs where AppArmor confines it
 	// ProbeKVM runs a guest where the hypervisor could not be asked, and says why that did not work; "" if it did.
 	ProbeKVM func(context.Context) string
+
+	// Appliance: the host only captures, keeps and sends. It boots no machine, and Store is its near one.
+	Appliance bool
+	Files     func() error // why images cannot be looked into for single files now, in a sentence that says what to do; asked of an appliance
 }
 
 // The states of a finding.

@@ -95,6 +95,21 @@ func TestWhatIsMissingIsFoundWithTheCommandThatGivesIt(t *testing.T) {
 	}
 }
 
+// An appliance needs no hypervisor, and what is only needed for single files is no fault of it.
+func TestAnApplianceIsNotAskedForAHypervisor(t *testing.T) {
+	p := Patient{Appliance: true, Files: func() error { return nil }}
+	s := signs{Memory: gib, Available: gib / 2, CPUs: 2, Space: []volume{{"the near store", "/srv", 400 * gib, 300 * gib}}, ClockSynchronised: true}
+	for _, f := range judge(p, s) {
+		if f.State != ok {
+			t.Errorf("%+v", f)
+		}
+	}
+	p.Files = func() error { return errors.New("guestfish is not installed: apt-get install libguestfs-tools") }
+	if f := find(t, judge(p, s), "files"); f.State != warn || !strings.Contains(f.Detail, "apt-get install libguestfs-tools") {
+		t.Errorf("%+v", f)
+	}
+}
+
 func TestSignsAreReadFromTheKernelsOwnFiles(t *testing.T) {
 	root := t.TempDir()
 	for name, content := range map[string]string{

@@ -24,6 +24,9 @@ const (
 
 // judge says what the signs mean.
 func judge(p Patient, s signs) []api.Finding {
+	if p.Appliance {
+		return judgeAppliance(p, s)
+	}
 	out := []api.Finding{
 		judgeQEMU(s), judgeKVM(p, s), judgeLibvirt(p, s), judgeQEMUImg(s), judgeGuestfs(s), judgeKernel(s), judgeUEFI(p, s),
 		judgeAppArmor(p, s), judgeFolders(p, s), judgeMemory(s), judgeCPU(s),
@@ -32,6 +35,23 @@ func judge(p Patient, s signs) []api.Finding {
 		out = append(out, judgeSpace(v))
 	}
 	return append(out, judgeClock(s), judgeTracking(s))
+}
+
+// judgeAppliance: what a host needs that only captures, keeps and sends. An emulator is there for single files alone, if at all.
+func judgeAppliance(p Patient, s signs) []api.Finding {
+	files := api.Finding{Name: "files", State: ok, Detail: "single files of images can be looked into"}
+	if err := p.Files(); err != nil {
+		files.State, files.Detail = warn, "single files of images cannot be looked into: "+err.Error()
+	}
+	out := []api.Finding{files}
+	if s.QEMU != "" {
+		out = append(out, judgeKVM(p, s))
+	}
+	out = append(out, api.Finding{Name: "memory", State: ok, Detail: fmt.Sprintf("%s, %s of it available", size(s.Memory), size(s.Available))}, judgeCPU(s))
+	for _, v := range s.Space {
+		out = append(out, judgeSpace(v))
+	}
+	return append(out, judgeClock(s))
 }
 
 func judgeQEMU(s signs) api.Finding {

@@ -86,7 +86,11 @@ func look(ctx context.Context, root string, p Patient) signs {
 	s.CPUModel, s.Virtualisation = processor(text(at("proc/cpuinfo")))
 	s.Memory, s.Available = memory(text(at("proc/meminfo")))
 	s.Space = append(s.Space, space("the data folder", p.Data))
-	if p.Store != "" {
+	switch {
+	case p.Store == "":
+	case p.Appliance:
+		s.Space = append(s.Space, space("the near store", p.Store))
+	default:
 		s.Space = append(s.Space, space("the store", p.Store))
 	}
 	var clock unix.Timex

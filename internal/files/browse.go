@@ -1,6 +1,7 @@
 package files
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -27,6 +28,7 @@ type Browser struct {
 	Store  *store.Store
 	Opener Opener // of images; nil: only file sets can be browsed
 	Run    string // folder for sockets, short
+	Host   string // what this host is called by those who ask from elsewhere; "": nothing
 
 	slot   chan struct{} // held by whoever uses warm
 	warm   *guest        // open, and used by nobody
@@ -36,6 +38,19 @@ type Browser struct {
 // New gives a browser. Close it.
 func New(st *store.Store, opener Opener, run string) *Browser {
 	return &Browser{Store: st, Opener: opener, Run: run, slot: make(chan struct{}, 1)}
+}
+
+// Ready says why no image can be opened on this host now, and what to do, or nil. Data that is captured file by file, and images that have been
+// looked into, are listed all the same.
+func (b *Browser) Ready() error {
+	host := cmp.Or(b.Host, "this installation")
+	if b.Opener == nil {
+		return fmt.Errorf("%s opens no images", host)
+	}
+	if err := b.Opener.Ready(); err != nil {
+		return fmt.Errorf("%s cannot open images now: %w", host, err)
+	}
+	return nil
 }
 
 // Item is an entry of a snapshot.
@@ -169,9 +184,6 @@ func each2(ctx context.Context, f *store.Files, each func(*Item) error) error {
 func (b *Browser) ensure(ctx context.Context, snap dr.Snapshot) error {
 	if b.indexed(ctx, snap.ID) {
 		return nil
-	}
-	if b.Opener == nil {
-		return api.Errorf(api.Unavailable, "look into %s: this installation cannot open images", snap.ID)
 	}
 	return b.makeIndex(ctx, snap)
 }

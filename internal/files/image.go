@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/fileset"
 	"github.com/musterdr/muster/internal/image"
@@ -18,6 +19,8 @@ import (
 
 // Opener opens the disks of an image. Nothing is ever written to them.
 type Opener interface {
+	// Ready says what this host lacks now for images to be opened, in a sentence that says what to do, or nil.
+	Ready() error
 	Open(ctx context.Context, disks []Disk) (Guest, error)
 }
 
@@ -73,6 +76,9 @@ func (g *guest) close() {
 
 // launch opens the disks of an image for a guest.
 func (b *Browser) launch(ctx context.Context, snap dr.Snapshot) (g *guest, err error) {
+	if err := b.Ready(); err != nil {
+		return nil, api.Errorf(api.Unavailable, "look into the image %s: %w", snap.ID, err)
+	}
 	g = &guest{snapshot: snap.ID}
 	defer func() {
 		if err != nil {

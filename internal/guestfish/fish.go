@@ -40,7 +40,7 @@ type Fish struct {
 func start(env []string, dir string) (*Fish, error) {
 	path, err := exec.LookPath("guestfish")
 	if err != nil {
-		return nil, fmt.Errorf("start libguestfs: guestfish is not installed: apt-get install libguestfs-tools")
+		return nil, fmt.Errorf("start libguestfs: %w", err)
 	}
 	cmd := exec.Command(path)
 	cmd.Env = env

@@ -37,7 +37,7 @@ type Driver struct {
 
 // Limits of a guest.
 const (
-	openLimit  = 5 * time.Minute // until the appliance runs
+	openLimit  = 10 * time.Minute // until the appliance runs; the first has to be made, and emulated where there is no KVM
 	stepLimit  = 10 * time.Minute
 	walkLimit  = 2 * time.Hour
 	readLimit  = 12 * time.Hour // of one file or folder
@@ -53,6 +53,9 @@ type guest struct {
 	own  []string // where the others are mounted, in the order of names
 	at   []string // what they are called
 }
+
+// Ready implements files.Opener.
+func (d Driver) Ready() error { return guestfish.Ready() }
 
 // Open implements files.Opener.
 func (d Driver) Open(ctx context.Context, disks []files.Disk) (files.Guest, error) {
