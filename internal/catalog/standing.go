@@ -224,24 +224,5 @@ const planBatch = 500
 
 // planAll plans the servers that were recorded by a release that did not.
 func (c *Catalog) planAll(ctx context.Context) error {
-	for {
-		var rows []serverRow
-		if err := c.db.NewSelect().Model(&rows).Column("id").Where("due = -1").Limit(planBatch).Scan(ctx); err != nil {
-			return err
-		}
-		if len(rows) == 0 {
-			return nil
-		}
-		err := c.write(ctx, "plan servers", func(t *tx) error {
-			for _, row := range rows {
-				if err := t.plan(row.ID); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-	}
+	return c.catchUp(ctx, "plan servers", "due = -1", planBatch, (*tx).plan)
 }
