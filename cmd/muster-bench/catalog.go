@@ -325,6 +325,10 @@ func (f fleet) tick(ctx context.Context, m *master.Master) []question {
 			due, err := m.Catalog.Due(ctx, f.now, nil)
 			return len(due), err
 		}},
+		{"tests to be held again", func() (int, error) {
+			again, err := m.Catalog.Retests(ctx, f.now)
+			return len(again), err
+		}},
 		{"tests overdue", func() (int, error) {
 			late, err := m.Catalog.TestsOverdue(ctx, f.now, master.DefaultGrace)
 			return len(late), err

@@ -149,9 +149,16 @@ func (t *template) night(ctx context.Context, c *catalog.Catalog, n, nights int,
 	if err := c.RecordSnapshot(ctx, s); err != nil {
 		return err
 	}
-	if untested := t.untested && n == nights-1; untested || t.tier != "" && s.Kind != dr.SnapshotData { // which is tested with the data
-		return nil
+	if untested := t.untested && n == nights-1; !untested && (t.tier == "" || s.Kind == dr.SnapshotData) { // an image is tested with the data
+		if err := t.test(ctx, c, s, n, nights, at); err != nil {
+			return err
+		}
 	}
+	return t.retire(ctx, c, n)
+}
+
+// test makes the nth snapshot a rescue image and boots it.
+func (t *template) test(ctx context.Context, c *catalog.Catalog, s dr.Snapshot, n, nights int, at *time.Time) error {
 	*at = at.Add(2 * time.Minute)
 	pre := t.preRecovery(s)
 	if err := c.RecordPreRecovery(ctx, pre); err != nil {
@@ -171,13 +178,19 @@ func (t *template) night(ctx context.Context, c *catalog.Catalog, n, nights int,
 	if err != nil {
 		return err
 	}
-	if judged.Moved {
-		for _, silo := range []string{"silo-0", "silo-1"} {
-			if err := c.RecordDeltas(ctx, pre.ID, s.ID, silo, deltasDigest); err != nil {
-				return err
-			}
+	if !judged.Moved {
+		return nil
+	}
+	for _, silo := range []string{"silo-0", "silo-1"} {
+		if err := c.RecordDeltas(ctx, pre.ID, s.ID, silo, deltasDigest); err != nil {
+			return err
 		}
 	}
+	return nil
+}
+
+// retire lets go what is not kept any longer after the nth night.
+func (t *template) retire(ctx context.Context, c *catalog.Catalog, n int) error {
 	old := n - retained
 	if old < 0 || t.tier != "" && t.kept[old].Kind != dr.SnapshotData {
 		return nil

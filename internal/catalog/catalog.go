@@ -174,6 +174,7 @@ type (
 		LastAt        int64
 		NewestAt      int64
 		Due           int64
+		Retest        int64 // when the inconclusive test of the newest snapshot is to be held again; 0: not
 		Booked        int64 // 1: its history is in its books
 	}
 	snapshotRow struct {

@@ -545,4 +545,3 @@ func (m *Master) watchServer(ctx context.Context, s dr.Server, now time.Time) er
 }
 
 // Files gives what people ask of what is in snapshots: each server's appliance answers for it.
-func (m *Master) Files(own api.Files) api.Files { return sitesFiles{m, own} }
