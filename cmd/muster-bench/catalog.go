@@ -393,6 +393,15 @@ func (f fleet) rare(ctx context.Context, m *master.Master) []question {
 	}
 	return []question{
 		{"deltas that few hold", func() (int, error) { list, err := m.Catalog.Thin(ctx); return len(list), err }},
+		{"what appliances bring", func() (int, error) {
+			for n, after := 0, ""; ; {
+				page, err := m.Catalog.Expected(ctx, after)
+				if n += len(page); err != nil || len(page) < catalog.MaxList {
+					return n, err
+				}
+				after = page[len(page)-1].Server.ID
+			}
+		}},
 		{"figures", func() (int, error) { list, err := m.Figures(ctx); return len(list.Servers), err }},
 		{"meter of this month", month(0)},
 		{"meter of the last", month(1)},

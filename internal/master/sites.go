@@ -483,20 +483,10 @@ func (m *Master) watchSites(ctx context.Context) {
 	if !watch {
 		return
 	}
-	servers, err := m.Catalog.Servers(ctx)
+	wanted, err := m.watchServers(ctx, now)
 	if err != nil {
 		m.Log.ErrorContext(ctx, "look for missing snapshots", "error", err)
 		return
-	}
-	wanted := map[string][]string{}
-	for _, s := range servers {
-		if s.Appliance == "" {
-			continue
-		}
-		wanted[s.Appliance] = append(wanted[s.Appliance], s.Name)
-		if err := m.watchServer(ctx, s, now); err != nil {
-			m.Log.ErrorContext(ctx, "look for missing snapshots", "server", s.Name, "error", err)
-		}
 	}
 	for name, its := range wanted {
 		last := seen[name].Seen
@@ -520,27 +510,42 @@ func lastHeard(at time.Time) string {
 	return "at " + at.UTC().Format(time.RFC3339)
 }
 
-func (m *Master) watchServer(ctx context.Context, s dr.Server, now time.Time) error {
-	all, err := m.Catalog.Snapshots(ctx, s.ID)
-	if err != nil {
-		return err
-	}
-	var arrived []dr.Snapshot
-	for _, r := range slices.Backward(all) { // by the instant that they show: what arrives late is not the newest
-		if r.State != dr.Kept {
-			arrived = append(arrived, r.Snapshot)
+// watchServers looks at all servers whose snapshots appliances bring, and gives their names by appliance.
+func (m *Master) watchServers(ctx context.Context, now time.Time) (wanted map[string][]string, err error) {
+	wanted = map[string][]string{}
+	for after := ""; ; {
+		page, err := m.Catalog.Expected(ctx, after)
+		if err != nil {
+			return nil, err
 		}
+		for _, e := range page {
+			wanted[e.Server.Appliance] = append(wanted[e.Server.Appliance], e.Server.Name)
+			if err := m.watchServer(ctx, e, now); err != nil {
+				m.Log.ErrorContext(ctx, "look for missing snapshots", "server", e.Server.Name, "error", err)
+			}
+		}
+		if len(page) < catalog.MaxList {
+			return wanted, nil
+		}
+		after = page[len(page)-1].Server.ID
 	}
-	why := s.Late(dr.TakenOf(arrived), now)
+}
+
+func (m *Master) watchServer(ctx context.Context, e catalog.Expected, now time.Time) error {
+	s := e.Server
+	why := s.Late(e.Arrived, now)
 	key := "arrival/" + s.ID
 	switch {
 	case why == "":
 		m.told(key, false)
+		if !e.Missing {
+			return nil
+		}
 		return m.problemOver(ctx, s.ID, dr.ProblemArrival, "a snapshot arrived in time")
 	case m.told(key, true):
 		return nil
 	}
-	_, err = m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemArrival, "a snapshot that should have arrived did not", why+"; it comes from appliance "+s.Appliance, "", now)
+	_, err := m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemArrival, "a snapshot that should have arrived did not", why+"; it comes from appliance "+s.Appliance, "", now)
 	return err
 }
 
