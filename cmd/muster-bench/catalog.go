@@ -366,6 +366,14 @@ func (f fleet) others(ctx context.Context, m *master.Master, anyone func() strin
 		{"first page", func() (int, error) { list, err := m.Servers(ctx, "", 0); return len(list), err }},
 		{"operations", func() (int, error) { list, err := m.Operations(ctx); return len(list), err }},
 		{"snapshots of one", func() (int, error) { list, err := m.Snapshots(ctx, anyone()); return len(list), err }},
+		{"an appliance's hello", func() (int, error) {
+			s, err := m.Catalog.Server(ctx, anyone())
+			if err != nil || s.Appliance == "" {
+				return 0, err
+			}
+			w, err := m.Hello(ctx, s.Appliance, api.Hello{Clock: f.now})
+			return len(w.Servers), err
+		}},
 		{"one snapshot", func() (int, error) {
 			s, err := m.Catalog.Standing(ctx, anyone())
 			if err != nil || s.Newest == nil {

@@ -168,8 +168,8 @@ func (c *Catalog) Expected(ctx context.Context, after string) ([]Expected, error
 	const newest = `COALESCE((SELECT s.taken FROM snapshots AS s WHERE s.server_id = p.id AND s.kind = ? AND s.state <> 'kept' ORDER BY s.taken DESC LIMIT 1), 0)`
 	err := c.db.NewRaw(`SELECT p.data, `+newest+` AS image_at, `+newest+` AS data_at,
 			COALESCE((SELECT t.id FROM tickets AS t WHERE t.server_id = p.id AND t.closed = 0 AND t.problem = ? LIMIT 1), '') AS ticket
-		FROM servers AS p WHERE p.removed = 0 AND p.due = ? AND p.id > ? ORDER BY p.id LIMIT ?`,
-		dr.SnapshotImage, dr.SnapshotData, dr.ProblemArrival, neverDue, after, MaxList).Scan(ctx, &rows)
+		FROM servers AS p WHERE p.removed = 0 AND p.appliance <> '' AND p.id > ? ORDER BY p.id LIMIT ?`,
+		dr.SnapshotImage, dr.SnapshotData, dr.ProblemArrival, after, MaxList).Scan(ctx, &rows)
 	if err != nil {
 		return nil, fmt.Errorf("list what appliances bring: %w", err)
 	}
@@ -204,9 +204,6 @@ func (c *Catalog) Retested(ctx context.Context, s Standing) error {
 	})
 }
 
-// neverDue is when a snapshot of a server is due that the master does not take.
-const neverDue = math.MaxInt64
-
 // plan works out anew what is kept with a server: when its newest snapshots were taken, and when the next is due. Whatever
 // changes its definition or its snapshots calls it.
 func (t *tx) plan(serverID string) error {
@@ -236,11 +233,11 @@ func (t *tx) plan(serverID string) error {
 	}
 	due := stamp(server.Dues(taken, newest).Next())
 	if server.Appliance != "" { // which captures it when it finds it due
-		due = neverDue
+		due = math.MaxInt64
 	}
-	return t.do(`UPDATE servers SET image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ?, shown_at =
+	return t.do(`UPDATE servers SET appliance = ?, image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ?, shown_at =
 		COALESCE((SELECT s.taken FROM snapshots AS s WHERE s.server_id = servers.id AND s.state <> 'expired' ORDER BY s.taken DESC LIMIT 1), 0) WHERE id = ?`,
-		stamp(taken.Image), stamp(taken.Data), stamp(taken.Last), stamp(newest), due, serverID)
+		server.Appliance, stamp(taken.Image), stamp(taken.Data), stamp(taken.Last), stamp(newest), due, serverID)
 }
 
 // lastOf says when the snapshot of a kind that was recorded last and has not expired was taken, and its number; zeros for none.

@@ -83,6 +83,19 @@ func expected(w *world) {
 	if list, err = w.Expected(w.ctx, ""); err != nil || len(list) != 1 || !list[0].Arrived.Data.Equal(data.Taken) || !list[0].Arrived.Image.Equal(newer.Taken) {
 		w.t.Errorf("%+v, %v", list, err)
 	}
+	if of, err := w.ServersOf(w.ctx, "box"); err != nil || len(of) != 1 || of[0].Server.ID != "srv-1" || of[0].LKG != "" {
+		w.t.Errorf("its servers %+v, %v", of, err)
+	}
+	w.must(w.RecordPreRecovery(w.ctx, preRecovery(newer, 0)))
+	w.judge(newer, 1, dr.Pass)
+	moved := server(1)
+	moved.Appliance = "crate"
+	w.must(w.UpdateServer(w.ctx, moved))
+	for appliance, n := range map[string]int{"box": 0, "crate": 1, "": 1} {
+		if of, err := w.ServersOf(w.ctx, appliance); err != nil || len(of) != n || appliance == "crate" && of[0].LKG != newer.ID {
+			w.t.Errorf("servers of %q: %+v, %v", appliance, of, err)
+		}
+	}
 	if list, err = w.Expected(w.ctx, "srv-1"); err != nil || len(list) != 0 {
 		w.t.Errorf("after it %+v, %v", list, err)
 	}
