@@ -35,12 +35,14 @@ type life struct {
 	never    bool // never captured
 	invoked  bool
 	removed  bool
+	brought  bool          // by an appliance elsewhere
 	age      time.Duration // of its last snapshot; 0: usual
 }
 
 var lives = []life{
 	{name: "well", variants: 8, last: dr.Pass, failing: 97},
 	{name: "shaky", thousand: 100, variants: 4, last: dr.Pass, failing: 17},
+	{name: "brought", thousand: 500, variants: 4, last: dr.Pass, failing: 53, brought: true},
 	{name: "data", thousand: 70, variants: 2, tier: dr.TierImageData, last: dr.Pass, failing: 41},
 	{name: "broken", thousand: 20, last: dr.Fail},
 	{name: "fresh", thousand: 20, last: dr.Pass, untested: true, age: 20 * time.Minute},
@@ -228,6 +230,9 @@ func (l life) server(i int, created time.Time) dr.Server {
 		Source: dr.Source{SSH: &dr.SSHSource{User: "root", Host: "host-" + title(i) + ".example.net", Port: 22, KeyFile: "/etc/muster/keys/site", Resident: true,
 			HostKey: "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE0M4Dg8hZ0s4uYt8QmXx2nq7R1w5cV6b9a3k0fJpTzL"}},
 		Checks: []dr.Check{{Name: "http", Kind: dr.CheckHTTP}, {Name: "ssh", Kind: dr.CheckTCP}}}
+	if l.brought {
+		s.Appliance = "box-" + title(i)
+	}
 	if l.tier != "" {
 		s.Schedule.Every = 7 * 24 * time.Hour
 		s.Data = dr.DataSet{Paths: []string{"/srv", "/home"}, Every: 24 * time.Hour}

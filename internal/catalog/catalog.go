@@ -164,6 +164,7 @@ type (
 		ID            string `bun:",pk"`
 		Name          string
 		Data          string
+		Appliance     string
 		LKG           string `bun:"lkg"`
 		LKGAt         int64  `bun:"lkg_at"`
 		ShownAt       int64  // by the newest snapshot

@@ -152,6 +152,38 @@ func (c *Catalog) Due(ctx context.Context, now time.Time, after *Due) ([]Due, er
 	})
 }
 
+// Expected is a server whose snapshots an appliance elsewhere brings.
+type Expected struct {
+	Server  dr.Server
+	Arrived dr.Taken // the newest that have, by the instant they show: what arrives late is not the newest
+	Missing bool     // a ticket says that one did not
+}
+
+// Expected gives protected servers whose snapshots appliances elsewhere bring, by identifier: those after the one given, at most MaxList.
+func (c *Catalog) Expected(ctx context.Context, after string) ([]Expected, error) {
+	var rows []struct {
+		Data, Ticket    string
+		ImageAt, DataAt int64
+	}
+	const newest = `COALESCE((SELECT s.taken FROM snapshots AS s WHERE s.server_id = p.id AND s.kind = ? AND s.state <> 'kept' ORDER BY s.taken DESC LIMIT 1), 0)`
+	err := c.db.NewRaw(`SELECT p.data, `+newest+` AS image_at, `+newest+` AS data_at,
+			COALESCE((SELECT t.id FROM tickets AS t WHERE t.server_id = p.id AND t.closed = 0 AND t.problem = ? LIMIT 1), '') AS ticket
+		FROM servers AS p WHERE p.removed = 0 AND p.appliance <> '' AND p.id > ? ORDER BY p.id LIMIT ?`,
+		dr.SnapshotImage, dr.SnapshotData, dr.ProblemArrival, after, MaxList).Scan(ctx, &rows)
+	if err != nil {
+		return nil, fmt.Errorf("list what appliances bring: %w", err)
+	}
+	out := make([]Expected, len(rows))
+	for i, row := range rows {
+		if out[i].Server, err = parse[dr.Server](row.Data); err != nil {
+			return nil, err
+		}
+		out[i].Arrived = dr.Taken{Image: instant(row.ImageAt), Data: instant(row.DataAt)}
+		out[i].Missing = row.Ticket != ""
+	}
+	return out, nil
+}
+
 // Retests gives the protected servers whose newest snapshot was to be tested again by now, by name: the MaxList longest due.
 func (c *Catalog) Retests(ctx context.Context, now time.Time) ([]Standing, error) {
 	out, err := c.standings(ctx, `removed = 0 AND retest <> 0 AND retest <= ? ORDER BY retest LIMIT ?`, stamp(now), MaxList)
@@ -203,9 +235,9 @@ func (t *tx) plan(serverID string) error {
 	if server.Appliance != "" { // which captures it when it finds it due
 		due = math.MaxInt64
 	}
-	return t.do(`UPDATE servers SET image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ?, shown_at =
+	return t.do(`UPDATE servers SET appliance = ?, image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ?, shown_at =
 		COALESCE((SELECT s.taken FROM snapshots AS s WHERE s.server_id = servers.id AND s.state <> 'expired' ORDER BY s.taken DESC LIMIT 1), 0) WHERE id = ?`,
-		stamp(taken.Image), stamp(taken.Data), stamp(taken.Last), stamp(newest), due, serverID)
+		server.Appliance, stamp(taken.Image), stamp(taken.Data), stamp(taken.Last), stamp(newest), due, serverID)
 }
 
 // lastOf says when the snapshot of a kind that was recorded last and has not expired was taken, and its number; zeros for none.
