@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -32,8 +33,8 @@ type computer struct {
 }
 
 const (
-	computerDisk = 768 << 20 // bytes
-	computerLine = "talk"    // its socket
+	computerDisk = 8 << 30 // bytes, few of which are written
+	computerLine = "talk"  // its socket
 	computerInit = `#!/busybox sh
 for d in "-t devtmpfs dev /dev" "-t proc proc /proc" "-t sysfs sys /sys" "-t tmpfs tmp /tmp"; do /busybox mount $d; done
 for m in /modules/*; do /busybox insmod $m; done
@@ -121,7 +122,7 @@ func (c *computer) tell(line string) (out string, code int) {
 		}
 		out += said
 	}
-	c.t.Fatalf("%s: %s: %v\n%s\n%s", filepath.Base(c.dir), line, err, out, emulated.Said(filepath.Dir(c.line.RemoteAddr().String())))
+	c.t.Fatalf("%s: %s: %v\n%s\n%s", filepath.Base(c.dir), line, err, out, c.said())
 	return "", 0
 }
 
@@ -145,6 +146,11 @@ func (c *computer) serve(args string) {
 	c.tell("/system/" + makeBelieve + " " + args + " --dir /system/inst >/dev/ttyS0 2>&1 </dev/null &")
 }
 
+// said is what its processes have logged since it was turned on.
+func (c *computer) said() string {
+	return emulated.Said(filepath.Join(c.dir, fmt.Sprint("boot-", c.boots)))
+}
+
 // clock is how far its clock is ahead.
 func (c *computer) clock() time.Duration {
 	c.t.Helper()
@@ -156,30 +162,130 @@ func (c *computer) clock() time.Duration {
 	return time.Until(time.Unix(n, 0)).Round(time.Minute)
 }
 
-// A machine's clock is never really its own: here two emulated machines have one.
+// ahead waits until the master knows of an appliance with a clock that is so far ahead.
+func (r *realm) ahead(t *testing.T, by time.Duration) {
+	t.Helper()
+	r.until(t, fmt.Sprintf("the master knows that its clock is %s ahead", by), func() bool {
+		all, err := r.api.Appliances(t.Context())
+		return err == nil && len(all) == 1 && all[0].Connected && (all[0].Skew-by).Abs() < time.Minute
+	})
+}
+
+// newest takes a snapshot of another day, which has to become last-known-good, and be dated rightly by the clock of this host.
+func (r *realm) newest(t *testing.T, box *computer) {
+	t.Helper()
+	box.tell(fmt.Sprintf("dd if=/dev/urandom of=/system/shop.raw bs=1M count=%d 2>/dev/null; sync", clockDisk))
+	began := time.Now().Add(-time.Second) // emulated clocks begin with a whole second
+	op, err := r.api.Snapshot(t.Context(), "shop")
+	if err != nil {
+		t.Fatal(err)
+	}
+	op = r.finish(t, op)
+	all, err := r.api.Snapshots(t.Context(), "shop")
+	if err != nil || op.State != api.OperationSucceeded || len(all) == 0 {
+		t.Fatalf("%s: %s, %v", op.State, op.Error, err)
+	}
+	first := all[0]
+	if first.Snapshot.ID != op.Subject || !first.LKG || first.Verdict == nil || first.Verdict.Silo != "b" {
+		t.Errorf("the newest is %s, last-known-good %v; taken was %s", first.Snapshot.ID, first.LKG, op.Subject)
+	}
+	if at := first.Snapshot.Taken; at.Before(began.Add(-clockSlack)) || at.After(time.Now().Add(clockSlack)) {
+		t.Errorf("it is dated %s, and was taken between %s and %s", at, began.UTC(), time.Now().UTC())
+	}
+	for i, one := range all[1:] {
+		if !one.Snapshot.Taken.Before(all[i].Snapshot.Taken) || one.LKG {
+			t.Errorf("%s, taken %s, comes after %s, taken %s", all[i].Snapshot.ID, all[i].Snapshot.Taken, one.Snapshot.ID, one.Snapshot.Taken)
+		}
+	}
+	if kept := slices.DeleteFunc(all, func(one dr.Record) bool { return one.State == dr.Expired }); len(kept) > clockKeep {
+		t.Errorf("%d snapshots are kept of %d", len(kept), clockKeep)
+	}
+	figures, err := r.hq.there("metrics").Output()
+	if err != nil || regexp.MustCompile(`(?m)^muster_[^ ]+ -`).Match(figures) {
+		t.Errorf("figures below nothing: %v\n%s", err, figures)
+	}
+}
+
+// Of the test of clocks.
+const (
+	clockDisk  = 4               // MiB of the server
+	clockKeep  = 2               // snapshots that are to be kept of it
+	clockSlack = 5 * time.Second // a hello of an emulated machine is not answered at once
+)
+
+// A process has no clock of its own: two emulated machines have.
 func TestMachinesWhoseClocksAreWrongDoTheirWorkAndAreNamed(t *testing.T) {
 	r := newGround(t, "k", "10.213.80.")
 	r.patience = 2 * time.Minute
-	if err := os.WriteFile(filepath.Join(r.dir, "muster-guest"), []byte("\x7fELF test agent"), 0o755); err != nil {
+	guest, shop, checks := filepath.Join(r.dir, "muster-guest"), filepath.Join(r.dir, "shop.raw"), filepath.Join(r.dir, "checks.yaml")
+	err := errors.Join(os.WriteFile(guest, []byte("\x7fELF test agent"), 0o755), os.WriteFile(checks, []byte("- name: page\n  kind: http\n  url: http://127.0.0.1/\n"), 0o600))
+	if err != nil {
 		t.Fatal(err)
 	}
+	noise(t, shop, clockDisk<<20, 1)
 	r.hq = r.place("hq", "1", "serve")
-	r.silos["a"] = r.place("a", "3", "silo", "serve")
-	box := r.newComputer("box", "2")
-	noise(t, filepath.Join(r.dir, "shop.raw"), 4<<20, 1)
+	box, silo := r.newComputer("box", "2", shop), r.newComputer("b", "3", guest)
 	r.master()
 	r.hq.ok("master", "customer", "add", "acme", "--store", filepath.Join(r.hq.dir, "far"))
-	r.joined("a")
 
-	box.boot(40 * time.Minute)
-	if ahead := box.clock(); ahead != 40*time.Minute {
-		t.Fatalf("its clock is %s ahead: the test tests nothing", ahead)
+	silo.boot(40 * time.Minute)
+	if by := silo.clock(); by != 40*time.Minute {
+		t.Fatalf("the silo's clock is %s ahead: the test tests nothing", by)
 	}
+	silo.ok("silo join " + r.invite("--silo", "b"))
+	silo.serve("silo serve")
+	box.boot(40 * time.Minute)
 	box.ok("appliance join " + r.invite("--customer", "acme", "--appliance", "box"))
 	box.serve("appliance serve")
-	r.until(t, "the appliance is there", r.connected)
-	_ = errors.Is
-	_ = regexp.MustCompile
-	_ = api.Version{}
-	_ = dr.Verified
+	r.ahead(t, 40*time.Minute)
+	r.until(t, "the silo is there", func() bool { return r.state("b") == dr.SiloActive })
+	r.hq.ok("server", "add", "shop", "--appliance", "box", "--disk", "/system/shop.raw", "--every", "9000h", "--signs", "off", "--check", checks, "--keep-last", fmt.Sprint(clockKeep))
+	r.until(t, "the first snapshot is good", func() bool {
+		all, err := r.api.Snapshots(t.Context(), "shop")
+		return err == nil && len(all) == 1 && all[0].LKG
+	})
+	r.newest(t, box)
+	r.named(t, "40m0s ahead")
+
+	box.pull()
+	box.boot(-20 * time.Minute)
+	if by := box.clock(); by != -20*time.Minute {
+		t.Fatalf("the appliance's clock is %s ahead: the test tests nothing", by)
+	}
+	box.serve("appliance serve")
+	r.ahead(t, -20*time.Minute)
+	r.newest(t, box)
+	r.newest(t, box)
+	r.named(t, "20m0s behind")
+	if lost := r.events(t, "silo.lost", "b"); len(lost) > 0 {
+		t.Errorf("a silo was lost for its clock: %+v", lost)
+	}
+
+	box.tell("killall " + makeBelieve)
+	for _, by := range []time.Duration{400 * 24 * time.Hour, -400 * 24 * time.Hour} {
+		box.tell(fmt.Sprintf("date -s @%d", time.Now().Add(by).Unix()))
+		out, code := box.tell("/system/" + makeBelieve + " appliance join " + r.invite("--customer", "acme", "--appliance", "other") + " --dir /system/other")
+		if code == exitOK || !strings.Contains(out, "clock") {
+			t.Errorf("joining with a clock that is %s ahead: exit code %d: %s", by, code, out)
+		}
+		before := len(box.said())
+		box.serve("appliance serve")
+		r.until(t, "it says why it does not connect", func() bool { return strings.Contains(box.said()[before:], "set the clock") })
+		box.tell("killall " + makeBelieve)
+	}
+}
+
+// named checks that everybody can see whose clock is wrong, and by how much.
+func (r *realm) named(t *testing.T, how string) {
+	t.Helper()
+	list := r.hq.ok("appliance", "list")
+	health, _ := r.hq.tell("health")
+	for what, said := range map[string]string{"appliance list": list, "health": health} {
+		if !strings.Contains(strings.ToLower(said), "clock") || !strings.Contains(said, how) {
+			t.Errorf("%s does not say that the clock is %s", what, how)
+		}
+	}
+	if opened := r.events(t, "ticket.opened", ""); !slices.ContainsFunc(opened, func(e dr.Event) bool { return strings.Contains(e.Message, "clock of appliance box") }) {
+		t.Errorf("no event tells of it: %+v", opened)
+	}
 }
