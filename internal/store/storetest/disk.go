@@ -1,7 +1,9 @@
 package storetest
 
 import (
+	"bytes"
 	"context"
+	"encoding/binary"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -39,10 +41,19 @@ func NewDisk(size int64, seed uint64) *Disk {
 
 // Noise fills p with bytes that do not compress.
 func Noise(p []byte, seed uint64) {
-	r := rand.New(rand.NewPCG(seed, 2))
-	for i := range p {
-		p[i] = byte(r.Uint32())
+	r := rand.NewPCG(seed, 2)
+	for len(p) >= 8 {
+		binary.LittleEndian.PutUint64(p, r.Uint64())
+		p = p[8:]
 	}
+	var rest [8]byte
+	binary.LittleEndian.PutUint64(rest[:], r.Uint64())
+	copy(p, rest[:])
+}
+
+// empty says whether all of p are zeros.
+func empty(p []byte) bool {
+	return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1])
 }
 
 // Size implements image.Image.
