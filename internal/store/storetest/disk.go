@@ -3,7 +3,6 @@ package storetest
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -41,14 +40,10 @@ func NewDisk(size int64, seed uint64) *Disk {
 
 // Noise fills p with bytes that do not compress.
 func Noise(p []byte, seed uint64) {
-	r := rand.NewPCG(seed, 2)
-	for len(p) >= 8 {
-		binary.LittleEndian.PutUint64(p, r.Uint64())
-		p = p[8:]
+	r := rand.NewPCG(seed, 2) // stores of earlier releases hold just these bytes
+	for i := range p {
+		p[i] = byte(r.Uint64() >> 32)
 	}
-	var rest [8]byte
-	binary.LittleEndian.PutUint64(rest[:], r.Uint64())
-	copy(p, rest[:])
 }
 
 // empty says whether all of p are zeros.
