@@ -1,5 +1,7 @@
 module github.com/musterdr/muster
 
+ignore ./build // roots of Debians that are being made, among others
+
 go 1.26.8
 
 require (

@@ -325,6 +325,10 @@ func (f fleet) tick(ctx context.Context, m *master.Master) []question {
 			due, err := m.Catalog.Due(ctx, f.now, nil)
 			return len(due), err
 		}},
+		{"tests to be held again", func() (int, error) {
+			again, err := m.Catalog.Retests(ctx, f.now)
+			return len(again), err
+		}},
 		{"tests overdue", func() (int, error) {
 			late, err := m.Catalog.TestsOverdue(ctx, f.now, master.DefaultGrace)
 			return len(late), err
@@ -362,6 +366,14 @@ func (f fleet) others(ctx context.Context, m *master.Master, anyone func() strin
 		{"first page", func() (int, error) { list, err := m.Servers(ctx, "", 0); return len(list), err }},
 		{"operations", func() (int, error) { list, err := m.Operations(ctx); return len(list), err }},
 		{"snapshots of one", func() (int, error) { list, err := m.Snapshots(ctx, anyone()); return len(list), err }},
+		{"an appliance's hello", func() (int, error) {
+			s, err := m.Catalog.Server(ctx, anyone())
+			if err != nil || s.Appliance == "" {
+				return 0, err
+			}
+			w, err := m.Hello(ctx, s.Appliance, api.Hello{Clock: f.now})
+			return len(w.Servers), err
+		}},
 		{"one snapshot", func() (int, error) {
 			s, err := m.Catalog.Standing(ctx, anyone())
 			if err != nil || s.Newest == nil {
@@ -389,6 +401,15 @@ func (f fleet) rare(ctx context.Context, m *master.Master) []question {
 	}
 	return []question{
 		{"deltas that few hold", func() (int, error) { list, err := m.Catalog.Thin(ctx); return len(list), err }},
+		{"what appliances bring", func() (int, error) {
+			for n, after := 0, ""; ; {
+				page, err := m.Catalog.Expected(ctx, after)
+				if n += len(page); err != nil || len(page) < catalog.MaxList {
+					return n, err
+				}
+				after = page[len(page)-1].Server.ID
+			}
+		}},
 		{"figures", func() (int, error) { list, err := m.Figures(ctx); return len(list.Servers), err }},
 		{"meter of this month", month(0)},
 		{"meter of the last", month(1)},

@@ -35,12 +35,14 @@ type life struct {
 	never    bool // never captured
 	invoked  bool
 	removed  bool
+	brought  bool          // by an appliance elsewhere
 	age      time.Duration // of its last snapshot; 0: usual
 }
 
 var lives = []life{
 	{name: "well", variants: 8, last: dr.Pass, failing: 97},
 	{name: "shaky", thousand: 100, variants: 4, last: dr.Pass, failing: 17},
+	{name: "brought", thousand: 500, variants: 4, last: dr.Pass, failing: 53, brought: true},
 	{name: "data", thousand: 70, variants: 2, tier: dr.TierImageData, last: dr.Pass, failing: 41},
 	{name: "broken", thousand: 20, last: dr.Fail},
 	{name: "fresh", thousand: 20, last: dr.Pass, untested: true, age: 20 * time.Minute},
@@ -149,9 +151,16 @@ func (t *template) night(ctx context.Context, c *catalog.Catalog, n, nights int,
 	if err := c.RecordSnapshot(ctx, s); err != nil {
 		return err
 	}
-	if untested := t.untested && n == nights-1; untested || t.tier != "" && s.Kind != dr.SnapshotData { // which is tested with the data
-		return nil
+	if untested := t.untested && n == nights-1; !untested && (t.tier == "" || s.Kind == dr.SnapshotData) { // an image is tested with the data
+		if err := t.test(ctx, c, s, n, nights, at); err != nil {
+			return err
+		}
 	}
+	return t.retire(ctx, c, n)
+}
+
+// test makes the nth snapshot a rescue image and boots it.
+func (t *template) test(ctx context.Context, c *catalog.Catalog, s dr.Snapshot, n, nights int, at *time.Time) error {
 	*at = at.Add(2 * time.Minute)
 	pre := t.preRecovery(s)
 	if err := c.RecordPreRecovery(ctx, pre); err != nil {
@@ -171,13 +180,19 @@ func (t *template) night(ctx context.Context, c *catalog.Catalog, n, nights int,
 	if err != nil {
 		return err
 	}
-	if judged.Moved {
-		for _, silo := range []string{"silo-0", "silo-1"} {
-			if err := c.RecordDeltas(ctx, pre.ID, s.ID, silo, deltasDigest); err != nil {
-				return err
-			}
+	if !judged.Moved {
+		return nil
+	}
+	for _, silo := range []string{"silo-0", "silo-1"} {
+		if err := c.RecordDeltas(ctx, pre.ID, s.ID, silo, deltasDigest); err != nil {
+			return err
 		}
 	}
+	return nil
+}
+
+// retire lets go what is not kept any longer after the nth night.
+func (t *template) retire(ctx context.Context, c *catalog.Catalog, n int) error {
 	old := n - retained
 	if old < 0 || t.tier != "" && t.kept[old].Kind != dr.SnapshotData {
 		return nil
@@ -215,6 +230,9 @@ func (l life) server(i int, created time.Time) dr.Server {
 		Source: dr.Source{SSH: &dr.SSHSource{User: "root", Host: "host-" + title(i) + ".example.net", Port: 22, KeyFile: "/etc/muster/keys/site", Resident: true,
 			HostKey: "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIE0M4Dg8hZ0s4uYt8QmXx2nq7R1w5cV6b9a3k0fJpTzL"}},
 		Checks: []dr.Check{{Name: "http", Kind: dr.CheckHTTP}, {Name: "ssh", Kind: dr.CheckTCP}}}
+	if l.brought {
+		s.Appliance = "box-" + title(i)
+	}
 	if l.tier != "" {
 		s.Schedule.Every = 7 * 24 * time.Hour
 		s.Data = dr.DataSet{Paths: []string{"/srv", "/home"}, Every: 24 * time.Hour}

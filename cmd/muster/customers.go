@@ -11,22 +11,32 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/dr"
 	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/store/s3"
+	"github.com/musterdr/muster/internal/trust"
 )
 
 func masterCustomerCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "customer", Short: "Look after customers: add, list, move", Args: cobra.NoArgs,
+	cmd := &cobra.Command{Use: "customer", Short: "Look after customers: add, list, move, remove", Args: cobra.NoArgs,
 		Long: `A customer has appliances, a far store into which they send, and a key of its own that opens that store and no other. A running
 'muster serve' learns of a new customer by itself.`,
 		Example: "  muster master customer add acme\n  muster master enrol --customer acme --appliance office"}
-	cmd.AddCommand(customerAddCommand(), customerListCommand(), customerMoveCommand())
+	cmd.AddCommand(customerAddCommand(), customerListCommand(), customerMoveCommand(), customerRemoveCommand())
 	return cmd
 }
 
-// withBook does something with the customers of an installation, beside a 'muster serve' that may be running.
-func withBook(cmd *cobra.Command, passphraseFile string, do func(i install, set settings, book *store.Customers) error) error {
+// customersDesk is where an installation's customers are looked after.
+type customersDesk struct {
+	install   install
+	set       settings
+	authority *trust.Authority
+	book      *store.Customers
+}
+
+// atDesk does something with the customers of an installation, beside a 'muster serve' that may be running.
+func atDesk(cmd *cobra.Command, passphraseFile string, do func(d customersDesk) error) error {
 	i := installation(cmd)
 	authority, err := i.openAuthority(cmd, passphraseFile)
 	if err != nil {
@@ -41,7 +51,7 @@ func withBook(cmd *cobra.Command, passphraseFile string, do func(i install, set 
 	if err != nil {
 		return err
 	}
-	err = do(i, set, book)
+	err = do(customersDesk{i, set, authority, book})
 	switch {
 	case errors.Is(err, store.ErrUnknownCustomer):
 		err = withCode(exitNotFound, err)
@@ -73,18 +83,18 @@ what it holds can be sent only into a far store with the same secrets.`,
 		if err := dr.ValidateLabel("customer", args[0]); err != nil {
 			return withCode(exitUsage, err)
 		}
-		return withBook(cmd, *passphraseFile, func(_ install, set settings, book *store.Customers) error {
+		return atDesk(cmd, *passphraseFile, func(d customersDesk) error {
 			c := store.Customer{Name: args[0], Created: time.Now().UTC(), Awaited: *awaited}
 			var err error
-			if c.Place, err = set.farPlace(c.Name, *place); err != nil {
+			if c.Place, err = d.set.farPlace(c.Name, *place); err != nil {
 				return err
 			}
 			if *keyFile != "" {
-				if err := giveKey(cmd, *passphraseFile, c.Name, *keyFile); err != nil {
+				if err := d.giveKey(c.Name, *keyFile); err != nil {
 					return err
 				}
 			}
-			if err := book.Add(cmd.Context(), c); err != nil {
+			if err := d.book.Add(cmd.Context(), c); err != nil {
 				return err
 			}
 			if wantJSON(cmd) {
@@ -98,16 +108,12 @@ what it holds can be sent only into a far store with the same secrets.`,
 }
 
 // giveKey makes a key that somebody kept that of a customer.
-func giveKey(cmd *cobra.Command, passphraseFile, customer, file string) error {
+func (d customersDesk) giveKey(customer, file string) error {
 	raw, err := os.ReadFile(file)
 	if err != nil {
 		return fmt.Errorf("read key: %w", err)
 	}
-	authority, err := installation(cmd).openAuthority(cmd, passphraseFile)
-	if err != nil {
-		return err
-	}
-	return authority.GiveCustomerKey(customer, strings.TrimSpace(string(raw)))
+	return d.authority.GiveCustomerKey(customer, strings.TrimSpace(string(raw)))
 }
 
 // farPlace makes where a customer's far store is to be complete.
@@ -166,10 +172,10 @@ the customer's key first.`,
 	passphraseFile := cmd.Flags().String("passphrase-file", "", "file with the master's passphrase, if it has one (default: ask)")
 	_ = cmd.MarkFlagRequired("store")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		return withBook(cmd, *passphraseFile, func(_ install, set settings, book *store.Customers) error {
-			to, err := set.farPlace(args[0], *place)
+		return atDesk(cmd, *passphraseFile, func(d customersDesk) error {
+			to, err := d.set.farPlace(args[0], *place)
 			if err == nil {
-				err = book.Move(cmd.Context(), args[0], to)
+				err = d.book.Move(cmd.Context(), args[0], to)
 			}
 			if err != nil {
 				return err
@@ -179,6 +185,88 @@ the customer's key first.`,
 		})
 	}
 	return cmd
+}
+
+func customerRemoveCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "remove NAME", Short: "Forget a customer that has no server and no appliance any more", Args: cobra.ExactArgs(1),
+		Long: `Forget a customer whose servers are no longer protected and whose appliances have been revoked. Its far store stays where it is, and
+its key in the authority: 'muster master customer add NAME --store PLACE' brings it back.
+
+With --erase-key the key is destroyed too, and with it everything in the far store, for good: whoever finds the store later cannot read it. Copies
+of the key are in backups of the master that were made before, and on the customer's appliances.`,
+		Example: "  muster master customer remove acme\n  muster master customer remove acme --erase-key"}
+	erase := cmd.Flags().Bool("erase-key", false, "destroy the customer's key as well: nobody reads its far store any more")
+	yes := cmd.Flags().Bool("yes", false, "do not ask")
+	passphraseFile := cmd.Flags().String("passphrase-file", "", "file with the master's passphrase, if it has one (default: ask)")
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		name := args[0]
+		return atDesk(cmd, *passphraseFile, func(d customersDesk) error {
+			c, err := d.book.Customer(cmd.Context(), name)
+			if err == nil {
+				err = d.unused(cmd.Context(), name)
+			}
+			if err == nil && *erase && !*yes {
+				err = confirmErase(cmd, c)
+			}
+			if err == nil {
+				_, err = d.book.Remove(cmd.Context(), name)
+			}
+			if err == nil && *erase {
+				err = d.authority.EraseCustomerKey(name)
+			}
+			if err != nil {
+				return err
+			}
+			if wantJSON(cmd) {
+				return printJSON(cmd, map[string]any{"removed": c, "key_erased": *erase})
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "Removed %s. Its far store is still in %s", name, c.Place)
+			if *erase {
+				fmt.Fprintln(cmd.OutOrStdout(), ", which nobody can read without a copy of the key: delete it when you like.\nStart 'muster serve' again if it runs: until then it may have the store open.")
+			} else {
+				fmt.Fprintf(cmd.OutOrStdout(), ": 'muster master customer add %s --store %s' brings it back.\n", name, c.Place)
+			}
+			return nil
+		})
+	}
+	return cmd
+}
+
+// unused refuses to remove a customer for whom there is something still.
+func (d customersDesk) unused(ctx context.Context, customer string) error {
+	nodes, err := d.authority.Nodes()
+	if err != nil {
+		return err
+	}
+	for _, n := range nodes {
+		if n.Customer == customer && n.State != trust.Revoked {
+			return withCode(exitRefused, fmt.Errorf("remove customer %s: its %s %s may still connect: take that back with 'muster master revoke %s'", customer, n.Role, n.Name, n.Name))
+		}
+	}
+	cat, err := catalog.Open(ctx, d.install.catalog(d.set))
+	if err != nil {
+		return err
+	}
+	defer cat.Close()
+	servers, err := cat.Servers(ctx)
+	if err != nil {
+		return err
+	}
+	for _, s := range servers {
+		if s.Customer == customer {
+			return withCode(exitRefused, fmt.Errorf("remove customer %s: its server %s is still protected: end that with 'muster server remove %s'", customer, s.Name, s.Name))
+		}
+	}
+	return nil
+}
+
+func confirmErase(cmd *cobra.Command, c store.Customer) error {
+	fmt.Fprintf(cmd.ErrOrStderr(), "Destroy the key of %s, and with it everything in %s, for good? Type the customer's name: ", c.Name, c.Place)
+	var line string
+	if _, err := fmt.Fscanln(cmd.InOrStdin(), &line); err != nil || line != c.Name {
+		return withCode(exitRefused, fmt.Errorf("remove customer %s: not confirmed, nothing was changed; give --yes where nobody can answer", c.Name))
+	}
+	return nil
 }
 
 // farDriverOf reaches the far store of a customer, without its key.

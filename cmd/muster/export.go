@@ -46,8 +46,8 @@ need run. SNAPSHOT is an identifier, "newest" (default) or "lkg".`,
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
 		serve := func(st *store.Store) error { return exportFrom(cmd, st, args[0], *socket, *disk, *group) }
 		if *customer != "" && !*leased {
-			return withBook(cmd, *passphraseFile, func(_ install, _ settings, book *store.Customers) error {
-				st, err := book.Of(cmd.Context(), *customer)
+			return atDesk(cmd, *passphraseFile, func(d customersDesk) error {
+				st, err := d.book.Of(cmd.Context(), *customer)
 				if err != nil {
 					return err
 				}

@@ -28,6 +28,9 @@ hold what is asked for.
   get PATH           a file's content, or with --tar a file or folder with everything that Linux keeps of it
   restore PATH...    put files back on the server, or on another one
 
+Of a server that an appliance elsewhere captures, the appliance is asked: its store has the newest. With --far the master looks into
+the far store itself.
+
 An image is opened when it is first looked into, which takes about a minute without KVM; what was seen is kept with the snapshot, and
 everything after that is answered at once. An image shows its system as that mounts its file systems; what it does not mount
 is below /@NAME. A snapshot of data shows the folders that were captured.
@@ -38,7 +41,8 @@ In names a backslash, a byte that is no UTF-8 and what cannot be printed are wri
   muster files shop versions /srv/budget.xls
   muster files shop@snap-20260101t020000-k3mq2a7x get /srv/budget.xls --to budget-last-week.xls
   muster files shop get /srv --tar --to srv.tar
-  muster files shop@lkg restore /srv/budget.xls`,
+  muster files shop@lkg restore /srv/budget.xls
+  muster files till --far get /srv/budget.xls    # its office burns, or its appliance has let old snapshots go`,
 		Args: cobra.MinimumNArgs(2), ValidArgsFunction: completeFiles}
 	f := &filesFlags{}
 	fl := cmd.Flags()
@@ -48,6 +52,7 @@ In names a backslash, a byte that is no UTF-8 and what cannot be printed are wri
 	fl.StringVar(&f.to, "to", "", "get: file to write, - for standard output (default: the last name of the path, here)")
 	fl.BoolVar(&f.tar, "tar", false, "get: as a tar archive, with owner, mode, times, attributes, links and holes")
 	fl.BoolVar(&f.overwrite, "overwrite", false, "get: over a file that is there; restore: also over what is newer")
+	fl.BoolVar(&f.far, "far", false, "of a server that an appliance captures: look into the far store, and not into the appliance's; restore: onto a server of the master's own")
 	fl.StringVar(&f.toServer, "to-server", "", "restore: on this protected server")
 	fl.StringVar(&f.toPath, "to-path", "", "restore: into this folder, which must be there")
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
@@ -60,7 +65,7 @@ In names a backslash, a byte that is no UTF-8 and what cannot be printed are wri
 		if len(rest) < v.least || len(rest) > v.most {
 			return withCode(exitUsage, fmt.Errorf("muster files %s %s: give %s; see 'muster files --help'", args[0], verb, v.wants))
 		}
-		for _, name := range []string{"recursive", "limit", "all", "to", "tar", "overwrite", "to-server", "to-path"} {
+		for _, name := range []string{"far", "recursive", "limit", "all", "to", "tar", "overwrite", "to-server", "to-path"} {
 			if cmd.Flags().Changed(name) && !strings.Contains(" "+v.flags+" ", " "+name+" ") {
 				return withCode(exitUsage, fmt.Errorf("muster files %s has no flag --%s; see 'muster files --help'", verb, name))
 			}
@@ -77,9 +82,9 @@ In names a backslash, a byte that is no UTF-8 and what cannot be printed are wri
 }
 
 type filesFlags struct {
-	recursive, all, tar, overwrite bool
-	limit                          int
-	to, toServer, toPath           string
+	recursive, all, tar, overwrite, far bool
+	limit                               int
+	to, toServer, toPath                string
 }
 
 // fileVerb is one of the things to be done with files.
@@ -91,11 +96,11 @@ type fileVerb struct {
 }
 
 var fileVerbs = map[string]fileVerb{
-	"ls":       {0, 1, "one path, or none", "recursive limit", filesList},
-	"find":     {1, 1, "one pattern, as '*.xls'", "all limit", filesFind},
-	"versions": {1, 1, "one path", "all", filesVersions},
-	"get":      {1, 1, "one path", "to tar overwrite", filesGet},
-	"restore":  {1, 1000, "1 to 1000 paths", "overwrite to-server to-path", filesRestore},
+	"ls":       {0, 1, "one path, or none", "far recursive limit", filesList},
+	"find":     {1, 1, "one pattern, as '*.xls'", "far all limit", filesFind},
+	"versions": {1, 1, "one path", "far all", filesVersions},
+	"get":      {1, 1, "one path", "far to tar overwrite", filesGet},
+	"restore":  {1, 1000, "1 to 1000 paths", "far overwrite to-server to-path", filesRestore},
 }
 
 func completeFiles(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective) {
@@ -134,7 +139,7 @@ func fileRow(f api.FileInfo) []string {
 }
 
 func filesList(cmd *cobra.Command, c *api.Client, f *filesFlags, server, snapshot string, args []string) error {
-	q := api.FilesQuery{Server: server, Snapshot: snapshot, Recursive: f.recursive, Limit: f.limit}
+	q := api.FilesQuery{Server: server, Snapshot: snapshot, Recursive: f.recursive, Limit: f.limit, Far: f.far}
 	if len(args) > 0 {
 		q.Path = args[0]
 	}
@@ -165,7 +170,7 @@ func filesList(cmd *cobra.Command, c *api.Client, f *filesFlags, server, snapsho
 }
 
 func filesFind(cmd *cobra.Command, c *api.Client, f *filesFlags, server, _ string, args []string) error {
-	found, err := c.FindFiles(cmd.Context(), api.FindQuery{Server: server, Pattern: args[0], All: f.all, Limit: f.limit})
+	found, err := c.FindFiles(cmd.Context(), api.FindQuery{Server: server, Pattern: args[0], All: f.all, Limit: f.limit, Far: f.far})
 	if err != nil {
 		return err
 	}
@@ -196,7 +201,7 @@ func unseen(cmd *cobra.Command, ids []string) {
 }
 
 func filesVersions(cmd *cobra.Command, c *api.Client, f *filesFlags, server, _ string, args []string) error {
-	h, err := c.FileVersions(cmd.Context(), api.VersionsQuery{Server: server, Path: args[0], All: f.all})
+	h, err := c.FileVersions(cmd.Context(), api.VersionsQuery{Server: server, Path: args[0], All: f.all, Far: f.far})
 	if err != nil {
 		return err
 	}
@@ -222,7 +227,7 @@ func filesVersions(cmd *cobra.Command, c *api.Client, f *filesFlags, server, _ s
 }
 
 func filesGet(cmd *cobra.Command, c *api.Client, f *filesFlags, server, snapshot string, args []string) error {
-	q := api.GetQuery{Server: server, Snapshot: snapshot, Path: args[0], Tar: f.tar}
+	q := api.GetQuery{Server: server, Snapshot: snapshot, Path: args[0], Tar: f.tar, Far: f.far}
 	if f.to == "-" {
 		return c.GetFile(cmd.Context(), q, cmd.OutOrStdout())
 	}
@@ -280,7 +285,7 @@ func writeWhole(ctx context.Context, to string, overwrite bool, write func(conte
 }
 
 func filesRestore(cmd *cobra.Command, c *api.Client, f *filesFlags, server, snapshot string, args []string) error {
-	r, err := c.RestoreFiles(cmd.Context(), api.RestoreRequest{Server: server, Snapshot: snapshot, Paths: args, ToServer: f.toServer, ToPath: f.toPath, Overwrite: f.overwrite, By: whoami()})
+	r, err := c.RestoreFiles(cmd.Context(), api.RestoreRequest{Server: server, Snapshot: snapshot, Paths: args, ToServer: f.toServer, ToPath: f.toPath, Overwrite: f.overwrite, By: whoami(), Far: f.far})
 	if err != nil {
 		return err
 	}

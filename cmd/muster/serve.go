@@ -32,6 +32,7 @@ import (
 	"github.com/musterdr/muster/internal/metrics"
 	"github.com/musterdr/muster/internal/prerecover/guestfs"
 	"github.com/musterdr/muster/internal/silo"
+	"github.com/musterdr/muster/internal/store"
 	"github.com/musterdr/muster/internal/vm/libvirt"
 )
 
@@ -157,7 +158,7 @@ func serve(cmd *cobra.Command, i install, o serveOptions) error {
 		return err
 	}
 	observer := metrics.Handler(m, version, p.log)
-	server := &http.Server{Handler: observed(api.Handler(m, m.Files(app), version), observer), ReadHeaderTimeout: 10 * time.Second}
+	server := &http.Server{Handler: observed(api.Handler(m, m.Files(app, farFiles(app)), version), observer), ReadHeaderTimeout: 10 * time.Second}
 	if o.metrics != "" {
 		if err := p.listenMetrics(o.metrics, observer); err != nil {
 			return err
@@ -280,6 +281,12 @@ func (p *platform) open(ctx context.Context, cmd *cobra.Command, i install, node
 		p.log.WarnContext(ctx, "files were put back, and it is not among the events yet", "error", err)
 	}
 	return m, app, far, nil
+}
+
+// farFiles looks into customers' far stores with what looks into the installation's own.
+func farFiles(own *appliance.Appliance) func(customer string, st *store.Store) master.FarFiles {
+	far := &appliance.Far{Own: own}
+	return func(customer string, st *store.Store) master.FarFiles { return far.Of(customer, st) }
 }
 
 // homeSilo is what the silo of the only master is called.

@@ -372,6 +372,9 @@ func printServer(cmd *cobra.Command, s api.ServerStatus) {
 		fmt.Fprintf(out, "check        %s (%s)\n", c.Name, c.Kind)
 	}
 	fmt.Fprintf(out, "tampering    %s\n", howWatched(s.Server.Signs))
+	if !s.Retest.IsZero() {
+		fmt.Fprintf(out, "test again   %s: the last one was inconclusive\n", ago(s.Retest))
+	}
 	fmt.Fprintf(out, "tickets      %d open\n", s.Tickets)
 	if s.Operation != nil {
 		fmt.Fprintf(out, "doing        %s: %s%s %s\n", s.Operation.Kind, s.Operation.Step, onSilo(s.Operation.Silo), tame(s.Operation.Part))

@@ -13,7 +13,9 @@ import (
 	"github.com/danielgtaylor/huma/v2"
 )
 
-// Files is what people ask of what is in snapshots. An appliance implements it, alone: no master is asked. Handler offers it as
+// Files is what people ask of what is in snapshots. An appliance implements it, alone: no master is asked. Of a server that an appliance
+// elsewhere captures a master asks that, whose store is near and has the newest; with Far it looks itself, into the far store: when the
+// appliance is away, or has not what was kept long ago. Handler offers it as
 // REST, and Client implements it again. A server is named by its name or its identifier; a snapshot by its identifier, "lkg", or
 // "" for the newest that can hold the path. In paths of answers a backslash, a byte that is no UTF-8 and what cannot be
 // printed are escapes, \\ and \xNN; in questions they may be.
@@ -35,6 +37,7 @@ type FilesQuery struct {
 	Path      string `query:"path" json:"path"` // "" is the root
 	Recursive bool   `query:"recursive" json:"recursive"`
 	Limit     int    `query:"limit" json:"limit"` // names; 0: 1000
+	Far       bool   `query:"far" json:"far"`
 }
 
 // FindQuery asks where a name is.
@@ -43,6 +46,7 @@ type FindQuery struct {
 	Pattern string `query:"pattern" json:"pattern"`
 	All     bool   `query:"all" json:"all"`     // also in images that have not been looked into: each is opened, which takes its time
 	Limit   int    `query:"limit" json:"limit"` // 0: 1000
+	Far     bool   `query:"far" json:"far"`
 }
 
 // VersionsQuery asks how a file differed over the history.
@@ -50,6 +54,7 @@ type VersionsQuery struct {
 	Server string `path:"name" json:"server"`
 	Path   string `query:"path" json:"path"`
 	All    bool   `query:"all" json:"all"`
+	Far    bool   `query:"far" json:"far"`
 }
 
 // GetQuery asks for a file's content.
@@ -58,6 +63,7 @@ type GetQuery struct {
 	Snapshot string `query:"snapshot" json:"snapshot"`
 	Path     string `query:"path" json:"path"`
 	Tar      bool   `query:"tar" json:"tar"` // a file or folder with everything that Linux keeps of it
+	Far      bool   `query:"far" json:"far"`
 }
 
 // FileInfo is one name in a snapshot.
@@ -125,6 +131,7 @@ type RestoreRequest struct {
 	ToPath    string   `json:"to_path,omitempty"`   // folder that is there; "": their own places
 	Overwrite bool     `json:"overwrite,omitempty"` // also what is newer
 	By        string   `json:"by,omitempty"`        // who asks, as they say
+	Far       bool     `json:"far,omitempty"`       // then ToServer is one that the master itself reaches
 }
 
 // RestoredFile says what became of one name.
@@ -197,18 +204,19 @@ func stream(write func(io.Writer) error) (*huma.StreamResponse, error) {
 // ListFiles implements Files.
 func (c *Client) ListFiles(ctx context.Context, q FilesQuery) (FileListing, error) {
 	return call[FileListing](ctx, c, "GET", "/v1/servers/"+seg(q.Server)+"/files", url.Values{"snapshot": {q.Snapshot}, "path": {q.Path},
-		"recursive": {strconv.FormatBool(q.Recursive)}, "limit": {strconv.Itoa(q.Limit)}}, nil)
+		"recursive": {strconv.FormatBool(q.Recursive)}, "limit": {strconv.Itoa(q.Limit)}, "far": {strconv.FormatBool(q.Far)}}, nil)
 }
 
 // FindFiles implements Files.
 func (c *Client) FindFiles(ctx context.Context, q FindQuery) (FoundFiles, error) {
 	return call[FoundFiles](ctx, c, "GET", "/v1/servers/"+seg(q.Server)+"/files/find", url.Values{"pattern": {q.Pattern},
-		"all": {strconv.FormatBool(q.All)}, "limit": {strconv.Itoa(q.Limit)}}, nil)
+		"all": {strconv.FormatBool(q.All)}, "limit": {strconv.Itoa(q.Limit)}, "far": {strconv.FormatBool(q.Far)}}, nil)
 }
 
 // FileVersions implements Files.
 func (c *Client) FileVersions(ctx context.Context, q VersionsQuery) (FileHistory, error) {
-	return call[FileHistory](ctx, c, "GET", "/v1/servers/"+seg(q.Server)+"/files/versions", url.Values{"path": {q.Path}, "all": {strconv.FormatBool(q.All)}}, nil)
+	return call[FileHistory](ctx, c, "GET", "/v1/servers/"+seg(q.Server)+"/files/versions", url.Values{"path": {q.Path}, "all": {strconv.FormatBool(q.All)},
+		"far": {strconv.FormatBool(q.Far)}}, nil)
 }
 
 // RestoreFiles implements Files.
@@ -219,7 +227,7 @@ func (c *Client) RestoreFiles(ctx context.Context, r RestoreRequest) (Restored, 
 // GetFile implements Files.
 func (c *Client) GetFile(ctx context.Context, q GetQuery, w io.Writer) error {
 	resp, err := c.send(ctx, "GET", "/v1/servers/"+seg(q.Server)+"/files/content", url.Values{"snapshot": {q.Snapshot}, "path": {q.Path},
-		"tar": {strconv.FormatBool(q.Tar)}}, nil)
+		"tar": {strconv.FormatBool(q.Tar)}, "far": {strconv.FormatBool(q.Far)}}, nil)
 	if err != nil {
 		return err
 	}

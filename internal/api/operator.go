@@ -138,6 +138,7 @@ type ServerStatus struct {
 	LKG        *dr.Record     `json:"lkg,omitempty"`     // without inventory
 	Due        time.Time      `json:"due"`               // when the next snapshot is to be taken
 	DataDue    time.Time      `json:"data_due,omitzero"` // when the next one of data is
+	Retest     time.Time      `json:"retest,omitzero"`   // when the newest is tested again because its test was inconclusive
 	Tickets    int            `json:"tickets"`           // open ones
 	Near       *SiteServer    `json:"near,omitempty"`    // what its appliance last said of it
 	Operation  *Operation     `json:"operation,omitempty"`

@@ -42,7 +42,7 @@ func newError(status int, message string, errs ...error) huma.StatusError {
 	for _, err := range errs {
 		var e *Error
 		if errors.As(err, &e) {
-			return e
+			return Errorf(e.Kind, "%w", err)
 		}
 		message += ": " + err.Error()
 	}
@@ -71,7 +71,7 @@ func answer[T any](v T, err error) (*body[T], error) {
 	}
 	var e *Error
 	if errors.As(err, &e) {
-		return nil, e
+		return nil, Errorf(e.Kind, "%w", err) // with what was said around it
 	}
 	if !errors.Is(err, context.Canceled) {
 		slog.Error("answer request", "error", err)

@@ -23,23 +23,38 @@ const (
 	maxRestored = 100_000 // files that are named in an answer
 )
 
+// errFar is for whoever asks an appliance for what only a master can do.
+var errFar = api.Errorf(api.Invalid, "this appliance looks into its own store: ask the master for what is in the far one")
+
 // ListFiles implements api.Files.
 func (a *Appliance) ListFiles(ctx context.Context, q api.FilesQuery) (api.FileListing, error) {
+	if q.Far {
+		return api.FileListing{}, errFar
+	}
 	return a.Browser.List(ctx, q)
 }
 
 // FindFiles implements api.Files.
 func (a *Appliance) FindFiles(ctx context.Context, q api.FindQuery) (api.FoundFiles, error) {
+	if q.Far {
+		return api.FoundFiles{}, errFar
+	}
 	return a.Browser.Find(ctx, q)
 }
 
 // FileVersions implements api.Files.
 func (a *Appliance) FileVersions(ctx context.Context, q api.VersionsQuery) (api.FileHistory, error) {
+	if q.Far {
+		return api.FileHistory{}, errFar
+	}
 	return a.Browser.Versions(ctx, q)
 }
 
 // GetFile implements api.Files.
 func (a *Appliance) GetFile(ctx context.Context, q api.GetQuery, w io.Writer) error {
+	if q.Far {
+		return errFar
+	}
 	return a.Browser.Get(ctx, q, w)
 }
 
@@ -63,18 +78,34 @@ func (a *Appliance) server(ctx context.Context, name string) (found dr.Server, e
 
 // RestoreFiles implements api.Files.
 func (a *Appliance) RestoreFiles(ctx context.Context, r api.RestoreRequest) (api.Restored, error) {
+	if r.Far {
+		return api.Restored{}, errFar
+	}
 	p, err := place(r)
 	if err != nil {
 		return api.Restored{}, api.Errorf(api.Invalid, "%w", err)
-	}
-	snap, err := a.Browser.Snapshot(ctx, r.Server, r.Snapshot, p.paths...)
-	if err != nil {
-		return api.Restored{}, err
 	}
 	if r.ToServer == "" {
 		r.ToServer = r.Server
 	}
 	to, err := a.server(ctx, r.ToServer)
+	if err != nil {
+		return api.Restored{}, err
+	}
+	return a.restore(ctx, r, p, to)
+}
+
+// RestoreOnto puts files back on a server that the store need not know.
+func (a *Appliance) RestoreOnto(ctx context.Context, r api.RestoreRequest, to dr.Server) (api.Restored, error) {
+	p, err := place(r)
+	if err != nil {
+		return api.Restored{}, api.Errorf(api.Invalid, "%w", err)
+	}
+	return a.restore(ctx, r, p, to)
+}
+
+func (a *Appliance) restore(ctx context.Context, r api.RestoreRequest, p placing, to dr.Server) (api.Restored, error) {
+	snap, err := a.Browser.Snapshot(ctx, r.Server, r.Snapshot, p.paths...)
 	if err != nil {
 		return api.Restored{}, err
 	}

@@ -118,17 +118,22 @@ const bookBatch = 20
 
 // bookAll adds up the history of servers that were recorded by a release that did not.
 func (c *Catalog) bookAll(ctx context.Context) error {
+	return c.catchUp(ctx, "add up what servers had", "booked = 0", bookBatch, (*tx).bookHistory)
+}
+
+// catchUp does for servers what an earlier release did not, in batches, until none of them is left.
+func (c *Catalog) catchUp(ctx context.Context, what, left string, batch int64, do func(t *tx, serverID string) error) error {
 	for {
 		var rows []serverRow
-		if err := c.db.NewSelect().Model(&rows).Where("booked = 0").Order("id").Limit(bookBatch).Scan(ctx); err != nil {
+		if err := c.db.NewSelect().Model(&rows).Column("id").Where(left).Order("id").Limit(batch).Scan(ctx); err != nil {
 			return err
 		}
 		if len(rows) == 0 {
 			return nil
 		}
-		err := c.write(ctx, "add up what servers had", func(t *tx) error {
+		err := c.write(ctx, what, func(t *tx) error {
 			for _, row := range rows {
-				if err := t.bookHistory(row.ID); err != nil {
+				if err := do(t, row.ID); err != nil {
 					return err
 				}
 			}

@@ -164,6 +164,7 @@ type (
 		ID            string `bun:",pk"`
 		Name          string
 		Data          string
+		Appliance     string
 		LKG           string `bun:"lkg"`
 		LKGAt         int64  `bun:"lkg_at"`
 		ShownAt       int64  // by the newest snapshot
@@ -174,6 +175,7 @@ type (
 		LastAt        int64
 		NewestAt      int64
 		Due           int64
+		Retest        int64 // when the inconclusive test of the newest snapshot is to be held again; 0: not
 		Booked        int64 // 1: its history is in its books
 	}
 	snapshotRow struct {

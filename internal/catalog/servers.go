@@ -136,6 +136,24 @@ func (c *Catalog) Servers(ctx context.Context) ([]dr.Server, error) {
 	return parseAll(rows, func(row serverRow) (dr.Server, error) { return parse[dr.Server](row.Data) })
 }
 
+// Captured is a server that an appliance elsewhere captures.
+type Captured struct {
+	Server dr.Server
+	LKG    string // its last-known-good; "" none
+}
+
+// ServersOf gives the protected servers that an appliance captures, by name.
+func (c *Catalog) ServersOf(ctx context.Context, appliance string) ([]Captured, error) {
+	var rows []serverRow
+	if err := c.db.NewSelect().Model(&rows).Column("data", "lkg").Where("removed = 0 AND appliance = ?", appliance).Order("name").Scan(ctx); err != nil {
+		return nil, fmt.Errorf("list servers of appliance %s: %w", appliance, err)
+	}
+	return parseAll(rows, func(row serverRow) (Captured, error) {
+		s, err := parse[dr.Server](row.Data)
+		return Captured{s, row.LKG}, err
+	})
+}
+
 func parseAll[Row, T any](rows []Row, one func(Row) (T, error)) ([]T, error) {
 	out := make([]T, 0, len(rows))
 	for _, row := range rows {

@@ -79,6 +79,9 @@ func (t *tx) recordSnapshot(s dr.Snapshot) (added bool, err error) {
 	if err := t.book(server, func(b *dr.Books) error { b.Snapshot(s); return nil }); err != nil {
 		return false, err
 	}
+	if err := t.do(`UPDATE servers SET retest = 0 WHERE id = ? AND retest <> 0`, s.ServerID); err != nil { // it is the one to be tested now
+		return false, err
+	}
 	return true, t.plan(s.ServerID)
 }
 

@@ -19,6 +19,7 @@ type Standing struct {
 	Taken      dr.Taken
 	Newest     *dr.Record     // by the instant its disks show, of those that have not expired; as Snapshots gives it
 	LKG        *dr.Record     // as Snapshots gives it
+	Retest     time.Time      // when the newest is tested again because its test was inconclusive; zero: not
 	Tickets    int            // open ones
 	Invocation *dr.Invocation // the active one
 }
@@ -59,7 +60,7 @@ func (c *Catalog) Standing(ctx context.Context, nameOrID string) (Standing, erro
 
 func (c *Catalog) standings(ctx context.Context, which string, args ...any) ([]Standing, error) {
 	var rows []standingRow
-	err := c.db.NewRaw(`WITH page AS (SELECT id, name, data, lkg, image_at, data_at, last_at FROM servers WHERE `+which+`)
+	err := c.db.NewRaw(`WITH page AS (SELECT id, name, data, lkg, image_at, data_at, last_at, retest FROM servers WHERE `+which+`)
 		SELECT p.*,
 			COALESCE((SELECT s.id FROM snapshots AS s WHERE s.server_id = p.id AND s.state <> 'expired'
 				ORDER BY s.taken DESC, s.seq DESC LIMIT 1), '') AS newest,
@@ -106,7 +107,7 @@ func (c *Catalog) recordsOf(ctx context.Context, rows []standingRow) (map[string
 }
 
 func (row standingRow) standing(records map[string]*dr.Record) (s Standing, err error) {
-	s = Standing{Taken: row.taken(), Newest: records[row.Newest], LKG: records[row.LKG], Tickets: row.Tickets}
+	s = Standing{Taken: row.taken(), Newest: records[row.Newest], LKG: records[row.LKG], Retest: instant(row.Retest), Tickets: row.Tickets}
 	if s.Server, err = parse[dr.Server](row.Data); err != nil || row.Invocation == "" {
 		return s, err
 	}
@@ -151,6 +152,58 @@ func (c *Catalog) Due(ctx context.Context, now time.Time, after *Due) ([]Due, er
 	})
 }
 
+// Expected is a server whose snapshots an appliance elsewhere brings.
+type Expected struct {
+	Server  dr.Server
+	Arrived dr.Taken // the newest that have, by the instant they show: what arrives late is not the newest
+	Missing bool     // a ticket says that one did not
+}
+
+// Expected gives protected servers whose snapshots appliances elsewhere bring, by identifier: those after the one given, at most MaxList.
+func (c *Catalog) Expected(ctx context.Context, after string) ([]Expected, error) {
+	var rows []struct {
+		Data, Ticket    string
+		ImageAt, DataAt int64
+	}
+	const newest = `COALESCE((SELECT s.taken FROM snapshots AS s WHERE s.server_id = p.id AND s.kind = ? AND s.state <> 'kept' ORDER BY s.taken DESC LIMIT 1), 0)`
+	err := c.db.NewRaw(`SELECT p.data, `+newest+` AS image_at, `+newest+` AS data_at,
+			COALESCE((SELECT t.id FROM tickets AS t WHERE t.server_id = p.id AND t.closed = 0 AND t.problem = ? LIMIT 1), '') AS ticket
+		FROM servers AS p WHERE p.removed = 0 AND p.appliance <> '' AND p.id > ? ORDER BY p.id LIMIT ?`,
+		dr.SnapshotImage, dr.SnapshotData, dr.ProblemArrival, after, MaxList).Scan(ctx, &rows)
+	if err != nil {
+		return nil, fmt.Errorf("list what appliances bring: %w", err)
+	}
+	out := make([]Expected, len(rows))
+	for i, row := range rows {
+		if out[i].Server, err = parse[dr.Server](row.Data); err != nil {
+			return nil, err
+		}
+		out[i].Arrived = dr.Taken{Image: instant(row.ImageAt), Data: instant(row.DataAt)}
+		out[i].Missing = row.Ticket != ""
+	}
+	return out, nil
+}
+
+// Retests gives the protected servers whose newest snapshot was to be tested again by now, by name: the MaxList longest due.
+func (c *Catalog) Retests(ctx context.Context, now time.Time) ([]Standing, error) {
+	out, err := c.standings(ctx, `removed = 0 AND retest <> 0 AND retest <= ? ORDER BY retest LIMIT ?`, stamp(now), MaxList)
+	if err != nil {
+		return nil, fmt.Errorf("list tests to be held again: %w", err)
+	}
+	return out, nil
+}
+
+// Retested records that the test of a server's newest snapshot is held again now. What comes of it says whether there is another one.
+func (c *Catalog) Retested(ctx context.Context, s Standing) error {
+	return c.write(ctx, "record that "+s.Server.Name+" is tested again", func(t *tx) error {
+		if _, err := t.event(t.now, "test.again", s.Server.ID, s.Server.Name, s.Newest.Snapshot.ID,
+			"the boot test of %s was inconclusive and is held again", s.Newest.Snapshot.ID); err != nil {
+			return err
+		}
+		return t.do(`UPDATE servers SET retest = 0 WHERE id = ?`, s.Server.ID)
+	})
+}
+
 // plan works out anew what is kept with a server: when its newest snapshots were taken, and when the next is due. Whatever
 // changes its definition or its snapshots calls it.
 func (t *tx) plan(serverID string) error {
@@ -182,9 +235,9 @@ func (t *tx) plan(serverID string) error {
 	if server.Appliance != "" { // which captures it when it finds it due
 		due = math.MaxInt64
 	}
-	return t.do(`UPDATE servers SET image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ?, shown_at =
+	return t.do(`UPDATE servers SET appliance = ?, image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ?, shown_at =
 		COALESCE((SELECT s.taken FROM snapshots AS s WHERE s.server_id = servers.id AND s.state <> 'expired' ORDER BY s.taken DESC LIMIT 1), 0) WHERE id = ?`,
-		stamp(taken.Image), stamp(taken.Data), stamp(taken.Last), stamp(newest), due, serverID)
+		server.Appliance, stamp(taken.Image), stamp(taken.Data), stamp(taken.Last), stamp(newest), due, serverID)
 }
 
 // lastOf says when the snapshot of a kind that was recorded last and has not expired was taken, and its number; zeros for none.
@@ -203,24 +256,5 @@ const planBatch = 500
 
 // planAll plans the servers that were recorded by a release that did not.
 func (c *Catalog) planAll(ctx context.Context) error {
-	for {
-		var rows []serverRow
-		if err := c.db.NewSelect().Model(&rows).Column("id").Where("due = -1").Limit(planBatch).Scan(ctx); err != nil {
-			return err
-		}
-		if len(rows) == 0 {
-			return nil
-		}
-		err := c.write(ctx, "plan servers", func(t *tx) error {
-			for _, row := range rows {
-				if err := t.plan(row.ID); err != nil {
-					return err
-				}
-			}
-			return nil
-		})
-		if err != nil {
-			return err
-		}
-	}
+	return c.catchUp(ctx, "plan servers", "due = -1", planBatch, (*tx).plan)
 }

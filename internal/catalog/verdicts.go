@@ -56,12 +56,17 @@ func (t *tx) judge(v dr.Verdict, raise bool) (Judged, error) {
 	if err := t.sound(v, row); err != nil {
 		return judged, err
 	}
-	recent, err := t.recent(row.ServerID, dr.InconclusiveLimit)
+	recent, err := t.recent(row.ServerID, max(dr.InconclusiveLimit, dr.RetestLimit))
 	if err != nil {
 		return judged, err
 	}
 	if err := t.storeVerdict(v, row, server); err != nil {
 		return judged, err
+	}
+	if row.Taken >= server.ShownAt { // it is the newest
+		if err := t.do(`UPDATE servers SET retest = ? WHERE id = ?`, stamp(dr.Retest(v, recent, t.now)), server.ID); err != nil {
+			return judged, err
+		}
 	}
 	if judged.Moved, judged.Previous, err = t.promote(v, row, server); err != nil || !raise {
 		return judged, err

@@ -28,14 +28,24 @@ type Browser struct {
 	Opener Opener // of images; nil: only file sets can be browsed
 	Run    string // folder for sockets, short
 
-	slot   chan struct{} // held by whoever uses warm
+	*desk
+}
+
+// desk is where one image at a time is open.
+type desk struct {
+	slot   chan struct{} // held by whoever uses what follows
 	warm   *guest        // open, and used by nobody
 	closed bool
 }
 
 // New gives a browser. Close it.
 func New(st *store.Store, opener Opener, run string) *Browser {
-	return &Browser{Store: st, Opener: opener, Run: run, slot: make(chan struct{}, 1)}
+	return &Browser{Store: st, Opener: opener, Run: run, desk: &desk{slot: make(chan struct{}, 1)}}
+}
+
+// Over gives a browser of another store. The two have one image open at a time between them, and are closed together.
+func (b *Browser) Over(st *store.Store) *Browser {
+	return &Browser{Store: st, Opener: b.Opener, Run: b.Run, desk: b.desk}
 }
 
 // Item is an entry of a snapshot.

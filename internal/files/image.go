@@ -154,14 +154,14 @@ func (b *Browser) withGuest(ctx context.Context, snap dr.Snapshot, do func(g *gu
 }
 
 // Close ends what is open. Nothing may be under way.
-func (b *Browser) Close() error {
-	b.slot <- struct{}{}
-	defer func() { <-b.slot }()
-	b.closed = true
-	if b.warm != nil {
-		b.warm.idle.Stop()
-		b.warm.close()
-		b.warm = nil
+func (d *desk) Close() error {
+	d.slot <- struct{}{}
+	defer func() { <-d.slot }()
+	d.closed = true
+	if d.warm != nil {
+		d.warm.idle.Stop()
+		d.warm.close()
+		d.warm = nil
 	}
 	return nil
 }

@@ -225,7 +225,9 @@ func (l *Lab) open() error {
 	if err != nil {
 		return err
 	}
-	server := &http.Server{Handler: api.Handler(l.Master, l.Master.Files(app), "lab"), ReadHeaderTimeout: time.Second}
+	far := &appliance.Far{Own: app}
+	looks := l.Master.Files(app, func(customer string, st *store.Store) master.FarFiles { return far.Of(customer, st) })
+	server := &http.Server{Handler: api.Handler(l.Master, looks, "lab"), ReadHeaderTimeout: time.Second}
 	go func() { _ = server.Serve(listener) }() // until it is closed
 	closes = append(closes, func() { server.Close() })
 	l.Client = api.Dial(l.path("api.sock"))

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -410,13 +411,7 @@ func TestSnapshotsAreTakenWhenDueAlsoAfterTheClockWasSteppedBack(t *testing.T) {
 	wake := func(want int) {
 		t.Helper()
 		l.Master.Wake(ctx)
-		ops, err := l.Operations(ctx)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for _, op := range ops {
-			l.Finish(op, nil)
-		}
+		l.settled(t)
 		list, err := l.Snapshots(ctx, "shop")
 		if err != nil || len(list) != want {
 			t.Fatalf("%d snapshots, want %d; %v", len(list), want, err)
@@ -445,8 +440,17 @@ func TestATestThatDidNotRunRaisesATicketAndIsHeld(t *testing.T) {
 	if op.State != api.OperationFailed {
 		t.Fatalf("operation %s", op.State)
 	}
-	l.Fault = nil
 	l.Clock.Turn(3 * time.Hour)
+	for range 3 { // one that cannot be held is not begun anew at every tick
+		l.Master.Wake(ctx)
+		l.settled(t)
+		l.Clock.Turn(time.Minute)
+	}
+	if ops, err := l.Operations(ctx); err != nil || len(ops) != 2 { // the snapshot, and one test
+		t.Errorf("%d operations, %v", len(ops), err)
+	}
+	l.Fault = nil
+	l.Clock.Turn(5 * time.Minute)
 	l.Master.Wake(ctx)
 	found := false
 	for _, ticket := range l.openTickets(t) {
@@ -455,15 +459,68 @@ func TestATestThatDidNotRunRaisesATicketAndIsHeld(t *testing.T) {
 	if !found {
 		t.Errorf("no ticket says that a test is missing: %+v", l.openTickets(t))
 	}
-	ops, err := l.Operations(ctx)
+	l.settled(t)
+	if l.lkg(t) == "" {
+		t.Error("the missing test was not held")
+	}
+	if open := l.openTickets(t); len(open) != 0 {
+		t.Errorf("tickets after it passed: %+v", open)
+	}
+}
+
+func TestATestForWhichThereWasNoRoomIsHeldAgainByItself(t *testing.T) {
+	t.Parallel()
+	l := protectedShop(t, Healthy)
+	hv := l.Host.Open()
+	defer hv.Close()
+	strangers, err := hv.Start(ctx, vm.Spec{Name: "vm-strangers", Owner: vm.Owner{Kind: "stranger", ID: "vm-strangers"}, Dir: l.Dir, Hardware: dr.Hardware{Memory: 64 << 10, CPUs: 1}}) // all that the host has
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, op := range ops {
-		l.Finish(op, nil)
+	l.Finish(l.Snapshot(ctx, "shop"))
+	again := func(after time.Duration) {
+		t.Helper()
+		l.Clock.Turn(after)
+		l.Master.Wake(ctx)
+		l.settled(t)
 	}
+	outcomes := func(want ...dr.Outcome) {
+		t.Helper()
+		s, err := l.Server(ctx, "shop")
+		if err != nil {
+			t.Fatal(err)
+		}
+		verdicts, err := l.Master.Catalog.Verdicts(ctx, s.Server.ID, 10)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []dr.Outcome
+		for _, v := range verdicts {
+			got = append(got, v.Outcome)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("verdicts %v, not %v", got, want)
+		}
+	}
+	outcomes(dr.Inconclusive)
+	if s, err := l.Server(ctx, "shop"); err != nil || s.Retest.IsZero() {
+		t.Errorf("nobody is told that it is tested again: %+v, %v", s.Retest, err)
+	}
+	again(time.Minute)
+	outcomes(dr.Inconclusive)
+	again(10 * time.Minute)
+	outcomes(dr.Inconclusive, dr.Inconclusive)
+	if open := l.openTickets(t); len(open) != 1 || open[0].Problem != "test-inconclusive" {
+		t.Errorf("tickets after two: %+v", open)
+	}
+	if err := strangers.Destroy(ctx); err != nil {
+		t.Fatal(err)
+	}
+	l.Reopen()
+	again(20 * time.Minute)
+	outcomes(dr.Pass, dr.Inconclusive, dr.Inconclusive)
 	if l.lkg(t) == "" {
-		t.Error("the missing test was not held")
+		t.Error("it did not become last-known-good")
 	}
 	if open := l.openTickets(t); len(open) != 0 {
 		t.Errorf("tickets after it passed: %+v", open)

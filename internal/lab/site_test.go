@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -329,11 +330,12 @@ func TestDefinitionsThatChangedMeanwhileAreTakenOver(t *testing.T) {
 	}
 }
 
-// Of a server with data both arrive, and what is tested is the pair. Its files are looked into, and put back, over the line.
-func TestDataOfABranchArrivesWithItsImage(t *testing.T) {
-	t.Parallel()
+// dataOfABranch is a lab in which an appliance elsewhere has captured the image of a server and twice its data, of which all has arrived
+// and was tested.
+func dataOfABranch(t *testing.T, at func(l *Lab) *Site) (*Lab, *Site) {
+	t.Helper()
 	l := New(t, Healthy)
-	s := l.NewSite("box")
+	s := at(l)
 	writeDisk(t, l, 1)
 	l.put(t, "web", "srv/page", "first")
 	_, err := l.AddServer(ctx, dr.Server{Name: "shop", Appliance: "box", Source: live0("web"), Schedule: dr.Schedule{Every: 7 * 24 * time.Hour}, Tier: dr.TierImageData,
@@ -351,6 +353,13 @@ func TestDataOfABranchArrivesWithItsImage(t *testing.T) {
 		s.Night()
 	}
 	l.settled(t)
+	return l, s
+}
+
+// Of a server with data both arrive, and what is tested is the pair. Its files are looked into, and put back, over the line.
+func TestDataOfABranchArrivesWithItsImage(t *testing.T) {
+	t.Parallel()
+	l, _ := dataOfABranch(t, func(l *Lab) *Site { return l.NewSite("box") })
 	kinds, list := l.kinds(t, "shop")
 	if kinds != "ddi" || list[0].State != dr.Verified || list[1].State != dr.Verified || list[2].State != dr.Replicated {
 		t.Fatalf("snapshots %s: %s, %s, %s", kinds, list[0].State, list[1].State, list[2].State)
@@ -370,6 +379,65 @@ func TestDataOfABranchArrivesWithItsImage(t *testing.T) {
 	back, err := l.RestoreFiles(ctx, api.RestoreRequest{Server: "shop", Snapshot: list[0].Snapshot.ID, Paths: []string{"/srv/page"}, Overwrite: true})
 	if err != nil || back.Replaced != 1 || l.read("web", "srv/page") != "second" {
 		t.Errorf("put back over the line %+v, %v", back, err)
+	}
+}
+
+// With the appliance gone its servers' files come out of the customer's far store, onto servers that the master itself reaches.
+func TestFilesOfABranchThatIsGoneAreInTheFarStore(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() != 0 {
+		t.Skip("only root may give files to others")
+	}
+	l, s := dataOfABranch(t, func(l *Lab) *Site {
+		l.AddCustomer("acme")
+		return l.NewSiteOf("acme", "box")
+	})
+	s.Cut(true)
+	_, list := l.kinds(t, "shop")
+	if _, err := l.ListFiles(ctx, api.FilesQuery{Server: "shop", Path: "/srv"}); api.KindOf(err) != api.Unavailable || !strings.Contains(err.Error(), "--far") {
+		t.Errorf("without its appliance: %v", err)
+	}
+	for range 2 {
+		listing, err := l.ListFiles(ctx, api.FilesQuery{Server: "shop", Path: "/srv", Far: true})
+		if err != nil || len(listing.Files) != 1 || listing.Snapshot != list[0].Snapshot.ID {
+			t.Fatalf("%+v, %v", listing, err)
+		}
+		l.Reopen()
+	}
+	found, err := l.FindFiles(ctx, api.FindQuery{Server: "shop", Pattern: "pag*", Far: true})
+	if err != nil || len(found.Found) != 2 {
+		t.Errorf("%+v, %v", found, err)
+	}
+	versions, err := l.FileVersions(ctx, api.VersionsQuery{Server: "shop", Path: "/srv/page", Far: true})
+	if err != nil || len(versions.Versions) != 2 {
+		t.Errorf("%+v, %v", versions, err)
+	}
+	var page strings.Builder
+	if err := l.GetFile(ctx, api.GetQuery{Server: "shop", Snapshot: list[1].Snapshot.ID, Path: "/srv/page", Far: true}, &page); err != nil || page.String() != "first" {
+		t.Errorf("%q, %v", page.String(), err)
+	}
+	if _, err := l.AddServer(ctx, dr.Server{Name: "spare", Source: live0("spare"), Schedule: dr.Schedule{Every: 24 * time.Hour}}); err != nil {
+		t.Fatal(err)
+	}
+	l.put(t, "spare", "mnt/x", "x")
+	ask := api.RestoreRequest{Server: "shop", Paths: []string{"/srv/page"}, By: "an engineer", Far: true}
+	if _, err := l.RestoreFiles(ctx, ask); api.KindOf(err) != api.Invalid || !strings.Contains(err.Error(), "only appliance box reaches it") {
+		t.Errorf("onto the server whose appliance is gone: %v", err)
+	}
+	ask.ToServer = "spare"
+	if _, err := l.RestoreFiles(ctx, ask); api.KindOf(err) != api.Invalid {
+		t.Errorf("onto another server's own places: %v", err)
+	}
+	ask.ToPath = "/mnt"
+	if r, err := l.RestoreFiles(ctx, ask); err != nil || r.Restored != 1 || l.read("spare", "mnt/page") != "second" {
+		t.Errorf("%+v, %v", r, err)
+	}
+	if told := l.restores(t); len(told) != 1 || !strings.Contains(told[0], "an engineer") {
+		t.Errorf("told %v", told)
+	}
+	s.Cut(false)
+	if listing, err := l.ListFiles(ctx, api.FilesQuery{Server: "shop", Path: "/srv"}); err != nil || len(listing.Files) != 1 {
+		t.Errorf("with its appliance: %+v, %v", listing, err)
 	}
 }
 

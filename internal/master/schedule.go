@@ -7,7 +7,6 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/catalog"
 	"github.com/musterdr/muster/internal/dr"
-	"github.com/musterdr/muster/internal/engine"
 )
 
 // collectEvery is how often the store is asked to free what expired.
@@ -54,6 +53,7 @@ func (m *Master) Wake(ctx context.Context) {
 	}
 	m.watchSites(ctx)
 	m.overdue(ctx, running)
+	m.retest(ctx, running)
 	m.tend(ctx)
 	m.spreadSoon(ctx)
 	// Best when nothing runs; but on a master that is never idle the locks of a bucket would run out.
@@ -108,13 +108,15 @@ func (m *Master) wakeServer(ctx context.Context, s dr.Server, taken dr.Taken, no
 	return err
 }
 
-// overdue finds snapshots that should have been tested and were not, raises a ticket and tests them (R72).
+// overdue finds snapshots that should have been tested and were not, raises a ticket and tests them (R72); one whose test cannot be
+// held at all is tried later and later.
 func (m *Master) overdue(ctx context.Context, running map[string]api.Operation) {
 	missing, err := m.Catalog.TestsOverdue(ctx, m.Now(), m.Grace)
 	if err != nil {
 		m.Log.ErrorContext(ctx, "look for missing tests", "error", err)
 		return
 	}
+	tried := make(map[string]dr.Attempt, len(missing)) // only those that are still missing
 	for _, rec := range missing {
 		s, err := m.Catalog.Server(ctx, rec.Snapshot.ServerID)
 		if err != nil {
@@ -123,14 +125,41 @@ func (m *Master) overdue(ctx context.Context, running map[string]api.Operation) 
 		if _, busy := running[s.Name]; busy || s.Appliance != "" && rec.State == dr.Kept {
 			continue // what has not arrived is missed by watchSites
 		}
+		a := m.tested[rec.Snapshot.ID]
+		if tried[rec.Snapshot.ID] = a; a.Again(s, m.Now()).After(m.Now()) {
+			continue
+		}
+		tried[rec.Snapshot.ID] = a.Begin(time.Time{}, m.Now())
 		detail := "snapshot " + rec.Snapshot.ID + " was kept at " + rec.Snapshot.Taken.Format(time.RFC3339) + " and has not been tested since; it is tested now"
 		if _, err := m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemTestMissing, "a test that should have run did not", detail, rec.Snapshot.ID, m.Now()); err != nil {
 			m.Log.ErrorContext(ctx, "open ticket", "server", s.Name, "snapshot", rec.Snapshot.ID, "error", err)
 		}
-		in := work{ServerID: s.ID, SnapshotID: rec.Snapshot.ID, PreRecovery: dr.NewID("pre"), VerdictID: dr.NewID("verdict"), Data: rec.Snapshot.IsData(), Asked: m.Now()}
-		if _, err := begin(ctx, m, kindTest, s.Name, in.VerdictID, in, engine.StartOptions{Key: serverKey(s.ID), Refuse: true}); err != nil {
+		if _, err := m.Test(ctx, s.Name, rec.Snapshot.ID); err != nil {
 			m.Log.ErrorContext(ctx, "start missing test", "server", s.Name, "snapshot", rec.Snapshot.ID, "error", err)
 		}
 		running[s.Name] = api.Operation{Server: s.Name}
+	}
+	m.tested = tried
+}
+
+// retest holds again the tests that said nothing of the image, because there was no room for them or the host had no time.
+func (m *Master) retest(ctx context.Context, running map[string]api.Operation) {
+	due, err := m.Catalog.Retests(ctx, m.Now())
+	if err != nil {
+		m.Log.ErrorContext(ctx, "look for tests to be held again", "error", err)
+		return
+	}
+	for _, s := range due {
+		if _, busy := running[s.Server.Name]; busy || s.Newest == nil {
+			continue
+		}
+		// Before it begins: one that ends without a verdict has a ticket, and is not begun again and again.
+		err := m.Catalog.Retested(ctx, s)
+		if err == nil {
+			_, err = m.Test(ctx, s.Server.Name, s.Newest.Snapshot.ID)
+		}
+		if err != nil {
+			m.Log.ErrorContext(ctx, "test again", "server", s.Server.Name, "snapshot", s.Newest.Snapshot.ID, "error", err)
+		}
 	}
 }

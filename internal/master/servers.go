@@ -210,7 +210,7 @@ func (m *Master) running(ctx context.Context) (map[string]api.Operation, error) 
 
 func (m *Master) status(s catalog.Standing, running map[string]api.Operation) api.ServerStatus {
 	due := s.Server.Dues(s.Taken, m.Now())
-	out := api.ServerStatus{Server: s.Server, Newest: s.Newest, LKG: s.LKG, Due: due.Next(), DataDue: due.Data, Tickets: s.Tickets, Invocation: s.Invocation}
+	out := api.ServerStatus{Server: s.Server, Newest: s.Newest, LKG: s.LKG, Due: due.Next(), DataDue: due.Data, Retest: s.Retest, Tickets: s.Tickets, Invocation: s.Invocation}
 	if out.Near = m.near(s.Server); out.Near != nil {
 		out.Due = out.Near.Due
 	}

@@ -92,20 +92,26 @@ func (m *Master) look(ctx context.Context, appliance string) {
 	}()
 }
 
-// definitions gives the servers of an appliance, and a version of them that changes with every change.
-func (m *Master) definitions(ctx context.Context, appliance string) (servers []dr.Server, version string, err error) {
-	all, err := m.Catalog.Servers(ctx)
+// definitions gives the servers of an appliance, a version of them that changes with every change, and their last-known-goods.
+func (m *Master) definitions(ctx context.Context, appliance string) (servers []dr.Server, version string, lkg map[string]string, err error) {
+	all, err := m.Catalog.ServersOf(ctx, appliance)
 	if err != nil {
-		return nil, "", err
+		return nil, "", nil, err
 	}
-	for _, s := range all {
-		if m.captures(appliance, s) {
-			servers = append(servers, s)
+	captures := m.capturedBy(appliance)
+	lkg = map[string]string{}
+	for _, one := range all {
+		if !captures(one.Server) {
+			continue
+		}
+		servers = append(servers, one.Server)
+		if one.LKG != "" {
+			lkg[one.Server.ID] = one.LKG
 		}
 	}
 	raw, err := json.Marshal(servers)
 	sum := sha256.Sum256(raw)
-	return servers, hex.EncodeToString(sum[:8]), err
+	return servers, hex.EncodeToString(sum[:8]), lkg, err
 }
 
 // Hello implements api.Home.
@@ -114,27 +120,20 @@ func (m *Master) Hello(ctx context.Context, from string, hello api.Hello) (api.W
 		return api.Welcome{}, api.Errorf(api.Refused, "the appliance has no name: let it join with a token of this master")
 	}
 	now := m.Now().UTC()
-	servers, version, err := m.definitions(ctx, from)
+	servers, version, lkg, err := m.definitions(ctx, from)
 	if err != nil {
 		return api.Welcome{}, err
 	}
 	if err := m.heard(ctx, siteSeen{Name: from, Seen: now, Skew: hello.Clock.Sub(now).Round(time.Second), Hello: hello}, servers); err != nil {
 		return api.Welcome{}, err
 	}
-	w := api.Welcome{Clock: now, Definitions: version, LKG: map[string]string{}}
+	w := api.Welcome{Clock: now, Definitions: version, LKG: lkg}
 	if hello.Definitions != version {
 		w.Servers = servers
 	}
 	ours := map[string]bool{}
 	for _, s := range servers {
 		ours[s.ID] = true
-		lkg, ok, err := m.Catalog.LKG(ctx, s.ID)
-		if err != nil {
-			return w, err
-		}
-		if ok {
-			w.LKG[s.ID] = lkg.Snapshot.ID
-		}
 	}
 	if len(servers) == 0 {
 		return w, nil
@@ -295,7 +294,7 @@ func (m *Master) arrived(ctx context.Context, from string, a api.Arrival) error 
 	if err != nil {
 		return err
 	}
-	if s.ID != snap.ServerID || !m.captures(from, s) {
+	if s.ID != snap.ServerID || !m.capturedBy(from)(s) {
 		return api.Errorf(api.Refused, "server %s is not captured by appliance %s", s.Name, from)
 	}
 	if err := snap.Validate(); err != nil {
@@ -483,20 +482,10 @@ func (m *Master) watchSites(ctx context.Context) {
 	if !watch {
 		return
 	}
-	servers, err := m.Catalog.Servers(ctx)
+	wanted, err := m.watchServers(ctx, now)
 	if err != nil {
 		m.Log.ErrorContext(ctx, "look for missing snapshots", "error", err)
 		return
-	}
-	wanted := map[string][]string{}
-	for _, s := range servers {
-		if s.Appliance == "" {
-			continue
-		}
-		wanted[s.Appliance] = append(wanted[s.Appliance], s.Name)
-		if err := m.watchServer(ctx, s, now); err != nil {
-			m.Log.ErrorContext(ctx, "look for missing snapshots", "server", s.Name, "error", err)
-		}
 	}
 	for name, its := range wanted {
 		last := seen[name].Seen
@@ -520,29 +509,43 @@ func lastHeard(at time.Time) string {
 	return "at " + at.UTC().Format(time.RFC3339)
 }
 
-func (m *Master) watchServer(ctx context.Context, s dr.Server, now time.Time) error {
-	all, err := m.Catalog.Snapshots(ctx, s.ID)
-	if err != nil {
-		return err
-	}
-	var arrived []dr.Snapshot
-	for _, r := range slices.Backward(all) { // by the instant that they show: what arrives late is not the newest
-		if r.State != dr.Kept {
-			arrived = append(arrived, r.Snapshot)
+// watchServers looks at all servers whose snapshots appliances bring, and gives their names by appliance.
+func (m *Master) watchServers(ctx context.Context, now time.Time) (wanted map[string][]string, err error) {
+	wanted = map[string][]string{}
+	for after := ""; ; {
+		page, err := m.Catalog.Expected(ctx, after)
+		if err != nil {
+			return nil, err
 		}
+		for _, e := range page {
+			wanted[e.Server.Appliance] = append(wanted[e.Server.Appliance], e.Server.Name)
+			if err := m.watchServer(ctx, e, now); err != nil {
+				m.Log.ErrorContext(ctx, "look for missing snapshots", "server", e.Server.Name, "error", err)
+			}
+		}
+		if len(page) < catalog.MaxList {
+			return wanted, nil
+		}
+		after = page[len(page)-1].Server.ID
 	}
-	why := s.Late(dr.TakenOf(arrived), now)
+}
+
+func (m *Master) watchServer(ctx context.Context, e catalog.Expected, now time.Time) error {
+	s := e.Server
+	why := s.Late(e.Arrived, now)
 	key := "arrival/" + s.ID
 	switch {
 	case why == "":
 		m.told(key, false)
+		if !e.Missing {
+			return nil
+		}
 		return m.problemOver(ctx, s.ID, dr.ProblemArrival, "a snapshot arrived in time")
 	case m.told(key, true):
 		return nil
 	}
-	_, err = m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemArrival, "a snapshot that should have arrived did not", why+"; it comes from appliance "+s.Appliance, "", now)
+	_, err := m.Catalog.OpenTicket(ctx, s.ID, dr.ProblemArrival, "a snapshot that should have arrived did not", why+"; it comes from appliance "+s.Appliance, "", now)
 	return err
 }
 
 // Files gives what people ask of what is in snapshots: each server's appliance answers for it.
-func (m *Master) Files(own api.Files) api.Files { return sitesFiles{m, own} }

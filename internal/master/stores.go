@@ -101,14 +101,14 @@ func (m *Master) checkCustomer(server *dr.Server) error {
 	return nil
 }
 
-// captures says whether a server is one of an appliance's. A name that went from one customer's appliance to another's took nothing with it.
-func (m *Master) captures(appliance string, s dr.Server) bool {
-	if s.Appliance != appliance {
-		return false
-	}
+// capturedBy gives what says whether a server is one of an appliance's. A name that went from one customer's appliance to another's took
+// nothing with it.
+func (m *Master) capturedBy(appliance string) func(dr.Server) bool {
 	if appliance == "" || m.CustomerOf == nil || m.Customers == nil {
-		return true
+		return func(s dr.Server) bool { return s.Appliance == appliance }
 	}
 	customer, err := m.CustomerOf(appliance)
-	return err == nil && (customer == s.Customer || m.Customers.Owns(customer) && m.Customers.Owns(s.Customer))
+	return func(s dr.Server) bool {
+		return err == nil && s.Appliance == appliance && (customer == s.Customer || m.Customers.Owns(customer) && m.Customers.Owns(s.Customer))
+	}
 }

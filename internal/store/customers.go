@@ -255,6 +255,21 @@ func (b *Customers) Move(ctx context.Context, name, place string) error {
 	return nil
 }
 
+// Remove forgets a customer. Its far store is left as it is, and what has it open goes on until it ends. ErrUnknownCustomer if there is none.
+func (b *Customers) Remove(ctx context.Context, name string) (Customer, error) {
+	c, err := b.Customer(ctx, name)
+	if err == nil {
+		err = b.Own.DeleteRecord(ctx, customerRecord, c.Name)
+	}
+	if err == nil {
+		err = b.readAll(ctx)
+	}
+	if err != nil {
+		return c, fmt.Errorf("remove customer %s: %w", name, err)
+	}
+	return c, nil
+}
+
 // settle makes sure that a customer's store is where its record will say.
 func (b *Customers) settle(ctx context.Context, c Customer, create bool) error {
 	if c.Place == "" || len(c.Place) > maxLocation {

@@ -306,6 +306,30 @@ func (a *Authority) GiveCustomerKey(customer, key string) error {
 	return nil
 }
 
+// EraseCustomerKey destroys a customer's key: without another copy of it nobody reads the customer's far store any more. It is refused
+// while an appliance of the customer may still connect. One that is not here is no error.
+func (a *Authority) EraseCustomerKey(customer string) error {
+	if err := dr.ValidateLabel("customer", customer); err != nil {
+		return err
+	}
+	err := a.update(func(b *book) error {
+		for _, e := range b.Nodes {
+			if e.Role == Appliance && e.Customer == customer && e.Revoked == nil {
+				return refuse("appliance %s of customer %s may still connect: take that back with 'muster master revoke %s'", e.Name, customer, e.Name)
+			}
+		}
+		err := os.Remove(a.path(filepath.Join(dirCustomers, customer+".key.age")))
+		if errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+		return errors.Join(err, durable.Sync(a.path(dirCustomers)))
+	})
+	if err != nil {
+		return fmt.Errorf("erase the key of customer %s: %w", customer, err)
+	}
+	return nil
+}
+
 func (a *Authority) unseal(name string) ([]byte, error) {
 	return openSealed(a.path(name), a.identity)
 }

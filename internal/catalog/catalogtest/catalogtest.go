@@ -34,6 +34,8 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 		"a fail rejects, keeps last-known-good, opens one ticket":           failKeeps,
 		"a pass closes what it proves gone and nothing newer":               passCloses,
 		"a missed objective is one ticket however often":                    missedObjective,
+		"what appliances bring is known by the instant it shows":            expected,
+		"an inconclusive test of the newest snapshot is due again, once":    retests,
 		"two inconclusive tests in a row raise a ticket":                    inconclusive,
 		"a verdict that cannot be is refused whole":                         verdictRefused,
 		"last-known-good comes with what was tested":                        lkgAsTested,

@@ -53,6 +53,54 @@ func standings(w *world) {
 	}
 }
 
+func expected(w *world) {
+	for n := 1; n <= 3; n++ {
+		s := server(n)
+		if n < 3 {
+			s.Appliance = "box"
+		}
+		w.must(w.AddServer(w.ctx, s))
+	}
+	newer, older := snapshot(1, 2), snapshot(1, 1)
+	for _, s := range []dr.Snapshot{newer, older} { // the newest is sent first
+		_, err := w.RecordReplicated(w.ctx, s, 1)
+		w.must(err)
+	}
+	w.must(w.RecordSnapshot(w.ctx, snapshot(1, 3))) // has not arrived
+	w.must(w.RecordSnapshot(w.ctx, snapshot(3, 1)))
+	_, err := w.OpenTicket(w.ctx, "srv-2", dr.ProblemArrival, "t", "d", "", epoch)
+	w.must(err)
+	list, err := w.Expected(w.ctx, "")
+	if w.must(err); len(list) != 2 || !list[0].Arrived.Image.Equal(newer.Taken) || !list[0].Arrived.Data.IsZero() || list[0].Missing || list[0].Server.Appliance != "box" ||
+		!list[1].Arrived.Image.IsZero() || !list[1].Missing {
+		w.t.Errorf("%+v", list)
+	}
+	data := snapshot(1, 4)
+	data.Kind, data.Image = dr.SnapshotData, newer.ID
+	_, err = w.RecordReplicated(w.ctx, data, 1)
+	w.must(err)
+	w.must(w.RemoveServer(w.ctx, "srv-2"))
+	if list, err = w.Expected(w.ctx, ""); err != nil || len(list) != 1 || !list[0].Arrived.Data.Equal(data.Taken) || !list[0].Arrived.Image.Equal(newer.Taken) {
+		w.t.Errorf("%+v, %v", list, err)
+	}
+	if of, err := w.ServersOf(w.ctx, "box"); err != nil || len(of) != 1 || of[0].Server.ID != "srv-1" || of[0].LKG != "" {
+		w.t.Errorf("its servers %+v, %v", of, err)
+	}
+	w.must(w.RecordPreRecovery(w.ctx, preRecovery(newer, 0)))
+	w.judge(newer, 1, dr.Pass)
+	moved := server(1)
+	moved.Appliance = "crate"
+	w.must(w.UpdateServer(w.ctx, moved))
+	for appliance, n := range map[string]int{"box": 0, "crate": 1, "": 1} {
+		if of, err := w.ServersOf(w.ctx, appliance); err != nil || len(of) != n || appliance == "crate" && of[0].LKG != newer.ID {
+			w.t.Errorf("servers of %q: %+v, %v", appliance, of, err)
+		}
+	}
+	if list, err = w.Expected(w.ctx, "srv-1"); err != nil || len(list) != 0 {
+		w.t.Errorf("after it %+v, %v", list, err)
+	}
+}
+
 // planned takes away what this release keeps with a server, as if an older one had recorded it.
 func planned(w *world) {
 	w.must(w.AddServer(w.ctx, server(1)))

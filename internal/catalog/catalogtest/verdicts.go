@@ -131,6 +131,47 @@ func inconclusive(w *world) {
 	w.lkg(a.ID)
 }
 
+func retests(w *world) {
+	w.must(w.AddServer(w.ctx, server(1)))
+	a := w.kept(1)
+	due := func(after time.Duration, want string) {
+		w.t.Helper()
+		list, err := w.Retests(w.ctx, w.clock.now().Add(after))
+		w.must(err)
+		got := ""
+		for _, s := range list {
+			got += s.Newest.Snapshot.ID
+		}
+		if got != want {
+			w.t.Errorf("to be tested again in %s: %q, not %q", after, got, want)
+		}
+	}
+	w.judge(a, 1, dr.Inconclusive)
+	due(9*time.Minute, "")
+	due(time.Hour, a.ID)
+	standing, err := w.Standing(w.ctx, "srv-1")
+	if w.must(err); standing.Retest.IsZero() {
+		w.t.Error("nobody is told that it is tested again")
+	}
+	w.must(w.Retested(w.ctx, standing))
+	due(time.Hour, "")
+	w.judge(a, 2, dr.Inconclusive)
+	due(19*time.Minute, "")
+	due(time.Hour, a.ID)
+	b := w.kept(2) // which has a test of its own
+	due(time.Hour, "")
+	w.judge(b, 1, dr.Inconclusive)
+	w.judge(a, 3, dr.Pass) // says nothing of the newest
+	due(time.Hour, b.ID)
+	w.judge(a, 4, dr.Inconclusive)
+	due(time.Hour, b.ID)
+	w.judge(b, 2, dr.Fail)
+	due(100*time.Hour, "")
+	w.judge(b, 3, dr.Inconclusive)
+	w.must(w.RemoveServer(w.ctx, "srv-1"))
+	due(time.Hour, "")
+}
+
 func verdictRefused(w *world) {
 	w.must(w.AddServer(w.ctx, server(1)))
 	raw := snapshot(1, 1)

@@ -155,6 +155,8 @@ func (s *Server) handle(pattern string, least Rights, do func(*request) error) {
 			code = statusNoStore
 		case errors.Is(err, store.ErrNotEmpty):
 			code = statusExists
+		case r.Context().Err() != nil: // nobody waits for the answer any more
+			return
 		default:
 			slog.WarnContext(r.Context(), "a place could not answer", "method", r.Method, "path", r.URL.Path, "error", err.Error())
 		}

@@ -1,0 +1,11 @@
+-- Which appliance captures a server, '' for the master itself: an appliance asks for its own servers twice a minute. Opening the catalog
+-- works it out for those that are there (due = -1).
+
+-- +goose Up
+ALTER TABLE servers ADD COLUMN appliance TEXT NOT NULL DEFAULT '';
+CREATE INDEX servers_by_appliance ON servers (appliance, name) WHERE removed = 0;
+UPDATE servers SET due = -1;
+
+-- +goose Down
+DROP INDEX servers_by_appliance;
+ALTER TABLE servers DROP COLUMN appliance;
