@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -434,9 +435,10 @@ func applianceListCommand() *cobra.Command {
 			if a.Hello.Free > 0 {
 				free = size(a.Hello.Free)
 			}
-			rows = append(rows, []string{a.Name, state, ago(a.Seen), orDash(strings.Join(a.Servers, ",")), fmt.Sprint(a.Hello.Snapshots), fmt.Sprint(a.Hello.Owed), free, fmt.Sprint(len(a.Hello.Problems))})
+			clock := cmp.Or(dr.ClockOff(a.Skew), "right")
+			rows = append(rows, []string{a.Name, state, ago(a.Seen), orDash(strings.Join(a.Servers, ",")), fmt.Sprint(a.Hello.Snapshots), fmt.Sprint(a.Hello.Owed), free, clock, fmt.Sprint(len(a.Hello.Problems))})
 		}
-		table(cmd.OutOrStdout(), "APPLIANCE STATE HEARD SERVERS SNAPSHOTS TO-SEND FREE PROBLEMS", rows)
+		table(cmd.OutOrStdout(), "APPLIANCE STATE HEARD SERVERS SNAPSHOTS TO-SEND FREE CLOCK PROBLEMS", rows)
 		return nil
 	}}
 }
