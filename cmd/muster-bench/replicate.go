@@ -70,9 +70,18 @@ type away struct {
 const awayAt = "/store" // where a master has its store
 
 func (b *bench) newAway(name string) (*away, error) {
-	dir, err := b.fresh(name)
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
+	}
+	return b.newAwayAt(name, listener)
+}
+
+// newAwayAt makes one that is reached by a listener.
+func (b *bench) newAwayAt(name string, listener net.Listener) (*away, error) {
+	dir, err := b.fresh(name)
+	if err != nil {
+		return nil, errors.Join(err, listener.Close())
 	}
 	s := remote.NewServer(func(r *http.Request) (store.Driver, remote.Rights, error) {
 		if _, ok := trust.PeerOf(r.Context()); !ok {
@@ -80,10 +89,6 @@ func (b *bench) newAway(name string) (*away, error) {
 		}
 		return folder.Driver{Path: filepath.Join(dir, "store")}, remote.Make, nil
 	})
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return nil, err
-	}
 	w := &line{Listener: listener}
 	ctx, stop := context.WithCancel(context.Background())
 	node, hub, err := join(ctx, dir, listener.Addr().String())
@@ -190,6 +195,10 @@ func replicates(ctx context.Context, b *bench) (rows []Row, err error) {
 	}
 	rows = append(rows, row)
 	if row, err = b.cuts(ctx, near, filepath.Join(dir, "noise.raw")); err != nil {
+		return rows, err
+	}
+	rows = append(rows, row)
+	if row, err = b.distance(ctx, near, first); err != nil {
 		return rows, err
 	}
 	rows = append(rows, row)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -415,17 +416,6 @@ func rateText(rate int64) string {
 	return "at most " + size(rate) + " a second"
 }
 
-// clockText says how another machine's clock stands to ours.
-func clockText(ahead time.Duration) string {
-	switch {
-	case ahead > dr.ClockSlack:
-		return span(ahead) + " AHEAD"
-	case ahead < -dr.ClockSlack:
-		return span(-ahead) + " BEHIND"
-	}
-	return "right"
-}
-
 func applianceListCommand() *cobra.Command {
 	return &cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "On a master: list its appliances and how each stands", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error {
 		c := client(cmd)
@@ -451,7 +441,8 @@ func applianceListCommand() *cobra.Command {
 			if a.Hello.Free > 0 {
 				free = size(a.Hello.Free)
 			}
-			rows = append(rows, []string{a.Name, state, ago(a.Seen), orDash(strings.Join(a.Servers, ",")), fmt.Sprint(a.Hello.Snapshots), fmt.Sprint(a.Hello.Owed), free, clockText(a.Skew), fmt.Sprint(len(a.Hello.Problems))})
+			clock := cmp.Or(dr.ClockOff(a.Skew), "right")
+			rows = append(rows, []string{a.Name, state, ago(a.Seen), orDash(strings.Join(a.Servers, ",")), fmt.Sprint(a.Hello.Snapshots), fmt.Sprint(a.Hello.Owed), free, clock, fmt.Sprint(len(a.Hello.Problems))})
 		}
 		table(cmd.OutOrStdout(), "APPLIANCE STATE HEARD SERVERS SNAPSHOTS TO-SEND FREE CLOCK PROBLEMS", rows)
 		return nil

@@ -17,6 +17,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/musterdr/muster/internal/lab"
+	"github.com/musterdr/muster/internal/lab/cable"
 	"github.com/musterdr/muster/internal/silo"
 	"github.com/musterdr/muster/internal/vm"
 	"github.com/musterdr/muster/internal/vm/sim"
@@ -98,7 +99,31 @@ func (p *place) plug(address, far string) {
 	})
 	sh(p.t, "ip link add %s type veth peer name %s netns %s && ip link set %s up", far, p.near, p.space, far)
 	p.t.Cleanup(func() { _ = exec.Command("ip", "link", "del", far).Run() })
+	p.up(address)
+}
+
+// up gives it an address.
+func (p *place) up(address string) {
+	p.t.Helper()
 	sh(p.t, "ip -n %s addr add %s dev %s && ip -n %s link set %s up && ip -n %s link set lo up", p.space, address, p.near, p.space, p.near, p.space)
+}
+
+// move puts a long cable in the place of a place's own.
+func (p *place) move(address, far string, l cable.Line) *cable.Cable {
+	p.t.Helper()
+	sh(p.t, "ip link del %s", far)
+	c, err := cable.Lay(far, p.near, l)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() {
+		if err := c.Close(); err != nil {
+			p.t.Error(err)
+		}
+	})
+	sh(p.t, "ip link set %s netns %s && ip link set %s up", p.near, p.space, far)
+	p.up(address)
+	return c
 }
 
 // there is a command line of the program that runs in this place.
@@ -210,7 +235,7 @@ func (p *place) slow(rate string) {
 	sh(p.t, "tc -n %s qdisc replace dev %s root tbf rate %s burst 64kb latency 100ms", p.space, p.near, rate)
 }
 
-// lossy loses so many of a hundred packets. A kernel without netem adds no delay; nftables drops packets on any.
+// lossy loses so many of a hundred packets.
 func (p *place) lossy(percent int) {
 	p.t.Helper()
 	sh(p.t, "ip netns exec %s nft 'add table inet bad; add chain inet bad out { type filter hook output priority 1; }; add chain inet bad in { type filter hook input priority 1; }; "+

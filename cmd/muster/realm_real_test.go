@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -348,7 +349,7 @@ func (r *realm) clean(t *testing.T) {
 		}
 	}()
 	r.until(t, "nothing is left", func() bool {
-		left = r.left("a", "b")
+		left = r.left(slices.Collect(maps.Keys(r.silos))...)
 		all, err := r.api.ListSilos(context.Background())
 		for _, s := range all {
 			for _, l := range s.Leases {

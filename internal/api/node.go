@@ -36,6 +36,8 @@ type SnapshotTask struct {
 	// Trusted is the newest snapshot of the same kind that is not held; signs are measured against it too, if it is not the parent.
 	Trusted string   `json:"trusted,omitempty"`
 	Usual   dr.Usual `json:"usual"` // what this server's snapshots usually change
+	// Date says for an instant by this machine's clock by what instant a snapshot is dated; nil: by that.
+	Date func(time.Time) time.Time `json:"-"`
 }
 
 // Contact is what a first contact with a source found.

@@ -104,6 +104,7 @@ type NodeFigures struct {
 	Seen                 time.Time // when it was last heard of; zero: never
 	Expires              time.Time // when its newest certificate ends; zero: it has none
 	Revoked              bool
+	Skew                 time.Duration // how far an appliance's clock is ahead of the master's
 }
 
 // Health is what of the platform works.

@@ -47,7 +47,7 @@ func (n *Node) captureStep(r *engine.Run, in capturing, step, id string, data bo
 			return true, n.over(ctx, in.ServerID, dr.ProblemCapture)
 		}
 		return false, n.trouble(ctx, api.SiteProblem{ServerID: in.ServerID, Problem: dr.ProblemCapture, Title: "no snapshot could be taken",
-			Detail: err.Error(), Since: n.Now().UTC()})
+			Detail: err.Error(), Since: n.now().UTC()})
 	})
 	n.poke()
 	return errors.Join(err, noted)
@@ -62,7 +62,7 @@ func (n *Node) capture(ctx context.Context, r *engine.Run, in capturing, id stri
 	if err := n.makeRoom(ctx); err != nil {
 		return err
 	}
-	task := api.SnapshotTask{ID: id, Server: s}
+	task := api.SnapshotTask{ID: id, Server: s, Date: n.date}
 	if data {
 		if task.Image = in.Image; task.Image == "" {
 			image, err := n.imageFor(s)
@@ -173,7 +173,7 @@ func (n *Node) roomy(ctx context.Context, full error) error {
 		return n.over(ctx, "", dr.ProblemNearFull)
 	}
 	err := n.trouble(ctx, api.SiteProblem{Problem: dr.ProblemNearFull, Title: "the near store of appliance " + n.Name + " is full: nothing is captured",
-		Detail: full.Error(), Since: n.Now().UTC()})
+		Detail: full.Error(), Since: n.now().UTC()})
 	n.poke()
 	return errors.Join(full, err)
 }
@@ -204,7 +204,7 @@ func (n *Node) thin(ctx context.Context, need int64) (dropped int, err error) {
 		}
 	}
 	near := n.near(n.Far != nil)
-	for _, id := range dr.Thin(near, dr.Thinning{Need: need, Floor: n.Floor, Stays: stays, Now: n.Now()}) {
+	for _, id := range dr.Thin(near, dr.Thinning{Need: need, Floor: n.Floor, Stays: stays, Now: n.now()}) {
 		err := st.Forget(ctx, id)
 		if errors.Is(err, store.ErrPinned) || errors.Is(err, store.ErrProtected) {
 			continue // somebody reads it: next time

@@ -34,10 +34,12 @@ func (n *Node) Hail(ctx context.Context) error {
 func (n *Node) hail(ctx context.Context) error {
 	limited, cancel := context.WithTimeout(ctx, helloLimit)
 	defer cancel()
+	asked := n.Now()
 	w, err := n.Home.Hello(limited, n.Name, n.hello())
 	if err != nil {
 		return err
 	}
+	n.compare(ctx, asked, n.Now(), w.Clock)
 	if err := n.welcome(ctx, w); err != nil {
 		return fmt.Errorf("take over what the master says: %w", err)
 	}
@@ -72,7 +74,7 @@ func (l *ledger) definitions() string {
 func (n *Node) siteServer(s dr.Server, near []dr.Near) api.SiteServer {
 	out := api.SiteServer{ID: s.ID, Name: s.Name}
 	taken := dr.TakenOf(n.history(s.ID))
-	out.Due, out.Kept = s.Dues(taken, n.Now()).Next(), taken.Last
+	out.Due, out.Kept = s.Dues(taken, n.now()).Next(), taken.Last
 	for _, one := range near {
 		if one.Snapshot.ServerID != s.ID {
 			continue

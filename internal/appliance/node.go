@@ -43,7 +43,8 @@ const (
 	reserveShare   = 10 // the share of the room that is kept free: a tenth
 	helloEvery     = 30 * time.Second
 	helloLimit     = time.Minute
-	roomEvery      = time.Minute // how often the room is looked at between captures
+	firstHello     = 15 * time.Second // how long it is waited for the master's first answer before anything is begun
+	roomEvery      = time.Minute      // how often the room is looked at between captures
 	collectEvery   = 24 * time.Hour
 	keepRuns       = 30 * 24 * time.Hour
 	captureLimit   = 24 * time.Hour
@@ -75,6 +76,7 @@ type Node struct {
 	nudged  chan struct{} // there is something to do
 	room    sync.Mutex    // one makes room
 	hailing sync.Mutex    // one talks to the master
+	clock   atomic.Pointer[clock]
 
 	mu       sync.Mutex
 	attempts map[string]dr.Attempt // by server: the last scheduled capture
@@ -132,8 +134,14 @@ func (n *Node) Run(ctx context.Context) error {
 		return err
 	}
 	var home sync.WaitGroup
-	home.Go(func() { n.keepHome(ctx) })
+	asked := make(chan struct{})
+	home.Go(func() { n.keepHome(ctx, asked) })
 	defer home.Wait()
+	select { // for the time, by which it is known what is due
+	case <-asked:
+	case <-time.After(firstHello):
+	case <-ctx.Done():
+	}
 	ticker := time.NewTicker(n.Tick)
 	defer ticker.Stop()
 	for {
@@ -155,16 +163,20 @@ func (n *Node) Start(ctx context.Context) error {
 	return nil
 }
 
-// keepHome talks to the master, whatever else goes on.
-func (n *Node) keepHome(ctx context.Context) {
+// keepHome talks to the master, whatever else goes on. asked is closed when that was tried once.
+func (n *Node) keepHome(ctx context.Context, asked chan<- struct{}) {
 	if n.Home == nil {
+		close(asked)
 		return
 	}
 	ticker := time.NewTicker(helloEvery)
 	defer ticker.Stop()
-	for {
+	for first := true; ; first = false {
 		if err := n.Hail(ctx); err != nil && ctx.Err() == nil {
 			n.Log.WarnContext(ctx, "tell the master", "error", err)
+		}
+		if first {
+			close(asked)
 		}
 		select {
 		case <-ctx.Done():
@@ -251,7 +263,7 @@ func (n *Node) look(ctx context.Context) {
 }
 
 func (n *Node) wakeServer(ctx context.Context, s dr.Server) error {
-	now, taken := n.Now(), dr.TakenOf(n.history(s.ID))
+	now, taken := n.now(), dr.TakenOf(n.history(s.ID))
 	due := s.Dues(taken, now)
 	n.mu.Lock()
 	a := n.attempts[s.ID]

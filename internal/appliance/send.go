@@ -24,7 +24,7 @@ func (n *Node) sendNext(ctx context.Context) error {
 	if n.Far == nil || n.rate() < 0 {
 		return nil
 	}
-	now := n.Now()
+	now := n.now()
 	n.mu.Lock()
 	away := n.Home != nil && n.link != nil
 	not, wanted := map[string]bool{}, ""
@@ -66,7 +66,7 @@ func (n *Node) sendNext(ctx context.Context) error {
 }
 
 // rate is how many bytes a second may be sent now.
-func (n *Node) rate() int64 { return n.Windows.Rate(n.Now().In(n.Zone)) }
+func (n *Node) rate() int64 { return n.Windows.Rate(n.now().In(n.Zone)) }
 
 // replicate sends one snapshot: send → note.
 func (n *Node) replicate(r *engine.Run, in sending) error {
@@ -105,7 +105,7 @@ func (n *Node) send(ctx context.Context, r *engine.Run, id string) (api.Transfer
 		}
 		return api.Transfer{}, err
 	}
-	return api.Transfer{Snapshot: id, At: n.Now().UTC(), Sent: p.Spent + done.Sent, Took: time.Since(start)}, nil
+	return api.Transfer{Snapshot: id, At: n.now().UTC(), Sent: p.Spent + done.Sent, Took: time.Since(start)}, nil
 }
 
 func (n *Node) sent(ctx context.Context, in sending, t api.Transfer) error {
@@ -122,14 +122,14 @@ func (n *Node) sent(ctx context.Context, in sending, t api.Transfer) error {
 func (n *Node) sendFailed(ctx context.Context, in sending, cause error) error {
 	n.mu.Lock()
 	f := n.sends[in.Snapshot]
-	f = failure{n: f.n + 1, last: n.Now(), err: cause}
+	f = failure{n: f.n + 1, last: n.now(), err: cause}
 	n.sends[in.Snapshot] = f
 	n.mu.Unlock()
 	if f.n < troubleAfter || errors.Is(cause, engine.ErrCancelled) {
 		return nil
 	}
 	return n.trouble(ctx, api.SiteProblem{ServerID: in.ServerID, Problem: dr.ProblemSend, Title: "a snapshot could not be sent",
-		Detail: cause.Error(), Since: n.Now().UTC()})
+		Detail: cause.Error(), Since: n.now().UTC()})
 }
 
 // openFar gives the far store, which stays open until something goes wrong with it.

@@ -231,7 +231,7 @@ func (k *FilesSink) Keep(ctx context.Context, out Outcome) error {
 		return err
 	}
 	kept, err := k.writer.Commit(ctx, dr.Snapshot{
-		ServerID: k.task.Server.ID, Server: k.task.Server.Name, Taken: out.Taken.UTC(), Consistency: dr.FileConsistent, Pass: pass,
+		ServerID: k.task.Server.ID, Server: k.task.Server.Name, Taken: dated(k.task, out.Taken), Consistency: dr.FileConsistent, Pass: pass,
 		Notes: append(out.Notes, k.watch.notes...), Signs: found,
 		Stats: dr.CaptureStats{Read: out.Read, Sent: out.Sent, Duration: time.Since(k.began)},
 	})

@@ -52,7 +52,7 @@ func (k *Sink) Keep(ctx context.Context, out Outcome) error {
 	}
 	k.resumes = false // from here on there is a snapshot, or a store that takes none
 	kept, err := k.writer.Commit(ctx, dr.Snapshot{
-		ID: k.task.ID, ServerID: k.task.Server.ID, Server: k.task.Server.Name, Parent: k.parent, Taken: out.Taken.UTC(),
+		ID: k.task.ID, ServerID: k.task.Server.ID, Server: k.task.Server.Name, Parent: k.parent, Taken: dated(k.task, out.Taken),
 		Consistency: out.Consistency, Pass: k.passOf(out), Inventory: out.Inventory,
 		Applications: out.Applications, Notes: out.Notes, Signs: found,
 		Stats: dr.CaptureStats{Read: out.Read, Sent: out.Sent, Frozen: out.Frozen, Duration: time.Since(k.began)},
@@ -62,6 +62,14 @@ func (k *Sink) Keep(ctx context.Context, out Outcome) error {
 	}
 	k.kept = &kept
 	return nil
+}
+
+// dated is the instant by which a snapshot is dated that was taken at one by this machine's clock.
+func dated(task api.SnapshotTask, taken time.Time) time.Time {
+	if task.Date != nil {
+		taken = task.Date(taken)
+	}
+	return taken.UTC()
 }
 
 // passOf says how a source saw the disks and found out what changed, and if it read everything, why.

@@ -204,6 +204,18 @@ func (s Server) promised(data bool) time.Duration {
 // ClockSlack is how far two clocks may differ before it is said.
 const ClockSlack = 5 * time.Minute
 
+// ClockOff says for people how wrong a clock is that is so far ahead of the one that counts: "40m0s ahead"; "" if it hardly is.
+func ClockOff(ahead time.Duration) string {
+	switch by := ahead.Abs().Round(time.Minute).String(); {
+	case ahead.Abs() <= ClockSlack:
+		return ""
+	case ahead < 0:
+		return by + " behind"
+	default:
+		return by + " ahead"
+	}
+}
+
 // Late says why a snapshot that should have arrived from an appliance is missing, "" if none is. far is what has arrived, began
 // when the wait for it began at the latest: when the server was added, for one of which nothing has.
 func (s Server) Late(far Taken, now time.Time) string {

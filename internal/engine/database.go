@@ -143,7 +143,8 @@ func (db *database) close() error {
 	}
 	err := db.sql.Close()
 	if db.lock != nil {
-		err = errors.Join(err, db.lock.Close()) // gives the flock back
+		// Not by closing alone: a program that is being started has the file as well until it runs.
+		err = errors.Join(err, unix.Flock(int(db.lock.Fd()), unix.LOCK_UN), db.lock.Close())
 	}
 	return err
 }

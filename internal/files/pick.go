@@ -176,8 +176,8 @@ func (f *folders) member(m Member, content io.Reader) error {
 	if c == nil || f.given[m.Path] {
 		return nil
 	}
-	if above := path.Dir(m.Path); f.byPath[above] != nil && !f.given[above] {
-		return nil // a folder comes before what is in it
+	if above := path.Dir(m.Path); above != m.Path && f.byPath[above] != nil && !f.given[above] {
+		return nil // a folder comes before what is in it; / is in none
 	}
 	e := c.Entry
 	file := e.Kind == fileset.File || e.Kind == fileset.Link

@@ -20,7 +20,8 @@ type tree struct {
 	content map[string]string // by name
 	inode   map[string]uint64
 	left    func(name string) bool
-	asked   int // for single files
+	asked   int    // for single files
+	top     string // the folder that is asked for
 }
 
 func (t *tree) Attrs(_ context.Context, entries []*fileset.Entry) error {
@@ -44,7 +45,7 @@ func (t *tree) Folder(_ context.Context, top string, each func(Member, io.Reader
 	names := slices.Sorted(maps.Keys(t.inode))
 	slices.Reverse(names)
 	given := map[uint64]string{}
-	for _, name := range append([]string{top}, names...) { // the folder before what is in it
+	for _, name := range append([]string{"/", "/srv", "/srv/a"}, names...) { // the folder before what is in it
 		if t.left(name) || !fileset.Below(name, top) {
 			continue
 		}
@@ -63,7 +64,9 @@ func (t *tree) Folder(_ context.Context, top string, each func(Member, io.Reader
 
 // index lists what is in the tree, as Browser.pick gives it.
 func (t *tree) index() (out []chosen) {
-	out = append(out, chosen{&Item{Entry: &fileset.Entry{Kind: fileset.Folder, Path: "/srv"}}, true}, chosen{&Item{Entry: &fileset.Entry{Kind: fileset.Folder, Path: "/srv/a"}}, false})
+	for _, name := range []string{"/", "/srv", "/srv/a"} {
+		out = append(out, chosen{&Item{Entry: &fileset.Entry{Kind: fileset.Folder, Path: name}}, !fileset.Below(name, t.top)})
+	}
 	first := map[uint64]string{}
 	for _, name := range slices.Sorted(maps.Keys(t.inode)) {
 		e := &fileset.Entry{Kind: fileset.File, Path: name, Size: int64(len(t.content[name])), Inode: t.inode[name], Dev: 1, Sparse: len(t.content[name]) > holeSize}
@@ -81,13 +84,13 @@ func (t *tree) index() (out []chosen) {
 func (t *tree) picked(tt *testing.T) map[string]string {
 	tt.Helper()
 	out := map[string]string{}
-	err := new(Browser).fromGuest(tt.Context(), &guest{Guest: t}, t.index(), []string{"/srv/a"}, func(e *fileset.Entry, above bool, content io.Reader) error {
+	err := new(Browser).fromGuest(tt.Context(), &guest{Guest: t}, t.index(), []string{t.top}, func(e *fileset.Entry, above bool, content io.Reader) error {
 		var whole bytes.Buffer
 		data, err := io.ReadAll(io.LimitReader(content, e.Stored()))
 		if err != nil {
 			return err
 		}
-		if _, there := out[path.Dir(e.Path)]; !there && !above {
+		if _, there := out[path.Dir(e.Path)]; !there && !above && e.Path != "/" {
 			tt.Errorf("%s came before its folder", e.Path)
 		}
 		if _, twice := out[e.Path]; twice {
@@ -123,7 +126,14 @@ func wholeOf(w io.Writer, e *fileset.Entry, data []byte) error {
 }
 
 func TestAFolderReadAtOnceIsTheSameAsFileByFile(t *testing.T) {
-	tr := &tree{content: map[string]string{}, inode: map[string]uint64{}}
+	for _, top := range []string{"/srv/a", "/srv", "/"} {
+		t.Run(top, func(t *testing.T) { readAtOnce(t, top) })
+	}
+}
+
+func readAtOnce(t *testing.T, top string) {
+	t.Helper()
+	tr := &tree{top: top, content: map[string]string{}, inode: map[string]uint64{}}
 	add := func(name string, inode uint64, content string) { tr.content[name], tr.inode[name] = content, inode }
 	for i := range 20 {
 		add(fmt.Sprintf("/srv/a/%02d", i), uint64(10+i), fmt.Sprintf("file %d", i))
@@ -136,7 +146,7 @@ func TestAFolderReadAtOnceIsTheSameAsFileByFile(t *testing.T) {
 	slow := *tr
 	slow.left = func(string) bool { return true }
 	want := slow.picked(t)
-	if slow.asked < 20 || len(want) != len(tr.inode)+2 {
+	if slow.asked < 20 || len(want) != len(tr.inode)+3 {
 		t.Fatalf("%d files were read, %d names", slow.asked, len(want))
 	}
 	for what, left := range map[string]func(string) bool{

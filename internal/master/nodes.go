@@ -31,17 +31,17 @@ func (m *Master) nodes(ctx context.Context) ([]api.NodeFigures, error) {
 	if err != nil {
 		return nil, err
 	}
-	seen := map[string]time.Time{} // a name is used once, whatever the role
+	seen, skew := map[string]time.Time{}, map[string]time.Duration{} // a name is used once, whatever the role
 	for _, s := range silos {
 		seen[s.Name] = s.Seen
 	}
 	m.mu.Lock()
 	for name, s := range m.sites {
-		seen[name] = s.Seen
+		seen[name], skew[name] = s.Seen, s.Skew
 	}
 	m.mu.Unlock()
 	for i := range all {
-		all[i].Seen = seen[all[i].Name]
+		all[i].Seen, all[i].Skew = seen[all[i].Name], skew[all[i].Name]
 	}
 	return all, nil
 }
@@ -82,6 +82,9 @@ func (m *Master) checkNodes(ctx context.Context) (string, error) {
 			tell("%s %s is away and was never heard of", n.Role, n.Name)
 		} else {
 			tell("%s %s is away, last heard of %s ago", n.Role, n.Name, now.Sub(n.Seen).Round(time.Second))
+		}
+		if off := dr.ClockOff(n.Skew); off != "" {
+			tell("the clock of %s %s is %s", n.Role, n.Name, off)
 		}
 		if left := n.Expires.Sub(now); left <= 0 {
 			tell("the certificate of %s has expired: enrol it again", n.Name)

@@ -224,9 +224,9 @@ func problemsOf(s siteSeen, servers []dr.Server) map[string]api.SiteProblem {
 		}
 		out[p.ServerID+"/"+string(p.Problem)] = p
 	}
-	if s.Skew > dr.ClockSlack || s.Skew < -dr.ClockSlack {
-		p := api.SiteProblem{Problem: dr.ProblemClock + dr.Problem("/"+s.Name), Title: "the clock of appliance " + s.Name + " is wrong",
-			Detail: fmt.Sprintf("it differs from the master's by more than %s: set it, or have it set itself (systemd-timesyncd, chrony)", dr.ClockSlack)}
+	if off := dr.ClockOff(s.Skew); off != "" {
+		p := api.SiteProblem{Problem: dr.ProblemClock + dr.Problem("/"+s.Name), Title: "the clock of appliance " + s.Name + " is wrong: " + off + " of the master's",
+			Detail: "so it was when this was noticed: set it, or have it set itself (systemd-timesyncd, chrony). Snapshots are dated by the master's clock meanwhile, as long as the appliance reaches it"}
 		out["/"+string(p.Problem)] = p
 	}
 	return out

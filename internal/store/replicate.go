@@ -119,19 +119,11 @@ func (r *replication) run(ctx context.Context) error {
 	if r.source, err = r.near.find(ctx, r.id); err != nil {
 		return err
 	}
-	unlock, taken, err := r.far.place.TryLock(lockWrite+r.id, true)
+	unlock, err := r.locks(ctx)
 	if err != nil {
 		return err
-	}
-	if !taken {
-		return fmt.Errorf("%w: somebody is writing this snapshot", ErrBusy)
 	}
 	defer unlock()
-	release, err := r.far.lock(ctx, lockIngest, false)
-	if err != nil {
-		return err
-	}
-	defer release()
 	if err := r.far.rep.Refresh(ctx); err != nil {
 		return err
 	}
@@ -145,6 +137,50 @@ func (r *replication) run(ctx context.Context) error {
 		return err
 	}
 	return r.publish(ctx)
+}
+
+// locks takes the locks of the far store, both at once, because it may be far away, and gives what lets both go so.
+func (r *replication) locks(ctx context.Context) (unlock func(), err error) {
+	var writing, ingesting func()
+	both := func(one, other func()) {
+		var work sync.WaitGroup
+		work.Go(one)
+		other()
+		work.Wait()
+	}
+	unlock = func() {
+		both(func() {
+			if writing != nil {
+				writing()
+			}
+		}, func() {
+			if ingesting != nil {
+				ingesting()
+			}
+		})
+	}
+	var taken bool
+	var werr, ierr error
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	both(func() {
+		if writing, taken, werr = r.far.place.TryLock(lockWrite+r.id, true); !taken {
+			cancel() // the other need not be waited for
+		}
+	}, func() { ingesting, ierr = r.far.lock(ctx, lockIngest, false) })
+	switch {
+	case werr != nil:
+		err = werr
+	case !taken:
+		err = fmt.Errorf("%w: somebody is writing this snapshot", ErrBusy)
+	default:
+		err = ierr
+	}
+	if err != nil {
+		unlock()
+		return nil, err
+	}
+	return unlock, nil
 }
 
 // learn finds out which segments need not be looked into: those of the newest snapshot that both have of the server.

@@ -218,6 +218,7 @@ func (s *Store) mutate(ctx context.Context, purpose string, fn func(ctx context.
 	if err != nil {
 		return err
 	}
+	unlock = sync.OnceFunc(unlock)
 	defer unlock()
 	if err := s.rep.Refresh(ctx); err != nil {
 		return s.explain(err)
@@ -244,6 +245,9 @@ func (s *Store) mutate(ctx context.Context, purpose string, fn func(ctx context.
 	if err != nil {
 		return s.explain(err)
 	}
+	var letting sync.WaitGroup
+	letting.Go(unlock) // while the index is read: each is a round trip, perhaps a long one
+	defer letting.Wait()
 	if err := s.Refresh(context.WithoutCancel(ctx)); err != nil { // it is done; stopping now would only hide that
 		return err
 	}

@@ -82,15 +82,13 @@ func newNode(dir string) *Node { return newNodeWith(dir, patient) }
 
 func newNodeWith(dir string, t timing) *Node {
 	n := &Node{Log: slog.Default(), dir: dir, now: time.Now, timing: t}
-	n.client = &http.Client{CheckRedirect: noRedirect, Transport: heed{&http.Transport{
-		DialTLSContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			c, err := n.dial(ctx, alpnRequests)
-			if err != nil {
-				return nil, err
-			}
-			return c, nil
-		},
-		Protocols: onlyHTTP2(), HTTP2: n.timing.http2(), DisableCompression: true, MaxResponseHeaderBytes: maxHeader, IdleConnTimeout: 90 * time.Second}}}
+	n.client = &http.Client{CheckRedirect: noRedirect, Transport: heed{newLanes(func(ctx context.Context, _, _ string) (net.Conn, error) {
+		c, err := n.dial(ctx, alpnRequests)
+		if err != nil {
+			return nil, err
+		}
+		return c, nil
+	}, n.timing)}}
 	return n
 }
 
@@ -101,7 +99,12 @@ func onlyHTTP2() *http.Protocols {
 }
 
 // heed turns the master's refusals into errors.
-type heed struct{ next *http.Transport }
+type heed struct {
+	next interface {
+		http.RoundTripper
+		CloseIdleConnections()
+	}
+}
 
 // RoundTrip implements http.RoundTripper.
 func (t heed) RoundTrip(request *http.Request) (*http.Response, error) {

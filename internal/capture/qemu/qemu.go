@@ -138,7 +138,11 @@ func (s *Source) lock(m machine) (release func(), err error) {
 		_ = f.Close()
 		return nil, fmt.Errorf("lock machine %s: another capture of it is under way; wait for it to end", m.name)
 	}
-	return func() { _ = f.Close() }, nil
+	return func() {
+		// Not by closing alone: a program that is being started has the file as well until it runs.
+		_ = unix.Flock(int(f.Fd()), unix.LOCK_UN)
+		_ = f.Close()
+	}, nil
 }
 
 // room is the folder of a machine's sockets.

@@ -17,6 +17,7 @@ import (
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/capture"
 	"github.com/musterdr/muster/internal/dr"
+	"github.com/musterdr/muster/internal/lab/emulated"
 )
 
 // guest is a Debian of its own, with a kernel that has a device-mapper, in an emulated machine.
@@ -50,12 +51,9 @@ func newGuest(t *testing.T, kernel string, disks ...int64) *guest {
 	for _, mib := range disks {
 		g.disks = append(g.disks, mib<<20)
 	}
-	image := g.initramfs(filepath.Join(os.Getenv("MUSTER_KERNELS"), kernel))
-	args := []string{"-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", guestProcessor, "-smp", "2", "-m", "768", "-nodefaults", "-display", "none",
-		"-kernel", image, "-initrd", g.path("initramfs"), "-append", "console=ttyS0 quiet panic=-1 net.ifnames=0 mitigations=off", "-no-reboot",
-		"-drive", "if=none,id=system,format=qcow2,cache=unsafe,file=" + g.path("system.qcow2"), "-device", "virtio-blk-pci,drive=system,addr=1e",
+	args := []string{"-drive", "if=none,id=system,format=qcow2,cache=unsafe,file=" + g.path("system.qcow2"), "-device", "virtio-blk-pci,drive=system,addr=1e",
 		"-netdev", fmt.Sprintf("user,id=net,net=10.77.0.0/24,host=10.77.0.1,hostfwd=tcp:127.0.0.1:%d-10.77.0.10:22", port),
-		"-device", "virtio-net-pci,id=nic,netdev=net,mac=ac:1f:6b:77:00:10,romfile=", "-serial", "file:" + g.path("serial.log")}
+		"-device", "virtio-net-pci,id=nic,netdev=net,mac=ac:1f:6b:77:00:10,romfile="}
 	for i, size := range g.disks {
 		file := g.disk(i)
 		if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, size)); err != nil {
@@ -63,25 +61,11 @@ func newGuest(t *testing.T, kernel string, disks ...int64) *guest {
 		}
 		args = append(args, "-drive", fmt.Sprintf("if=none,id=data%d,format=raw,cache=writeback,file=%s", i, file), "-device", fmt.Sprintf("virtio-blk-pci,drive=data%d,addr=%x", i, 0x10+i))
 	}
-	machine := exec.Command("qemu-system-x86_64", args...)
-	machine.Stderr = os.Stderr
-	if err := machine.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = machine.Process.Kill()
-		_ = machine.Wait()
-	})
+	g.tools(g.path("tools.tar"))
+	system := "vd" + string(rune('a'+len(g.disks))) // the last by its address
+	emulated.Boot(t, g.dir, emulated.Machine{Kernel: kernel, Modules: guestModules, Memory: 768, Args: args,
+		Files: map[string]string{"init": fmt.Sprintf(guestInitramfs, system), "start": guestStart}, Copies: map[string]string{"tools.tar": g.path("tools.tar")}})
 	g.source = dr.SSHSource{User: "root", Host: "127.0.0.1", Port: port, KeyFile: os.Getenv("MUSTER_SHOP_KEY"), FreezeLimit: 60 * time.Second}
-	for limit := time.Now().Add(time.Minute); ; <-time.After(50 * time.Millisecond) {
-		log, _ := os.ReadFile(g.path("serial.log"))
-		if strings.Contains(string(log), "guest is up") {
-			break
-		}
-		if time.Now().After(limit) || strings.Contains(string(log), "Kernel panic") {
-			t.Fatalf("the guest does not start: %s", log)
-		}
-	}
 	// One connection for all that the tests run: a handshake is slow where it is emulated.
 	master := exec.Command("ssh", append([]string{"-M", "-N"}, g.ssh("")[:len(g.ssh(""))-1]...)...)
 	if err := master.Start(); err != nil {
@@ -99,10 +83,6 @@ func newGuest(t *testing.T, kernel string, disks ...int64) *guest {
 	g.source.HostKey = about.HostKey
 	return g
 }
-
-// guestProcessor has all that QEMU can emulate but what it emulates wrongly: its cmpxchg16b without a lock loses the flags (QEMU
-// 7.2), and kernels since 6.5 rely on them. Five levels of page tables are only slow.
-const guestProcessor = "max,-cx16,-la57"
 
 // What the kernel of a guest must have loaded, and what its programs come from where the demo's server lacks them.
 var (
@@ -136,44 +116,6 @@ echo guest is up >/dev/console
 while :; do wait; sleep 1; done
 `
 )
-
-// initramfs writes what the guest's kernel starts with, and gives the path of that kernel.
-func (g *guest) initramfs(kernels string) (image string) {
-	g.t.Helper()
-	found, err := filepath.Glob(filepath.Join(kernels, "boot/vmlinuz-*"))
-	if err != nil || len(found) != 1 {
-		g.t.Fatalf("there is no kernel in %s/boot (scripts/guest-kernels): %v", kernels, err)
-	}
-	release := strings.TrimPrefix(filepath.Base(found[0]), "vmlinuz-")
-	root := g.path("initramfs.d")
-	for _, dir := range []string{"modules", "system", "dev"} {
-		if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
-			g.t.Fatal(err)
-		}
-	}
-	command(g.t, "cp", "/bin/busybox", root)
-	var loaded []string
-	for _, m := range guestModules {
-		for line := range strings.Lines(command(g.t, "modprobe", "--dirname", kernels, "--set-version", release, "--show-depends", m)) {
-			if f := strings.Fields(line); len(f) > 1 && f[0] == "insmod" && !slices.Contains(loaded, f[1]) {
-				loaded = append(loaded, f[1])
-				to := filepath.Join(root, fmt.Sprintf("modules/%02d-%s", len(loaded), strings.TrimSuffix(filepath.Base(f[1]), ".xz")))
-				command(g.t, "cp", f[1], to)
-				if filepath.Ext(f[1]) == ".xz" {
-					command(g.t, "sh", "-c", "xz --decompress --stdout "+f[1]+" >"+to)
-				}
-			}
-		}
-	}
-	system := "vd" + string(rune('a'+len(g.disks))) // the last by its address
-	err = errors.Join(os.WriteFile(filepath.Join(root, "init"), fmt.Appendf(nil, guestInitramfs, system), 0o755), os.WriteFile(filepath.Join(root, "start"), []byte(guestStart), 0o755))
-	if err != nil {
-		g.t.Fatal(err)
-	}
-	g.tools(filepath.Join(root, "tools.tar"))
-	command(g.t, "sh", "-c", "cd "+root+" && find . | busybox cpio -o -H newc >"+g.path("initramfs"))
-	return found[0]
-}
 
 // in is the guest for a part of a test.
 func (g *guest) in(t *testing.T) *guest {

@@ -33,5 +33,12 @@ func (p *place) TryLock(name string, exclusive bool) (func(), bool, error) {
 		return nil, false, errors.Join(err, f.Close())
 	}
 	var once sync.Once
-	return func() { once.Do(func() { _ = f.Close() }) }, true, nil
+	return func() {
+		once.Do(func() {
+			// Not by closing alone: a program that is being started has the file as well until it runs.
+			lock.Type = unix.F_UNLCK
+			_ = unix.FcntlFlock(f.Fd(), unix.F_OFD_SETLK, &lock)
+			_ = f.Close()
+		})
+	}, true, nil
 }

@@ -44,7 +44,7 @@ func (d *driver) Create(ctx context.Context) (store.Place, error) {
 func (d *driver) Open(ctx context.Context) (store.Place, error) { return d.begin(ctx, http.MethodGet) }
 
 func (d *driver) begin(ctx context.Context, method string) (store.Place, error) {
-	p := &place{d: d, locks: map[string]bool{}}
+	p := &place{d: d, locks: map[string]bool{}, lists: &lists{}}
 	if err := p.simple(ctx, method, pathPlace, nil, nil, nil); err != nil {
 		return nil, err
 	}
@@ -60,6 +60,8 @@ type place struct {
 	locks map[string]bool // by token: whether it is held still
 	asked time.Time       // when the capacity was
 	room  blob.Capacity
+	lists *lists
+	work  sync.WaitGroup // what nobody waits for
 }
 
 // How often what a broken connection cut off is tried, and how long a capacity is good for.
@@ -91,6 +93,7 @@ func (p *place) ask(ctx context.Context, method, path string, query url.Values, 
 		}
 		return nil, retry.RetryableError(err)
 	}
+	p.hearRoom(resp.Header.Get(headerRoom))
 	if resp.StatusCode < 300 {
 		return resp, nil
 	}
@@ -162,6 +165,17 @@ func (p *place) simple(ctx context.Context, method, path string, query url.Value
 }
 
 func blobPath(id blob.ID) string { return pathBlobs + url.PathEscape(string(id)) }
+
+// hearRoom takes over what an answer says of the room.
+func (p *place) hearRoom(said string) {
+	var c blob.Capacity
+	if n, err := fmt.Sscan(said, &c.SizeB, &c.FreeB); n != 2 || err != nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.room, p.asked = c, time.Now()
+}
 
 // under names the locks that this place holds. One that was lost makes every change fail.
 func (p *place) under(h http.Header) error {
@@ -242,6 +256,8 @@ func (p *place) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 // send sends a blob of which some is over there already.
 func (p *place) send(ctx context.Context, id blob.ID, data blob.Bytes, digest string, have int64, opts blob.PutOptions) error {
 	offset := min(max(have, 0), int64(data.Length()))
+	p.lists.changed()
+	defer p.lists.changed()
 	h := http.Header{}
 	h.Set(headerDigest, digest)
 	h.Set(headerSize, strconv.Itoa(data.Length()))
@@ -318,8 +334,20 @@ func (p *place) GetMetadata(ctx context.Context, id blob.ID) (m blob.Metadata, e
 
 // ListBlobs implements blob.Storage.
 func (p *place) ListBlobs(ctx context.Context, prefix blob.ID, each func(blob.Metadata) error) error {
-	var all []blob.Metadata
-	err := again(ctx, func(ctx context.Context) error {
+	all, err := p.lists.get(ctx, prefix, p.list)
+	if err != nil {
+		return err
+	}
+	for _, m := range all {
+		if err := each(m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (p *place) list(ctx context.Context, prefix blob.ID) (all []blob.Metadata, err error) {
+	err = again(ctx, func(ctx context.Context) error {
 		all = all[:0]
 		resp, err := p.ask(ctx, http.MethodGet, pathList, url.Values{"prefix": {string(prefix)}}, nil, nil, 0)
 		if err != nil {
@@ -340,19 +368,17 @@ func (p *place) ListBlobs(ctx context.Context, prefix blob.ID, each func(blob.Me
 			all = append(all, blob.Metadata{BlobID: l.ID, Length: l.Size, Timestamp: l.Time})
 		}
 	})
-	if err != nil {
-		return err
-	}
-	for _, m := range all {
-		if err := each(m); err != nil {
-			return err
-		}
-	}
-	return nil
+	return all, err
 }
 
 // DeleteBlob implements blob.Storage.
 func (p *place) DeleteBlob(ctx context.Context, id blob.ID) error {
+	p.lists.changed()
+	defer p.lists.changed()
+	if strings.HasPrefix(string(id), sessionPrefix) {
+		p.forget(id)
+		return nil
+	}
 	h := http.Header{}
 	if err := p.under(h); err != nil {
 		return err
@@ -362,6 +388,22 @@ func (p *place) DeleteBlob(ctx context.Context, id blob.ID) error {
 		return nil
 	}
 	return err
+}
+
+// forget takes away the marker of a session, which holds nothing, under no lock and with nobody waiting for it. One that stays for
+// the line was cut is in nobody's way.
+func (p *place) forget(id blob.ID) {
+	p.work.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), unlockLimit)
+		defer cancel()
+		_ = p.simple(ctx, http.MethodDelete, blobPath(id), nil, nil, nil)
+	})
+}
+
+// Close implements blob.Storage.
+func (p *place) Close(context.Context) error {
+	p.work.Wait()
+	return nil
 }
 
 // TryLock implements store.Place. A lock is lost with the connection on which it was taken.
@@ -385,6 +427,7 @@ func (p *place) TryLock(name string, exclusive bool) (func(), bool, error) {
 		}
 		return nil, false, fmt.Errorf("lock %s: %w", name, err)
 	}
+	p.lists.changed()
 	p.mu.Lock()
 	p.locks[token] = true
 	p.mu.Unlock()
@@ -428,9 +471,7 @@ func (p *place) GetCapacity(ctx context.Context) (blob.Capacity, error) {
 	if err := p.simple(ctx, http.MethodGet, pathCapacity, nil, nil, &room); err != nil {
 		return room, err
 	}
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.room, p.asked = room, time.Now()
+	p.hearRoom(fmt.Sprint(room.SizeB, room.FreeB))
 	return room, nil
 }
 

@@ -16,6 +16,8 @@
 // A lock lives as long as the request that took it. Whoever lost one, for the connection broke, may change nothing until it
 // has let it go: every change names the locks under which it is made, and is refused if one is not held.
 //
+// The place may be far away: what can be asked in one question is (lists, room), and what nobody waits for is not waited for.
+//
 // The wire is described in docs/formats/remote.md.
 //
 // Knows: blobs, HTTP.
@@ -69,6 +71,7 @@ const (
 	headerOffset = "X-Muster-Offset" // of what is sent
 	headerTime   = "X-Muster-Time"   // when a blob was put, RFC 3339 with nanoseconds
 	headerLocks  = "X-Muster-Locks"  // tokens of the locks under which a change is made, with commas
+	headerRoom   = "X-Muster-Room"   // bytes of the place, and how many of them are free
 )
 
 // Statuses that mean something of their own here.

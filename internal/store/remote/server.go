@@ -475,6 +475,7 @@ func (s *Server) arrived(r *request) error {
 		}
 		a.There = err == nil && subtle.ConstantTimeCompare(there, digest) == 1
 	}
+	s.sayRoom(r)
 	s.mu.Lock()
 	a.Have = int64(len(s.partials[partialKey(r.name, digest)].data))
 	s.mu.Unlock()
@@ -530,8 +531,16 @@ func (s *Server) say(r *request, id blob.ID) error {
 		return err
 	}
 	r.w.Header().Set(headerTime, meta.Timestamp.Format(time.RFC3339Nano))
+	s.sayRoom(r)
 	r.w.WriteHeader(http.StatusNoContent)
 	return nil
+}
+
+// sayRoom says along with another answer how much room there is, if the place can say.
+func (s *Server) sayRoom(r *request) {
+	if c, err := r.place.GetCapacity(r.Context()); err == nil {
+		r.w.Header().Set(headerRoom, fmt.Sprint(c.SizeB, c.FreeB))
+	}
 }
 
 // digest is that of a blob that is there, read from the medium.

@@ -1,6 +1,7 @@
 package storetest
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -39,10 +40,15 @@ func NewDisk(size int64, seed uint64) *Disk {
 
 // Noise fills p with bytes that do not compress.
 func Noise(p []byte, seed uint64) {
-	r := rand.New(rand.NewPCG(seed, 2))
+	r := rand.NewPCG(seed, 2) // stores of earlier releases hold just these bytes
 	for i := range p {
-		p[i] = byte(r.Uint32())
+		p[i] = byte(r.Uint64() >> 32)
 	}
+}
+
+// empty says whether all of p are zeros.
+func empty(p []byte) bool {
+	return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1])
 }
 
 // Size implements image.Image.

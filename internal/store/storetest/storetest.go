@@ -175,7 +175,7 @@ func same(t *testing.T, s *store.Store, id string, data []byte) {
 			t.Fatalf("extent %+v of %s does not follow %d", e, id, next)
 		}
 		next = e.Offset + e.Length
-		if e.Zero && len(bytes.Trim(data[e.Offset:next], "\x00")) > 0 {
+		if e.Zero && !empty(data[e.Offset:next]) {
 			t.Fatalf("extent %+v of %s is not zero", e, id)
 		}
 		return true
@@ -408,7 +408,7 @@ func (x *suite) resized(t *testing.T) {
 		same(t, x.s, inc, other.Data)
 		var data int64
 		for off := int64(0); off < size; off += block {
-			if p := other.Data[off:min(off+block, size)]; len(bytes.Trim(p, "\x00")) > 0 {
+			if p := other.Data[off:min(off+block, size)]; !empty(p) {
 				data += int64(len(p))
 			}
 		}
