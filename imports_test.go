@@ -211,6 +211,7 @@ var only = []struct {
 	from []string
 	why  string
 }{
+	{"lab/cable", []string{"cmd/muster-bench"}, "it is a cable for tests and measurements"},
 	{"database/pgserver", []string{"cmd/muster-bench"}, "it starts a PostgreSQL for tests and measurements; an installation is given one that somebody looks after"},
 }
 
