@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -220,11 +221,17 @@ func TestAProcessThatDiesAtAnyCallIsFinishedByTheNext(t *testing.T) {
 				l := protectedShop(t, Healthy)
 				dead := make(chan struct{})
 				var once atomic.Bool
+				var asking sync.Mutex // who asked has the answer before the process dies: that it may be lost is another promise
 				l.Fault = func(ctx context.Context, at string) error {
 					if at != when+call || !once.CompareAndSwap(false, true) {
 						return nil
 					}
-					go func() { l.Crash(); close(dead) }()
+					go func() {
+						asking.Lock()
+						defer asking.Unlock()
+						l.Crash()
+						close(dead)
+					}()
 					<-ctx.Done() // the process that called is no more
 					return ctx.Err()
 				}
@@ -234,7 +241,9 @@ func TestAProcessThatDiesAtAnyCallIsFinishedByTheNext(t *testing.T) {
 					func() (api.Operation, error) { return l.EndInvocation(ctx, "shop", false) },
 				}
 				for _, start := range ops {
+					asking.Lock()
 					op, err := start()
+					asking.Unlock()
 					if err != nil {
 						t.Fatal(err)
 					}
