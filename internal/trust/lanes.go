@@ -6,28 +6,39 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
 // lanes are the connections on which a node asks. On a long line one connection carries only as much as the kernel keeps of what is on
 // its way, which is a few megabytes a round trip, and after a loss it begins slowly again: what is heavy is spread over several. What
-// is light goes by the first, past what is heavy.
+// is light goes by the first, past what is heavy. On a short line the first carries everything: more would only cost.
 type lanes struct {
-	all []*http.Transport
+	all  []*http.Transport
+	long atomic.Bool // so the line was when it was last dialled
 
 	mu   sync.Mutex
 	load []int64 // bytes of bodies that are being sent
 }
 
 const (
-	heavyLanes = 4       // besides the first
-	heavy      = 4 << 20 // bytes of a body: for less it is not worth to connect
+	heavyLanes = 4                     // besides the first
+	heavy      = 4 << 20               // bytes of a body: for less it is not worth to connect
+	longDial   = 50 * time.Millisecond // for a connection, which is two round trips: from then on a line is long
 )
 
 func newLanes(dial func(ctx context.Context, network, address string) (net.Conn, error), t timing) *lanes {
 	l := &lanes{load: make([]int64, 1+heavyLanes)}
+	timed := func(ctx context.Context, network, address string) (net.Conn, error) {
+		start := time.Now()
+		conn, err := dial(ctx, network, address)
+		if err == nil {
+			l.long.Store(time.Since(start) > longDial)
+		}
+		return conn, err
+	}
 	for range l.load {
-		l.all = append(l.all, &http.Transport{DialTLSContext: dial, Protocols: onlyHTTP2(), HTTP2: t.http2(), DisableCompression: true,
+		l.all = append(l.all, &http.Transport{DialTLSContext: timed, Protocols: onlyHTTP2(), HTTP2: t.http2(), DisableCompression: true,
 			MaxResponseHeaderBytes: maxHeader, IdleConnTimeout: 90 * time.Second})
 	}
 	return l
@@ -35,7 +46,7 @@ func newLanes(dial func(ctx context.Context, network, address string) (net.Conn,
 
 // RoundTrip implements http.RoundTripper.
 func (l *lanes) RoundTrip(request *http.Request) (*http.Response, error) {
-	if request.ContentLength < heavy {
+	if request.ContentLength < heavy || !l.long.Load() {
 		return l.all[0].RoundTrip(request)
 	}
 	lane := l.take(request.ContentLength)

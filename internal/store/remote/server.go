@@ -40,6 +40,7 @@ type Server struct {
 	places   map[string]store.Place
 	locks    map[string]*held // by token
 	partials map[string]partial
+	coming   map[string]chan struct{} // blobs that are being received and kept, by the same; closed when that is over
 	closed   bool
 }
 
@@ -59,7 +60,7 @@ type partial struct {
 // NewServer serves the places that open names for a request, to whom it gives rights. Its errors are answered with 403.
 func NewServer(open func(r *http.Request) (store.Driver, Rights, error)) *Server {
 	s := &Server{open: open, uploads: semaphore.NewWeighted(maxUploads), places: map[string]store.Place{}, locks: map[string]*held{},
-		partials: map[string]partial{}, mux: http.NewServeMux()}
+		partials: map[string]partial{}, coming: map[string]chan struct{}{}, mux: http.NewServeMux()}
 	s.handle("POST "+pathPlace, Make, s.create)
 	s.handle("GET "+pathPlace, Read, func(*request) error { return nil })
 	s.handle("GET "+pathList, Read, s.list)
@@ -378,6 +379,7 @@ func (s *Server) put(r *request) error {
 		return context.Cause(r.Context())
 	}
 	defer s.uploads.Release(size)
+	defer s.comes(partialKey(r.name, digest))()
 	data, err := s.receive(r, digest, size, offset)
 	if err == nil {
 		err = s.keep(r, id, data, digest)
@@ -423,6 +425,44 @@ func (s *Server) receive(r *request, digest []byte, size, offset int64) ([]byte,
 
 func partialKey(place string, digest []byte) string { return hex.EncodeToString(digest) + " " + place }
 
+// comes says that a blob is coming, until the function that it gives is called.
+func (s *Server) comes(key string) (over func()) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.coming[key] != nil { // of somebody else too, who came first
+		return func() {}
+	}
+	done := make(chan struct{})
+	s.coming[key] = done
+	return func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		delete(s.coming, key)
+		close(done)
+	}
+}
+
+// settleLimit is how long somebody who was cut off and asks again waits for what was received to be kept.
+const settleLimit = 5 * time.Second
+
+// settled waits until a blob that is coming has come, or its line is seen to be cut: whoever asks for it has most likely been cut off and is
+// back before that was noticed here, and what was received is still being kept.
+func (s *Server) settled(ctx context.Context, key string) {
+	s.mu.Lock()
+	done := s.coming[key]
+	s.mu.Unlock()
+	if done == nil {
+		return
+	}
+	limit := time.NewTimer(settleLimit)
+	defer limit.Stop()
+	select {
+	case <-done:
+	case <-limit.C:
+	case <-ctx.Done():
+	}
+}
+
 func (s *Server) takePartial(key string) []byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -463,6 +503,7 @@ func (s *Server) arrived(r *request) error {
 	if err != nil || len(digest) != 32 {
 		return refuse(http.StatusBadRequest, "name a digest")
 	}
+	s.settled(r.Context(), partialKey(r.name, digest))
 	var a arrived
 	if id := q.Get("id"); id != "" {
 		name, err := blobName(id)
