@@ -6,6 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"slices"
 	"strings"
 	"sync"
 
@@ -371,7 +373,9 @@ func (r *replication) take(p *packOf) {
 // settle brings over what waits, and returns when it is there: whole packs where nearly all is missing, single contents
 // otherwise. Nothing may be on its way.
 func (r *replication) settle(ctx context.Context) error {
-	for id, p := range r.waiting {
+	// In an order that is the same in every attempt: one that is cut off goes on with the packs of which the far store has a beginning.
+	for _, id := range slices.Sorted(maps.Keys(r.waiting)) {
+		p := r.waiting[id]
 		if err := r.still(ctx, p); err != nil {
 			return errors.Join(err, r.senders.Wait())
 		}
