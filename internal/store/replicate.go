@@ -263,7 +263,7 @@ func (r *replication) look(ctx context.Context, id object.ID) error {
 	if err != nil {
 		return damaged(err)
 	}
-	for _, c := range contents {
+	for _, c := range inOrder(contents) {
 		if err := r.need(ctx, c); err != nil {
 			return err
 		}
@@ -280,6 +280,17 @@ func (r *replication) look(ctx context.Context, id object.ID) error {
 	}
 	r.start(ctx)
 	return nil
+}
+
+// inOrder puts contents, which come in any order, into one that is the same in every attempt: one that is cut off goes on with the packs
+// of which the far store has a beginning, and does not begin others.
+func inOrder(contents []content.ID) []content.ID {
+	names := make(map[content.ID]string, len(contents))
+	for _, c := range contents {
+		names[c] = c.String()
+	}
+	slices.SortFunc(contents, func(a, b content.ID) int { return strings.Compare(names[a], names[b]) })
+	return contents
 }
 
 // need notes a content that the far store lacks, and has its pack sent once most of it is known to be missing.
@@ -373,8 +384,7 @@ func (r *replication) take(p *packOf) {
 // settle brings over what waits, and returns when it is there: whole packs where nearly all is missing, single contents
 // otherwise. Nothing may be on its way.
 func (r *replication) settle(ctx context.Context) error {
-	// In an order that is the same in every attempt: one that is cut off goes on with the packs of which the far store has a beginning.
-	for _, id := range slices.Sorted(maps.Keys(r.waiting)) {
+	for _, id := range slices.Sorted(maps.Keys(r.waiting)) { // as inOrder
 		p := r.waiting[id]
 		if err := r.still(ctx, p); err != nil {
 			return errors.Join(err, r.senders.Wait())
