@@ -48,7 +48,7 @@ const (
 	maxUploads  = 512 << 20 // bytes of blobs being received at once; others wait
 	maxName     = 200       // bytes of the name of a blob or lock
 	partialLife = 24 * time.Hour
-	maxPartials = 256 << 20 // bytes of beginnings of blobs that were cut off
+	maxPartials = 512 << 20 // bytes of beginnings of blobs that were cut off
 	resumable   = 64 << 10  // bytes from which on the beginning of a blob is worth keeping
 )
 
