@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"crypto/aes"
 	"errors"
@@ -263,8 +264,12 @@ func (r *replication) look(ctx context.Context, id object.ID) error {
 	if err != nil {
 		return damaged(err)
 	}
-	for _, c := range inOrder(contents) {
-		if err := r.need(ctx, c); err != nil {
+	lacks, err := r.lacking(ctx, contents)
+	if err != nil {
+		return err
+	}
+	for _, l := range lacks {
+		if err := r.need(ctx, l); err != nil {
 			return err
 		}
 	}
@@ -282,43 +287,50 @@ func (r *replication) look(ctx context.Context, id object.ID) error {
 	return nil
 }
 
-// inOrder puts contents, which come in any order, into one that is the same in every attempt: one that is cut off goes on with the packs
-// of which the far store has a beginning, and does not begin others.
-func inOrder(contents []content.ID) []content.ID {
-	names := make(map[content.ID]string, len(contents))
-	for _, c := range contents {
-		names[c] = c.String()
+// lack is a content of the near store that the far one cannot give.
+type lack struct {
+	content.Info
+	has presence
+}
+
+// lacking gives those of the contents that the far store lacks, pack by pack: the first packs are on their way while the others are looked at,
+// and an attempt goes on with those that the one before had begun.
+func (r *replication) lacking(ctx context.Context, contents []content.ID) (out []lack, err error) {
+	for _, id := range contents {
+		has, err := r.has(ctx, id)
+		if err != nil {
+			return nil, err
+		}
+		if has == present {
+			r.count(func(o *Replicated) { o.Same++ })
+			continue
+		}
+		info, err := r.near.rep.ContentInfo(ctx, id)
+		if err != nil {
+			return nil, damaged(err)
+		}
+		out = append(out, lack{info, has})
 	}
-	slices.SortFunc(contents, func(a, b content.ID) int { return strings.Compare(names[a], names[b]) })
-	return contents
+	slices.SortFunc(out, func(a, b lack) int {
+		return cmp.Or(strings.Compare(string(a.PackBlobID), string(b.PackBlobID)), cmp.Compare(a.PackOffset, b.PackOffset))
+	})
+	return out, nil
 }
 
 // need notes a content that the far store lacks, and has its pack sent once most of it is known to be missing.
-func (r *replication) need(ctx context.Context, id content.ID) error {
-	has, err := r.has(ctx, id)
-	if err != nil {
-		return err
-	}
-	if has == present {
-		r.count(func(o *Replicated) { o.Same++ })
-		return nil
-	}
-	info, err := r.near.rep.ContentInfo(ctx, id)
-	if err != nil {
-		return damaged(err)
-	}
-	p := r.waiting[info.PackBlobID]
+func (r *replication) need(ctx context.Context, l lack) error {
+	p := r.waiting[l.PackBlobID]
 	if p == nil {
-		p = &packOf{id: info.PackBlobID, missing: map[content.ID]content.Info{}}
+		p = &packOf{id: l.PackBlobID, missing: map[content.ID]content.Info{}}
 		r.waiting[p.id] = p
 	}
-	if _, again := p.missing[id]; again {
+	if _, again := p.missing[l.ContentID]; again {
 		return nil
 	}
-	p.missing[id] = info
+	p.missing[l.ContentID] = l.Info
 	r.blocks++
-	if has == absent {
-		p.bytes += int64(info.PackedLength)
+	if l.has == absent {
+		p.bytes += int64(l.PackedLength)
 	}
 	if p.bytes < packWorth {
 		return nil
@@ -384,7 +396,7 @@ func (r *replication) take(p *packOf) {
 // settle brings over what waits, and returns when it is there: whole packs where nearly all is missing, single contents
 // otherwise. Nothing may be on its way.
 func (r *replication) settle(ctx context.Context) error {
-	for _, id := range slices.Sorted(maps.Keys(r.waiting)) { // as inOrder
+	for _, id := range slices.Sorted(maps.Keys(r.waiting)) { // in the same order in every attempt
 		p := r.waiting[id]
 		if err := r.still(ctx, p); err != nil {
 			return errors.Join(err, r.senders.Wait())
