@@ -93,7 +93,7 @@ type Master struct {
 	mu       sync.Mutex
 	results  map[string]json.RawMessage // of finished verify, collect and adopt operations of this process
 	attempts map[string]dr.Attempt      // per server: the last scheduled capture
-	tested   map[string]dr.Attempt      // per snapshot: the last try of a test that is overdue; the scheduler's own
+	tested   map[string]dr.Attempt      // per snapshot: the last try of a test that is overdue; replaced, never changed
 	warned   map[string]bool            // invocations whose machine was found dead
 	collect  time.Time                  // when the store was last collected
 	woke     time.Time                  // when the scheduler last came round

@@ -57,8 +57,7 @@ func (m *Master) Wake(ctx context.Context) {
 	m.tend(ctx)
 	m.spreadSoon(ctx)
 	// Best when nothing runs; but on a master that is never idle the locks of a bucket would run out.
-	if now := m.Now(); now.Sub(m.collect) > 2*collectEvery || len(running) == 0 && now.Sub(m.collect) > collectEvery {
-		m.collect = now
+	if now := m.Now(); m.collectDue(now, len(running) == 0) {
 		if _, err := m.CollectStore(ctx, false); err != nil {
 			m.Log.ErrorContext(ctx, "collect store", "error", err)
 		}
@@ -66,6 +65,18 @@ func (m *Master) Wake(ctx context.Context) {
 			m.Log.ErrorContext(ctx, "forget old operations", "error", err)
 		}
 	}
+}
+
+// collectDue says whether the store is to be collected now, and says so once.
+func (m *Master) collectDue(now time.Time, idle bool) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	since := now.Sub(m.collect)
+	if since <= collectEvery || since <= 2*collectEvery && !idle {
+		return false
+	}
+	m.collect = now
+	return true
 }
 
 // wakeDue starts the snapshots that are due of servers nothing is done about.
@@ -116,6 +127,9 @@ func (m *Master) overdue(ctx context.Context, running map[string]api.Operation) 
 		m.Log.ErrorContext(ctx, "look for missing tests", "error", err)
 		return
 	}
+	m.mu.Lock()
+	before := m.tested
+	m.mu.Unlock()
 	tried := make(map[string]dr.Attempt, len(missing)) // only those that are still missing
 	for _, rec := range missing {
 		s, err := m.Catalog.Server(ctx, rec.Snapshot.ServerID)
@@ -125,7 +139,7 @@ func (m *Master) overdue(ctx context.Context, running map[string]api.Operation) 
 		if _, busy := running[s.Name]; busy || s.Appliance != "" && rec.State == dr.Kept {
 			continue // what has not arrived is missed by watchSites
 		}
-		a := m.tested[rec.Snapshot.ID]
+		a := before[rec.Snapshot.ID]
 		if tried[rec.Snapshot.ID] = a; a.Again(s, m.Now()).After(m.Now()) {
 			continue
 		}
@@ -139,7 +153,9 @@ func (m *Master) overdue(ctx context.Context, running map[string]api.Operation) 
 		}
 		running[s.Name] = api.Operation{Server: s.Name}
 	}
+	m.mu.Lock()
 	m.tested = tried
+	m.mu.Unlock()
 }
 
 // retest holds again the tests that said nothing of the image, because there was no room for them or the host had no time.

@@ -47,10 +47,49 @@ type lent struct {
 
 type lentKey struct{}
 
-// tally counts the bytes of blobs that are put under a context.
+// tally counts the bytes of blobs that are put under a context. To a place that is far away that is what is given to the line, also of a
+// blob that does not arrive.
 type tally struct{ n atomic.Int64 }
 
 type tallyKey struct{}
+
+func count(ctx context.Context, n int64) {
+	if t, ok := ctx.Value(tallyKey{}).(*tally); ok {
+		t.n.Add(n)
+	}
+}
+
+// counted gives a blob that is counted as it is read.
+func counted(ctx context.Context, data blob.Bytes) blob.Bytes {
+	if ctx.Value(tallyKey{}) == nil {
+		return data
+	}
+	return tallied{data, ctx}
+}
+
+type tallied struct {
+	blob.Bytes
+	ctx context.Context
+}
+
+func (b tallied) Reader() io.ReadSeekCloser { return &talliedReader{b.Bytes.Reader(), b.ctx} }
+
+func (b tallied) WriteTo(w io.Writer) (int64, error) {
+	n, err := b.Bytes.WriteTo(w)
+	count(b.ctx, n)
+	return n, err
+}
+
+type talliedReader struct {
+	io.ReadSeekCloser
+	ctx context.Context
+}
+
+func (r *talliedReader) Read(p []byte) (int, error) {
+	n, err := r.ReadSeekCloser.Read(p)
+	count(r.ctx, int64(n))
+	return n, err
+}
 
 // pace keeps what is sent within a rate that may change at any time.
 type pace struct {
@@ -110,8 +149,11 @@ func (p *pace) slow(ctx context.Context, data Bytes) blob.Bytes {
 	return paced{Bytes: data, ctx: ctx, pace: p}
 }
 
-// Unpaced gives a blob without its pace, for those who read it and do not send it.
+// Unpaced gives a blob without its pace and uncounted, for those who read it and do not send it.
 func Unpaced(data blob.Bytes) blob.Bytes {
+	if t, ok := data.(tallied); ok {
+		data = t.Bytes
+	}
 	if p, ok := data.(paced); ok {
 		return p.Bytes
 	}

@@ -103,15 +103,19 @@ func (g *guard) PutBlob(ctx context.Context, id blob.ID, data blob.Bytes, opts b
 	if err := g.room(ctx, id, int64(data.Length())); err != nil {
 		return err
 	}
+	_, attests := g.Place.(Attesting)
+	if attests {
+		data = counted(ctx, data)
+	}
 	if err := g.Place.PutBlob(ctx, id, data, opts); err != nil {
 		return g.notPut(ctx, id, err)
 	}
-	if _, ok := g.Place.(Attesting); !ok {
+	if !attests {
 		if err := readBack(ctx, g.Place, id, Unpaced(data)); err != nil {
 			return err
 		}
+		count(ctx, int64(data.Length()))
 	}
-	count(ctx, data)
 	if t, ok := ctx.Value(sessionsKey{}).(*sessions); ok && len(id) > 0 && id[:1] == content.BlobIDPrefixSession {
 		t.add(content.SessionIDFromBlobID(id))
 	}
@@ -127,12 +131,6 @@ func (g *guard) notPut(ctx context.Context, id blob.ID, err error) error {
 		return g.noSpace(ctx, id, err)
 	}
 	return &placeError{fmt.Errorf("put blob %s: %w", id, err)}
-}
-
-func count(ctx context.Context, data blob.Bytes) {
-	if t, ok := ctx.Value(tallyKey{}).(*tally); ok {
-		t.n.Add(int64(data.Length()))
-	}
 }
 
 // DeleteBlob leaves a blob that is locked for a later collection: nobody names it any more, and Kopia comes upon it again.
@@ -151,12 +149,9 @@ func (g *guard) DeleteBlob(ctx context.Context, id blob.ID) error {
 // bring puts a blob unless it is on the medium just as it is given. One that is there and is another is an error.
 func (g *guard) bring(ctx context.Context, id blob.ID, data blob.Bytes) (sent bool, err error) {
 	if a, ok := g.Place.(Attesting); ok {
-		sent, err = a.Bring(ctx, id, data, func() error { return g.room(ctx, id, int64(data.Length())) })
+		sent, err = a.Bring(ctx, id, counted(ctx, data), func() error { return g.room(ctx, id, int64(data.Length())) })
 		if err != nil {
 			return false, g.notPut(ctx, id, err)
-		}
-		if sent {
-			count(ctx, data)
 		}
 		return sent, nil
 	}

@@ -41,7 +41,7 @@ type ReplicateOptions struct {
 type Replicated struct {
 	Snapshot string `json:"snapshot"`
 	There    bool   `json:"there"`    // it was there already, and nothing was done
-	Sent     int64  `json:"sent"`     // bytes of blobs that were written into the far store
+	Sent     int64  `json:"sent"`     // bytes of blobs that were written into the far store, or given to the line to it
 	Packs    int64  `json:"packs"`    // packs that were sent as they are
 	Found    int64  `json:"found"`    // packs that an earlier attempt had sent
 	Repacked int64  `json:"repacked"` // blocks, maps and folders that were packed anew
