@@ -262,11 +262,7 @@ func (d customersDesk) unused(ctx context.Context, customer string) error {
 
 func confirmErase(cmd *cobra.Command, c store.Customer) error {
 	fmt.Fprintf(cmd.ErrOrStderr(), "Destroy the key of %s, and with it everything in %s, for good? Type the customer's name: ", c.Name, c.Place)
-	var line string
-	if _, err := fmt.Fscanln(cmd.InOrStdin(), &line); err != nil || line != c.Name {
-		return withCode(exitRefused, fmt.Errorf("remove customer %s: not confirmed, nothing was changed; give --yes where nobody can answer", c.Name))
-	}
-	return nil
+	return confirm(cmd, "remove customer", c.Name)
 }
 
 // farDriverOf reaches the far store of a customer, without its key.

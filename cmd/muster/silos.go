@@ -158,7 +158,7 @@ The rescue images that it holds are held by others meanwhile, where there are an
 		fmt.Fprintf(out, "Silo %s takes no new work. It has %d tests and pre-recoveries to finish and %d invoked machines.\n", s.Silo.Name, tests, machines)
 		for _, l := range s.Leases {
 			if l.Work.Kind == dr.WorkInvocation {
-				fmt.Fprintf(out, "  %s runs there for real (%s); it stays until 'muster invocation end %s'\n", l.Work.Server, l.Work.ID, l.Work.Server)
+				fmt.Fprintf(out, "  %s runs there for real (%s); it stays until 'muster invocation move %s' or 'end %s'\n", l.Work.Server, l.Work.ID, l.Work.Server, l.Work.Server)
 			}
 		}
 		return nil

@@ -255,18 +255,23 @@ Networks:
 		if err != nil {
 			return err
 		}
-		if err := present(cmd, outcome{Operation: op, Invocation: &inv}, func() { printInvocation(cmd, inv) }); err != nil {
-			return err
-		}
-		if err := failed(op); err != nil {
-			return err
-		}
-		if inv.Failure != "" {
-			return withCode(exitTestFailed, fmt.Errorf("%s", tame(inv.Failure)))
-		}
-		return nil
+		return presentInvoked(cmd, op, inv)
 	}
 	return cmd
+}
+
+// presentInvoked shows what became of an invocation that was to run, and fails if it does not, or not as it should.
+func presentInvoked(cmd *cobra.Command, op api.Operation, inv dr.Invocation) error {
+	if err := present(cmd, outcome{Operation: op, Invocation: &inv}, func() { printInvocation(cmd, inv) }); err != nil {
+		return err
+	}
+	if err := failed(op); err != nil {
+		return err
+	}
+	if inv.Failure != "" {
+		return withCode(exitTestFailed, fmt.Errorf("%s", tame(inv.Failure)))
+	}
+	return nil
 }
 
 func parseNetwork(text string) (dr.NetworkChoice, error) {
@@ -291,9 +296,14 @@ func confirmInvoke(cmd *cobra.Command, s api.ServerStatus) error {
 	}
 	fmt.Fprintf(cmd.ErrOrStderr(), "Invoke %s for real from %s, taken %s? Never let it meet its original on one network. Type the server's name: ",
 		s.Server.Name, s.LKG.Snapshot.ID, ago(s.LKG.Snapshot.Taken))
+	return confirm(cmd, "invoke", s.Server.Name)
+}
+
+// confirm reads a name, after it was asked for.
+func confirm(cmd *cobra.Command, what, name string) error {
 	var line string
-	if _, err := fmt.Fscanln(cmd.InOrStdin(), &line); err != nil || line != s.Server.Name {
-		return withCode(exitRefused, fmt.Errorf("invoke %s: not confirmed, nothing was started; give --yes where nobody can answer", s.Server.Name))
+	if _, err := fmt.Fscanln(cmd.InOrStdin(), &line); err != nil || line != name {
+		return withCode(exitRefused, fmt.Errorf("%s %s: not confirmed, nothing was changed; give --yes where nobody can answer", what, name))
 	}
 	return nil
 }
@@ -352,7 +362,7 @@ func printInvocation(cmd *cobra.Command, inv dr.Invocation) {
 }
 
 func invocationCommand() *cobra.Command {
-	cmd := &cobra.Command{Use: "invocation", Short: "Look at invocations and end them"}
+	cmd := &cobra.Command{Use: "invocation", Short: "Look at invocations, move and end them"}
 	list := &cobra.Command{Use: "list", Aliases: []string{"ls"}, Short: "List invocations", Args: cobra.NoArgs}
 	all := list.Flags().Bool("all", false, "also those that have ended")
 	list.RunE = func(cmd *cobra.Command, _ []string) error {
@@ -389,7 +399,54 @@ func invocationCommand() *cobra.Command {
 		printInvocation(cmd, inv)
 		return nil
 	}}
-	cmd.AddCommand(list, show, invocationEndCommand())
+	cmd.AddCommand(list, show, invocationMoveCommand(), invocationEndCommand())
+	return cmd
+}
+
+func invocationMoveCommand() *cobra.Command {
+	cmd := &cobra.Command{Use: "move NAME [--to SILO]", Short: "Bring an invoked machine to another silo", Args: cobra.ExactArgs(1), ValidArgsFunction: completeServers,
+		Long: `Bring an invoked machine to another silo, as before maintenance of the one that it is on. Room is made there first, for which boot
+tests give way if they must. Then the machine is shut down, what it wrote goes through its customer's store, and it boots on the other
+silo and is asked its checks. It stands still meanwhile: for its shutdown, for what it wrote to be kept and fetched, and for its boot.
+
+If anything goes wrong before it runs there, it boots again where it was, with all that it wrote.`,
+		Example: `  muster invocation move shop
+  muster invocation move shop --to silo-2 --reason "new disks for silo-1" --yes`}
+	to := cmd.Flags().String("to", "", "the silo that is to have it (default: the best of those with room)")
+	reason := cmd.Flags().String("reason", "", "why, for the record")
+	yes := cmd.Flags().Bool("yes", false, "do not ask for confirmation")
+	noWait := cmd.Flags().Bool("no-wait", false, "return at once")
+	_ = cmd.RegisterFlagCompletionFunc("to", func(cmd *cobra.Command, _ []string, begun string) ([]string, cobra.ShellCompDirective) {
+		return completeSilos(cmd, nil, begun)
+	})
+	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+		c := client(cmd)
+		defer c.Close()
+		inv, err := c.Invocation(cmd.Context(), args[0])
+		if err != nil {
+			return err
+		}
+		if !*yes {
+			fmt.Fprintf(cmd.ErrOrStderr(), "Shut down the machine of %s%s, and boot it elsewhere? Nobody reaches it meanwhile. Type the server's name: ", inv.Server, onSilo(inv.Silo))
+			if err := confirm(cmd, "move", inv.Server); err != nil {
+				return err
+			}
+		}
+		op, err := c.MoveInvocation(cmd.Context(), inv.ID, api.MoveRequest{To: *to, By: whoami(), Reason: *reason})
+		if err != nil {
+			return err
+		}
+		if *noWait {
+			return started(cmd, op)
+		}
+		if op, err = follow(cmd, c, op); err != nil {
+			return err
+		}
+		if inv, err = c.Invocation(cmd.Context(), inv.ID); err != nil {
+			return err
+		}
+		return presentInvoked(cmd, op, inv)
+	}
 	return cmd
 }
 

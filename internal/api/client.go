@@ -232,6 +232,11 @@ func (c *Client) Invocation(ctx context.Context, id string) (dr.Invocation, erro
 	return call[dr.Invocation](ctx, c, "GET", "/v1/invocations/"+seg(id), nil, nil)
 }
 
+// MoveInvocation implements Operator.
+func (c *Client) MoveInvocation(ctx context.Context, id string, request MoveRequest) (Operation, error) {
+	return call[Operation](ctx, c, "POST", "/v1/invocations/"+seg(id)+"/move", nil, request)
+}
+
 // AbandonInvocation implements Operator.
 func (c *Client) AbandonInvocation(ctx context.Context, id string, request AbandonRequest) (dr.Invocation, error) {
 	return call[dr.Invocation](ctx, c, "POST", "/v1/invocations/"+seg(id)+"/abandon", nil, request)

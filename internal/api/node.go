@@ -71,6 +71,9 @@ type Silo interface {
 	// Tend makes an invocation whole again after a restart: exports are served, the machine is found. It says
 	// whether the machine still runs.
 	Tend(ctx context.Context, task InvokeTask) (running bool, err error)
+	// Leave shuts an invoked machine down and keeps what it has written in the store, under the name of task.Moved, for another silo to go
+	// on with. What is here stays until EndInvocation. Asked again it keeps it again.
+	Leave(ctx context.Context, task InvokeTask, report dr.Progress) (Left, error)
 	// EndInvocation stops the machine and keeps or discards what it wrote. It returns where it was kept.
 	EndInvocation(ctx context.Context, task InvokeTask, keep bool) (kept string, err error)
 	// Discard removes the deltas and evidence of a snapshot that has expired.
@@ -163,6 +166,20 @@ type InvokeTask struct {
 	Snapshot    dr.Snapshot      `json:"snapshot"`
 	PreRecovery dr.PreRecovery   `json:"pre_recovery"`
 	Network     dr.NetworkChoice `json:"network"`
+	// Moved is the move with which what the machine wrote was put into the store last: a silo that has nothing of it fetches that. "": none.
+	Moved string `json:"moved,omitempty"`
+}
+
+// KeptName is the name under which a file of an invoked machine is kept with its snapshot while it is moved.
+func (t InvokeTask) KeptName(file string) string { return KeptPrefix(t.ID) + t.Moved + "." + file }
+
+// KeptPrefix is how all such names of an invocation begin.
+func KeptPrefix(invocation string) string { return invocation + "." }
+
+// Left is a machine that was stopped to be moved.
+type Left struct {
+	Clean bool  `json:"clean"` // it shut down by itself; else the plug was pulled
+	Size  int64 `json:"size"`  // bytes that it has written, as they lie in its live layers
 }
 
 // Invoked is a machine that was started for real.

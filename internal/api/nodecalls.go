@@ -21,6 +21,7 @@ const (
 	procInvoke       procedure[InvokeTask, Invoked]            = "/silo/Invoke"
 	procCheckInvoked procedure[InvokeTask, []dr.CheckResult]   = "/silo/CheckInvoked"
 	procTend         procedure[InvokeTask, bool]               = "/silo/Tend"
+	procLeave        procedure[InvokeTask, Left]               = "/silo/Leave"
 	procEnd          procedure[endInvocation, string]          = "/silo/EndInvocation"
 	procDiscard      procedure[string, nothing]                = "/silo/Discard"
 	procReap         procedure[[]string, []string]             = "/silo/Reap"
@@ -75,6 +76,7 @@ func SiloHandler(s Silo) http.Handler {
 	procInvoke.serve(mux, s.Invoke)
 	procCheckInvoked.serve(mux, s.CheckInvoked)
 	procTend.serve(mux, func(ctx context.Context, in InvokeTask, _ dr.Progress) (bool, error) { return s.Tend(ctx, in) })
+	procLeave.serve(mux, s.Leave)
 	procEnd.serve(mux, func(ctx context.Context, in endInvocation, _ dr.Progress) (string, error) {
 		return s.EndInvocation(ctx, in.Task, in.Keep)
 	})
@@ -124,6 +126,10 @@ func (r remoteSilo) CheckInvoked(ctx context.Context, task InvokeTask, report dr
 
 func (r remoteSilo) Tend(ctx context.Context, task InvokeTask) (bool, error) {
 	return procTend.ask(ctx, r.c, r.base, task, nil)
+}
+
+func (r remoteSilo) Leave(ctx context.Context, task InvokeTask, report dr.Progress) (Left, error) {
+	return procLeave.ask(ctx, r.c, r.base, task, report)
 }
 
 func (r remoteSilo) EndInvocation(ctx context.Context, task InvokeTask, keep bool) (string, error) {

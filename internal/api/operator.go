@@ -50,6 +50,9 @@ type Operator interface {
 	Invocations(ctx context.Context, all bool) ([]dr.Invocation, error)
 	Invocation(ctx context.Context, id string) (dr.Invocation, error) // by identifier, or the active one of a server by its name
 
+	// MoveInvocation brings an invoked machine to another silo: it is shut down, what it wrote goes through the store, and it boots there. If
+	// it cannot, it boots again where it was.
+	MoveInvocation(ctx context.Context, id string, request MoveRequest) (Operation, error)
 	// AbandonInvocation gives up a machine whose silo is lost. A person says that it cannot run any more; should its silo come
 	// back, the machine is stopped there, and what it wrote is kept.
 	AbandonInvocation(ctx context.Context, id string, request AbandonRequest) (dr.Invocation, error)
@@ -157,6 +160,13 @@ type RuleRequest struct {
 type AbandonRequest struct {
 	By     string `json:"by"`
 	Reason string `json:"reason"`
+}
+
+// MoveRequest asks for an invoked machine to be brought to another silo.
+type MoveRequest struct {
+	To     string `json:"to,omitempty"` // the silo; "": the one that placement chooses
+	By     string `json:"by"`
+	Reason string `json:"reason,omitempty"`
 }
 
 // DrainRequest says whether a silo is to take no new work, and why.

@@ -190,6 +190,12 @@ func registerWork(a huma.API, op Operator) {
 	}) (*body[Operation], error) {
 		return answer(op.EndInvocation(ctx, in.Name, in.Body.Keep))
 	})
+	huma.Post(a, "/v1/invocations/{name}/move", func(ctx context.Context, in *struct {
+		Named
+		Body MoveRequest
+	}) (*body[Operation], error) {
+		return answer(op.MoveInvocation(ctx, in.Name, in.Body))
+	})
 	huma.Post(a, "/v1/invocations/{name}/abandon", func(ctx context.Context, in *struct {
 		Named
 		Body AbandonRequest

@@ -109,6 +109,24 @@ func (t *tx) putLease(l *dr.Lease) error {
 		l.Work.ID, l.Silo, l.Work.Kind, l.Term, l.Run, stamp(l.Granted), stamp(l.Expires), data)
 }
 
+// SwapLeases lets two pieces of work change their silos, both under new terms, or neither: ErrStale if one of the leases is over.
+func (c *Catalog) SwapLeases(ctx context.Context, a, b dr.Lease) error {
+	return c.write(ctx, "swap "+a.Work.ID+" and "+b.Work.ID, func(t *tx) error {
+		a, b := a, b
+		a.Silo, b.Silo = b.Silo, a.Silo
+		for _, l := range []*dr.Lease{&a, &b} {
+			if err := t.holds(*l); err != nil {
+				return err
+			}
+			l.Granted = t.now.UTC()
+			if err := t.putLease(l); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
 // EndLease gives a lease back. One that is not there any more, or has another term, is left as it is.
 func (c *Catalog) EndLease(ctx context.Context, work string, term int64) error {
 	return c.write(ctx, "end lease of "+work, func(t *tx) error {

@@ -68,7 +68,7 @@ func (c *Catalog) Beat(ctx context.Context, s dr.Silo, until time.Time) (now dr.
 		if err := t.putSilo(now); err != nil {
 			return err
 		}
-		return t.do(`UPDATE leases SET expires = ? WHERE silo = ? AND kind <> ?`, stamp(until), s.Name, dr.WorkInvocation)
+		return t.do(`UPDATE leases SET expires = ? WHERE silo = ? AND expires <> 0`, stamp(until), s.Name)
 	})
 	return now, back, err
 }

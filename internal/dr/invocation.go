@@ -16,6 +16,7 @@ type Invocation struct {
 	Network     NetworkChoice   `json:"network"`
 	Silo        string          `json:"silo,omitempty"`    // where its machine is
 	Machine     string          `json:"machine,omitempty"` // hypervisor's name for it
+	Moved       string          `json:"moved,omitempty"`   // the last move that took it from a silo
 	Addresses   []string        `json:"addresses,omitempty"`
 	Steps       []StepRecord    `json:"steps,omitempty"`
 	Results     []CheckResult   `json:"results,omitempty"`

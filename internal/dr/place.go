@@ -49,7 +49,7 @@ func Place(now time.Time, work []Work, silos []Silo, leases []Lease, where Where
 	for _, w := range work {
 		switch {
 		case leased[w.ID]: // begun already
-		case w.Kind == WorkInvocation:
+		case w.Kind.invoked():
 			urgent = append(urgent, w)
 		default:
 			usual = append(usual, w)
@@ -94,10 +94,10 @@ func (r *room) add(w Work) {
 	r.memory -= w.Memory
 	r.cores -= min(w.Cores, r.Silo.Cores)
 	r.space -= w.Space
-	switch w.Kind {
-	case WorkTest:
+	switch {
+	case w.Kind == WorkTest:
 		r.tests++
-	case WorkInvocation:
+	case w.Kind.invoked():
 		r.fixed += w.Memory
 		r.of[w.Customer]++
 	}
@@ -105,8 +105,8 @@ func (r *room) add(w Work) {
 
 // may says whether the silo could ever take the work: were it idle.
 func (r *room) may(w Work) bool {
-	return r.State == SiloActive && r.Takes(w.Customer) && w.Memory <= r.Memory && (w.Only == "" || w.Only == r.Name) &&
-		(w.Network == "" || slices.Contains(r.Networks, w.Network)) && (w.Kind == WorkInvocation || w.Space <= r.Space)
+	return r.State == SiloActive && r.Takes(w.Customer) && w.Memory <= r.Memory && (w.Only == "" || w.Only == r.Name) && (w.Not == "" || w.Not != r.Name) &&
+		(w.Network == "" || slices.Contains(r.Networks, w.Network)) && (w.Kind.invoked() || w.Space <= r.Space)
 }
 
 // fits says whether it can take it now. roomy asks of an invocation for what it can do without.
@@ -114,7 +114,7 @@ func (r *room) fits(w Work, roomy bool) bool {
 	if !r.may(w) || w.Memory > r.memory {
 		return false
 	}
-	if w.Kind == WorkInvocation && !roomy {
+	if w.Kind.invoked() && !roomy {
 		return true
 	}
 	return min(w.Cores, r.Silo.Cores) <= r.cores && w.Space <= r.space && (w.Kind != WorkTest || r.Tests == 0 || r.tests < r.Tests)
@@ -132,6 +132,7 @@ type need struct {
 	memory, cores int
 	space         int64
 	network, only string
+	not           string
 }
 
 // placing is one decision under way.
@@ -160,7 +161,7 @@ func newPlacing(silos []Silo, leases []Lease, where Where) *placing {
 		p.count(l.Work)
 		if r := byName[l.Silo]; r != nil {
 			r.add(l.Work)
-			if l.Work.Kind != WorkInvocation {
+			if !l.Work.Kind.invoked() {
 				r.leases = append(r.leases, l)
 			}
 		}
@@ -222,7 +223,7 @@ type party struct {
 	customer string
 }
 
-func shareOf(w Work) party { return party{w.Kind == WorkInvocation, w.Customer} }
+func shareOf(w Work) party { return party{w.Kind.invoked(), w.Customer} }
 
 func (p *placing) count(w Work) { p.share[shareOf(w)] += max(w.Memory, 1) }
 
@@ -247,7 +248,7 @@ func (p *placing) take(w Work) bool {
 }
 
 func (p *placing) need(w Work) need {
-	n := need{kind: w.Kind, memory: w.Memory, cores: w.Cores, space: w.Space, network: w.Network, only: w.Only}
+	n := need{kind: w.Kind, memory: w.Memory, cores: w.Cores, space: w.Space, network: w.Network, only: w.Only, not: w.Not}
 	if p.reserved {
 		n.customer = w.Customer
 	}
@@ -282,7 +283,7 @@ func better(w Work, a, b *room, near []string) bool {
 	holds := which(func(r *room) bool { return slices.Contains(near, r.Name) })
 	own := which(func(r *room) bool { return len(r.Reserved) > 0 })
 	spread := 0
-	if w.Kind == WorkInvocation {
+	if w.Kind.invoked() {
 		spread = cmp.Compare(b.of[w.Customer], a.of[w.Customer])
 	}
 	room := cmp.Compare(a.left(), b.left())
@@ -347,7 +348,7 @@ func passed(now time.Time, work []Work, leases []Lease) (out []Work) {
 		all = append(all, small{w.Since, w.Memory, w.Cores})
 	}
 	for _, l := range leases {
-		if l.Work.Kind != WorkInvocation {
+		if !l.Work.Kind.invoked() {
 			all = append(all, small{l.Granted, l.Work.Memory, l.Work.Cores})
 		}
 	}

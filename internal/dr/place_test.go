@@ -131,9 +131,12 @@ func farm(t *rapid.T) (silos []Silo, leases []Lease, work []Work, where Where) {
 		silos = append(silos, s)
 	}
 	draw := func(n int) Work {
-		kind := rapid.SampledFrom([]WorkKind{WorkPreRecovery, WorkTest, WorkTest, WorkInvocation}).Draw(t, "kind")
+		kind := rapid.SampledFrom([]WorkKind{WorkPreRecovery, WorkTest, WorkTest, WorkInvocation, WorkMove}).Draw(t, "kind")
 		w := piece(kind, fmt.Sprintf("w%d", n), rapid.SampledFrom(customers).Draw(t, "customer"), rapid.IntRange(1, 20).Draw(t, "need"))
 		w.Cores, w.Since = rapid.IntRange(1, 20).Draw(t, "cores"), noon.Add(-time.Duration(rapid.IntRange(0, 60).Draw(t, "waited"))*time.Minute)
+		if kind == WorkMove {
+			w.Not = rapid.SampledFrom(silos).Draw(t, "from").Name
+		}
 		if rapid.Bool().Draw(t, "near") {
 			w.Near = fmt.Sprintf("pre-%d", n)
 			where[w.Near] = []string{rapid.SampledFrom(silos).Draw(t, "holder").Name}
@@ -172,7 +175,7 @@ func TestWhateverTheStatePlacementKeepsItsPromises(t *testing.T) {
 			if err := Fits(w, s, before); err != nil {
 				t.Fatal(err)
 			}
-			if s.State != SiloActive || !s.Takes(w.Customer) {
+			if s.State != SiloActive || !s.Takes(w.Customer) || w.Not == s.Name {
 				t.Fatalf("%s, which is %s and for %v, was given work of %q", s.Name, s.State, s.Reserved, w.Customer)
 			}
 			before = append(before[:len(before):len(before)], Lease{Work: w, Silo: s.Name})
@@ -198,14 +201,14 @@ func TestWhateverTheStatePlacementKeepsItsPromises(t *testing.T) {
 				t.Fatalf("%s waits and nobody says why", w.Work)
 			}
 			for _, id := range w.Displace {
-				if byID[w.Work].Kind != WorkInvocation || !kinds[id].TakenOver() {
+				if !byID[w.Work].Kind.invoked() || !kinds[id].TakenOver() {
 					t.Fatalf("%s displaces %s, a %s", w.Work, id, kinds[id])
 				}
 			}
 		}
 		for _, w := range work { // no invocation waits where there is memory
 			for _, s := range silos {
-				if waits[w.ID] && w.Kind == WorkInvocation && !clearing && Fits(w, s, before) == nil {
+				if waits[w.ID] && w.Kind.invoked() && !clearing && Fits(w, s, before) == nil {
 					t.Fatalf("invocation %s waits though %s has room", w.ID, s.Name)
 				}
 			}

@@ -59,13 +59,19 @@ const (
 	WorkPreRecovery WorkKind = "pre-recovery"
 	WorkTest        WorkKind = "test"
 	WorkInvocation  WorkKind = "invocation"
+	// WorkMove is room on a second silo while an invoked machine is brought from one to the other: first where it is to go, then where
+	// it came from, because it may have to go back.
+	WorkMove WorkKind = "move"
 )
 
 // TakenOver says whether work of a silo that is lost is given to another one without asking anybody. A boot test or a pre-recovery
 // is: nobody sees its machine, and of two results the one of the lower term is refused. An invoked machine is not: it may be
 // serving its users although the master cannot see it, and a second one beside it would be two truths. It stays where it is until a
 // person says that it cannot run any more, or the silo itself has stopped it.
-func (k WorkKind) TakenOver() bool { return k != WorkInvocation }
+func (k WorkKind) TakenOver() bool { return !k.invoked() }
+
+// invoked says whether it is for a machine that serves people: nothing else has room before it does.
+func (k WorkKind) invoked() bool { return k == WorkInvocation || k == WorkMove }
 
 // Work is one piece of work for a silo, and what it needs there.
 type Work struct {
@@ -81,6 +87,7 @@ type Work struct {
 	Since    time.Time `json:"since"`             // when it began to wait
 	Avoid    []string  `json:"avoid,omitempty"`   // silos that just failed at it: taken only if there is no other
 	Only     string    `json:"only,omitempty"`    // the one silo that can do it: where an invoked machine is
+	Not      string    `json:"not,omitempty"`     // a silo that must not have it: from which an invoked machine is moved
 }
 
 // Lease is a piece of work that a silo has been given.

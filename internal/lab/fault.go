@@ -7,7 +7,7 @@ import (
 	"github.com/musterdr/muster/internal/dr"
 )
 
-// Calls are the calls of an appliance and a silo, each of which can be made to fail before it begins or after it has
+// Calls are the calls of an appliance and a silo on the road of every server, each of which can be made to fail before it begins or after it has
 // done its work.
 var Calls = []string{"snapshot", "pre-recover", "test", "keep deltas", "invoke", "check", "end"}
 
@@ -55,12 +55,20 @@ func (f faultySilo) KeepDeltas(ctx context.Context, task api.DeltasTask) (string
 	return around(ctx, f.lab.Fault, "keep deltas", func() (string, error) { return f.Silo.KeepDeltas(ctx, task) })
 }
 
+func (f faultySilo) HoldDeltas(ctx context.Context, task api.DeltasTask) (string, error) {
+	return around(ctx, f.lab.Fault, "hold", func() (string, error) { return f.Silo.HoldDeltas(ctx, task) })
+}
+
 func (f faultySilo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progress) (api.Invoked, error) {
 	return around(ctx, f.lab.Fault, "invoke", func() (api.Invoked, error) { return f.Silo.Invoke(ctx, task, report) })
 }
 
 func (f faultySilo) CheckInvoked(ctx context.Context, task api.InvokeTask, report dr.Progress) ([]dr.CheckResult, error) {
 	return around(ctx, f.lab.Fault, "check", func() ([]dr.CheckResult, error) { return f.Silo.CheckInvoked(ctx, task, report) })
+}
+
+func (f faultySilo) Leave(ctx context.Context, task api.InvokeTask, report dr.Progress) (api.Left, error) {
+	return around(ctx, f.lab.Fault, "leave", func() (api.Left, error) { return f.Silo.Leave(ctx, task, report) })
 }
 
 func (f faultySilo) EndInvocation(ctx context.Context, task api.InvokeTask, keep bool) (string, error) {

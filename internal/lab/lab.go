@@ -242,7 +242,7 @@ func (l *Lab) open() error {
 func (l *Lab) openSilos(ctx context.Context, closes *[]func()) (master.SiloSet, error) {
 	set := master.SiloSet{}
 	for name, n := range l.Nodes {
-		set[name] = n.reached()
+		set[name] = faultySilo{n.reached(), l}
 	}
 	if len(set) > 0 {
 		return set, nil

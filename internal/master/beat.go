@@ -263,7 +263,9 @@ func (m *Master) judge(ctx context.Context) {
 		silos[i].State = dr.SiloLost
 		m.Log.ErrorContext(ctx, "silo lost", "silo", s.Name, "taken", len(taken), "left", len(left))
 		for _, l := range left {
-			m.machineLost(ctx, l)
+			if l.Work.Kind == dr.WorkInvocation {
+				m.machineLost(ctx, l)
+			}
 		}
 	}
 	m.endCalls(ctx)

@@ -328,7 +328,7 @@ func (m *Master) under(ctx context.Context, r *engine.Run, l dr.Lease, limit tim
 		}
 		stop()
 	}
-	if l.Work.Kind == dr.WorkInvocation {
+	if !l.Work.Kind.TakenOver() {
 		return err
 	}
 	why := context.Cause(called)

@@ -75,7 +75,7 @@ func (m *Master) invocationTask(ctx context.Context, id string) (dr.Invocation, 
 		return inv, api.InvokeTask{}, err
 	}
 	snap, err := m.whole(ctx, rec.Snapshot)
-	return inv, api.InvokeTask{ID: id, Server: s, Snapshot: snap, PreRecovery: pre, Network: inv.Network}, err
+	return inv, api.InvokeTask{ID: id, Server: s, Snapshot: snap, PreRecovery: pre, Network: inv.Network, Moved: inv.Moved}, err
 }
 
 // invoke runs an invocation. Until the machine runs, whatever goes wrong is undone. Once it runs it is never taken
@@ -98,13 +98,13 @@ func (m *Master) invoke(r *engine.Run, in invocationWork) error {
 		return m.invocationFailed(r, in, err)
 	}
 	_, err = engine.Step(r, "check", engine.StepOptions{Limit: checkLimit, Attempts: 2}, func(ctx context.Context) (string, error) {
-		return m.journal(ctx, in.ID, "check", func(inv *dr.Invocation) (string, error) { return m.check(ctx, r, in, inv) })
+		return m.journal(ctx, in.ID, "check", func(inv *dr.Invocation) (string, error) { return m.check(ctx, r, inv) })
 	})
-	return m.handOver(r, in, err)
+	return m.handOver(r, in.ID, err)
 }
 
-func (m *Master) check(ctx context.Context, r *engine.Run, in invocationWork, inv *dr.Invocation) (string, error) {
-	silo, task, err := m.machine(ctx, in.ID)
+func (m *Master) check(ctx context.Context, r *engine.Run, inv *dr.Invocation) (string, error) {
+	silo, task, err := m.machine(ctx, inv.ID)
 	if err != nil {
 		return "", err
 	}
@@ -112,22 +112,25 @@ func (m *Master) check(ctx context.Context, r *engine.Run, in invocationWork, in
 	if err != nil {
 		return "", err
 	}
-	served := m.Now().UTC()
-	inv.Results, inv.Served = results, &served
-	inv.RTA = served.Sub(inv.Requested)
-	inv.RPA = inv.Requested.Sub(task.Snapshot.Taken)
+	inv.Results = results
+	if inv.Served == nil { // else it was moved since
+		served := m.Now().UTC()
+		inv.Served = &served
+		inv.RTA = served.Sub(inv.Requested)
+		inv.RPA = inv.Requested.Sub(task.Snapshot.Taken)
+	}
 	outcome, _, summary := dr.Judge(results)
 	return string(outcome) + ": " + summary, nil
 }
 
 // handOver ends the runbook: the machine is the user's, with a ticket if a check failed.
-func (m *Master) handOver(r *engine.Run, in invocationWork, checkErr error) error {
+func (m *Master) handOver(r *engine.Run, id string, checkErr error) error {
 	_, err := engine.Step(r, "hand over", engine.StepOptions{Limit: recordLimit, Attempts: 3}, func(ctx context.Context) (string, error) {
-		inv, err := m.Catalog.Invocation(ctx, in.ID)
+		inv, err := m.Catalog.Invocation(ctx, id)
 		if err != nil {
 			return "", err
 		}
-		inv.State = dr.Running
+		inv.State, inv.Failure = dr.Running, ""
 		if checkErr != nil {
 			inv.Failure = "it runs, but could not be checked: " + checkErr.Error()
 		} else if outcome, _, summary := dr.Judge(inv.Results); outcome != dr.Pass {
@@ -299,10 +302,21 @@ func (m *Master) end(r *engine.Run, in invocationWork) error {
 // tend makes active invocations whole again and says so if one has died. One that an operation is working on is that
 // operation's business.
 func (m *Master) tend(ctx context.Context) {
+	leases, err := m.Catalog.Leases(ctx) // before what is running: the operation that one is for was begun before it
+	if err != nil {
+		m.Log.ErrorContext(ctx, "tend invocations", "error", err)
+		return
+	}
 	running, err := m.running(ctx)
 	if err != nil {
 		m.Log.ErrorContext(ctx, "tend invocations", "error", err)
 		return
+	}
+	for _, l := range leases {
+		if _, busy := running[l.Work.Server]; !busy && l.Work.Kind == dr.WorkMove { // of a move that nobody carried to its end
+			m.suspect(l.Silo)
+			m.endLease(ctx, l)
+		}
 	}
 	active, err := m.Catalog.Invocations(ctx, false)
 	if err != nil {
@@ -323,12 +337,20 @@ func (m *Master) tend(ctx context.Context) {
 			m.Log.ErrorContext(ctx, "tend invocation", "invocation", inv.ID, "server", inv.Server, "snapshot", inv.SnapshotID, "error", err)
 			continue
 		}
-		if !running && !m.warned[inv.ID] {
-			m.warned[inv.ID] = true
+		if !running && m.warnOnce(inv.ID) {
 			detail := "the machine " + inv.Machine + " is gone: it shut down or died. What it wrote is still there: end the invocation with --keep or --discard"
 			if _, err := m.Catalog.OpenTicket(ctx, inv.ServerID, dr.ProblemStopped, "an invoked machine has stopped", detail, inv.SnapshotID, m.Now()); err != nil {
 				m.Log.ErrorContext(ctx, "open ticket", "server", inv.Server, "snapshot", inv.SnapshotID, "error", err)
 			}
 		}
 	}
+}
+
+// warnOnce says whether nobody was warned of an invocation's machine yet, and that somebody is now.
+func (m *Master) warnOnce(id string) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	first := !m.warned[id]
+	m.warned[id] = true
+	return first
 }

@@ -103,10 +103,15 @@ func (m *Master) freeToMove(ctx context.Context, inv dr.Invocation) error {
 	return err
 }
 
-func (m *Master) moveAway(ctx context.Context, l dr.Lease) {
+// suspect has a silo asked to remove what is not its own, when it is heard of again.
+func (m *Master) suspect(silo string) {
 	m.farm.mu.Lock()
-	m.farm.suspect[l.Silo] = true
-	m.farm.mu.Unlock()
+	defer m.farm.mu.Unlock()
+	m.farm.suspect[silo] = true
+}
+
+func (m *Master) moveAway(ctx context.Context, l dr.Lease) {
+	m.suspect(l.Silo)
 	m.event(ctx, "invocation.moved", l.Work.Server, l.Work.ID, "silo "+l.Silo+" went away while it started the machine: another one does")
 	m.endLease(ctx, l)
 }
@@ -145,11 +150,8 @@ func (m *Master) endMachine(ctx context.Context, inv dr.Invocation, run int64, k
 	}
 	if had || m.Home != "" {
 		l := before
-		if had && m.lost(ctx, before.Silo) {
-			return "", engine.Permanent(api.Errorf(api.Unavailable, "silo %s is lost, and with it the machine of %s: bring it back, or make sure that it cannot run and say so with 'muster invocation end %s --abandon --reason …'", before.Silo, inv.Server, inv.Server))
-		}
 		if had {
-			if l, err = m.Catalog.Grant(ctx, before.Work, before.Silo, max(run, before.Run), time.Time{}); err != nil {
+			if l, err = m.regrant(ctx, inv, before, run); err != nil {
 				return "", err
 			}
 		}
@@ -168,7 +170,18 @@ func (m *Master) endMachine(ctx context.Context, inv dr.Invocation, run int64, k
 	if err != nil {
 		return kept, err
 	}
+	if err := dropMoved(ctx, st, inv); err != nil {
+		return kept, err
+	}
 	return kept, st.Unhold(ctx, inv.SnapshotID, inv.ID)
+}
+
+// regrant gives the silo of an invoked machine a new term, so that nothing that was asked under the old one can be done any more.
+func (m *Master) regrant(ctx context.Context, inv dr.Invocation, l dr.Lease, run int64) (dr.Lease, error) {
+	if m.lost(ctx, l.Silo) {
+		return l, engine.Permanent(api.Errorf(api.Unavailable, "silo %s is lost, and with it the machine of %s: bring it back, or make sure that it cannot run and say so with 'muster invocation end %s --abandon --reason …'", l.Silo, inv.Server, inv.Server))
+	}
+	return m.Catalog.Grant(ctx, l.Work, l.Silo, max(run, l.Run), time.Time{})
 }
 
 // stopMachine takes back what an invocation that did not come to run has started. On a silo that is lost nothing can be; unless

@@ -138,6 +138,7 @@ func Open(config Config) *Master {
 	engine.Register(m.Engine, kindTest, m.test)
 	engine.Register(m.Engine, kindRule, m.rule)
 	engine.Register(m.Engine, kindInvoke, m.invoke)
+	engine.Register(m.Engine, kindMove, m.move)
 	engine.Register(m.Engine, kindEnd, m.end)
 	engine.Register(m.Engine, kindVerify, m.verifyStore)
 	engine.Register(m.Engine, kindCollect, m.collectStore)
@@ -157,13 +158,14 @@ const (
 	kindTest       = "test"
 	kindRule       = "rule"
 	kindInvoke     = "invoke"
+	kindMove       = "move"
 	kindEnd        = "end"
 	kindVerify     = "verify"
 	kindCollect    = "collect"
 	kindAdopt      = "adopt"
 )
 
-var kinds = []string{kindProtect, kindPreRecover, kindTest, kindRule, kindInvoke, kindEnd, kindVerify, kindCollect, kindAdopt}
+var kinds = []string{kindProtect, kindPreRecover, kindTest, kindRule, kindInvoke, kindMove, kindEnd, kindVerify, kindCollect, kindAdopt}
 
 // Start makes the platform whole again after whatever ended the last process: machines and layers nobody owns are
 // removed, invocations are tended, and unfinished operations go on. Until ctx ends it keeps in touch with the silos.

@@ -110,10 +110,13 @@ func (s *Silo) liveLayers(ctx context.Context, task api.InvokeTask) ([]vm.Disk, 
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make folder for live layers: %w", err)
 	}
+	if err := s.bring(ctx, st, task); err != nil {
+		return nil, err
+	}
 	base := layers(s.liveSocket(task.ID), task.Snapshot.ImageID(), len(task.Snapshot.Disks))
 	disks := make([]vm.Disk, len(deltas))
 	for n, d := range under(deltas, base) {
-		path := filepath.Join(dir, fmt.Sprintf("live-%d.qcow2", n))
+		path := filepath.Join(dir, liveName(n))
 		live := vm.Layer{Path: path, Format: "qcow2"}
 		if _, err := os.Stat(path); err != nil {
 			if live, err = s.NewLayer(ctx, path, d.Layers[0]); err != nil {
@@ -231,12 +234,15 @@ func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error
 	if err != nil {
 		return "", err
 	}
+	if err := s.bring(ctx, st, task); err != nil {
+		return "", err
+	}
 	dir := filepath.Join(s.Dir, "kept", task.ID)
 	if err := os.MkdirAll(dir, 0o750); err != nil {
 		return "", fmt.Errorf("make folder for kept disks: %w", err)
 	}
 	for n := range task.Snapshot.Disks {
-		live := filepath.Join(s.liveDir(task.ID), fmt.Sprintf("live-%d.qcow2", n))
+		live := filepath.Join(s.liveDir(task.ID), liveName(n))
 		dst := filepath.Join(dir, fmt.Sprintf("disk-%d.qcow2", n))
 		if _, err := os.Stat(dst); err == nil {
 			continue // an earlier attempt finished this one

@@ -94,15 +94,8 @@ func (s *Store) keep(ctx context.Context, snapshotID, name string, r io.Reader) 
 		if !there {
 			return ErrNotFound
 		}
-		labels := map[string]string{manifestTypeKey: snapshot.ManifestType, tagKind: kindKept, tagSnapshot: snapshotID, tagName: name}
-		old, err := w.FindManifests(ctx, labels)
-		if err != nil {
-			return damaged(err)
-		}
-		for _, e := range old {
-			if err := w.DeleteManifest(ctx, e.ID); err != nil {
-				return err
-			}
+		if err := dropKept(ctx, w, snapshotID, name); err != nil {
+			return err
 		}
 		now := fs.UTCTimestampFromTime(s.now())
 		_, err = snapshot.SaveSnapshot(ctx, w, &snapshot.Manifest{
@@ -115,6 +108,39 @@ func (s *Store) keep(ctx context.Context, snapshotID, name string, r io.Reader) 
 		})
 		return err
 	})
+}
+
+// Drop forgets a file added with Keep before its snapshot is forgotten. One that is not there is no error.
+func (s *Store) Drop(ctx context.Context, snapshotID, name string) error {
+	ctx, done := s.bind(ctx)
+	defer done()
+	err := errors.Join(dr.ValidateID(snapshotID), validateFileName(name))
+	if err == nil {
+		err = s.mutate(ctx, "drop", func(ctx context.Context, w repo.DirectRepositoryWriter) error {
+			return dropKept(ctx, w, snapshotID, name)
+		})
+	}
+	if err != nil {
+		return fmt.Errorf("drop %s of %s: %w", name, snapshotID, s.explain(err))
+	}
+	return nil
+}
+
+func dropKept(ctx context.Context, w repo.RepositoryWriter, snapshotID, name string) error {
+	old, err := w.FindManifests(ctx, keptLabels(snapshotID, name))
+	if err != nil {
+		return damaged(err)
+	}
+	for _, e := range old {
+		if err := w.DeleteManifest(ctx, e.ID); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func keptLabels(snapshotID, name string) map[string]string {
+	return map[string]string{manifestTypeKey: snapshot.ManifestType, tagKind: kindKept, tagSnapshot: snapshotID, tagName: name}
 }
 
 // putFile writes a file's content so that it is on the medium.

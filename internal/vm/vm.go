@@ -81,6 +81,9 @@ type Spec struct {
 	NoReboot bool
 }
 
+// NVRAMFile is the name in Spec.Dir of what the firmware of a UEFI machine remembers. One that is there when the machine is started is used.
+const NVRAMFile = "nvram.fd"
+
 // Disk is a chain of layers, top first. The top is written to; everything below is only read.
 type Disk struct {
 	Layers []Layer

@@ -71,6 +71,7 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 		"work has one lease, each new one a higher term":                    leaseGranted,
 		"what comes under an old term is refused":                           leaseFences,
 		"the work of a lost silo is taken once, but no invocation":          siloLost,
+		"two leases change their silos, or neither does":                    leasesSwapped,
 		"a silo that is heard of keeps its leases":                          leaseRenewed,
 		"grants at once do not overcommit memory":                           grantsAtOnce,
 		"deltas are known where they are held":                              deltasHeld,

@@ -171,6 +171,36 @@ func siloLost(w *world) {
 	}
 }
 
+func leasesSwapped(w *world) {
+	w.beat(host("a", 8))
+	w.beat(host("b", 8))
+	machine, room := w.grant(piece(dr.WorkInvocation, "inv-1", 6), "a", 1), w.grant(piece(dr.WorkMove, "move-1", 6), "b", 1)
+	where := func(machine, room string) (now []dr.Lease) {
+		now, err := w.Leases(w.ctx)
+		w.must(err)
+		if len(now) != 2 || now[0].Silo != machine || now[1].Silo != room || !now[0].Expires.IsZero() || !now[1].Expires.IsZero() {
+			w.t.Errorf("leases %+v", now)
+		}
+		return now
+	}
+	w.must(w.Drain(w.ctx, "a", true, "")) // it keeps the room though it takes nothing new
+	w.must(w.SwapLeases(w.ctx, machine, room))
+	now := where("b", "a")
+	if now[0].Term <= room.Term || now[1].Term <= room.Term {
+		w.t.Errorf("terms %d and %d after %d", now[0].Term, now[1].Term, room.Term)
+	}
+	w.is(w.SwapLeases(w.ctx, machine, now[1]), catalog.ErrStale)
+	w.is(w.SwapLeases(w.ctx, now[0], room), catalog.ErrStale)
+	where("b", "a")
+	w.clock.advance(time.Hour) // neither runs out, heard of or not
+	_, left, err := w.LoseSilo(w.ctx, "a", 1)
+	if err != nil || len(left) != 1 {
+		w.t.Errorf("left %+v, %v", left, err)
+	}
+	w.must(w.SwapLeases(w.ctx, now[0], now[1]))
+	where("a", "b")
+}
+
 func leaseRenewed(w *world) {
 	w.beat(host("a", 8))
 	w.grant(piece(dr.WorkTest, "verdict-1", 1), "a", 1)

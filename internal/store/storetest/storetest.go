@@ -574,6 +574,15 @@ func (x *suite) files(t *testing.T) {
 	if err := x.s.Keep(t.Context(), id, "../a", &got); err == nil {
 		t.Error("a file named ../a was kept")
 	}
+	if err := x.s.Keep(t.Context(), id, "live", strings.NewReader("for a while")); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 { // again does nothing
+		if err := x.s.Drop(t.Context(), id, "live"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want(t, x.s.Fetch(t.Context(), id, "live", &got), store.ErrNotFound)
 	r, err := x.s.Verify(t.Context(), id, nil)
 	if err != nil || r.Files != 4 {
 		t.Errorf("verified %+v, %v", r, err)

@@ -176,7 +176,7 @@ func (h *Hypervisor) prepare(spec vm.Spec, host vm.Host) (made leavings, err err
 	if !ok {
 		return made, errors.New("no firmware for UEFI guests on this host: apt install ovmf")
 	}
-	path := filepath.Join(spec.Dir, nvramFile)
+	path := filepath.Join(spec.Dir, vm.NVRAMFile)
 	if _, err := os.Stat(path); err == nil {
 		return made, h.admit(path, 0o060) // a machine that is started again keeps its variables
 	}

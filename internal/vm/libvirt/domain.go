@@ -23,7 +23,6 @@ const (
 	serialLog  = "serial.log"
 	isaSocket  = "ttyS1.sock"
 	portSocket = "agent.sock"
-	nvramFile  = "nvram.fd"
 )
 
 const (
@@ -174,7 +173,7 @@ func boot(spec vm.Spec) (*libvirtxml.DomainOS, error) {
 		return nil, fmt.Errorf("no firmware for UEFI guests on this host: apt install ovmf")
 	}
 	os.Loader = &libvirtxml.DomainLoader{Path: f.code, Readonly: "yes", Type: "pflash"}
-	os.NVRam = &libvirtxml.DomainNVRam{NVRam: filepath.Join(spec.Dir, nvramFile)}
+	os.NVRam = &libvirtxml.DomainNVRam{NVRam: filepath.Join(spec.Dir, vm.NVRAMFile)}
 	return os, nil
 }
 
