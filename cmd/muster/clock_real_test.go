@@ -246,6 +246,11 @@ func TestMachinesWhoseClocksAreWrongDoTheirWorkAndAreNamed(t *testing.T) {
 	})
 	r.newest(t, box)
 	r.named(t, "40m0s ahead")
+	for _, command := range []string{"list", "show b"} {
+		if said := r.hq.ok(append([]string{"silo"}, strings.Fields(command)...)...); !strings.Contains(said, "40m0s ahead") {
+			t.Errorf("silo %s does not say that its clock is wrong", command)
+		}
+	}
 
 	box.pull()
 	box.boot(-20 * time.Minute)

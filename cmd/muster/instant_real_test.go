@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
@@ -14,7 +15,8 @@ import (
 
 // The deltas of last-known-good are on one silo more than is needed. Silo a opens the image with libguestfs and makes real deltas, which it tests
 // on a make-believe machine, because two real boots do not fit into the time that a test has. Silo b, another lab host with a libvirtd of its own,
-// gets them through the store, and boots them with real QEMU when a is gone for good.
+// gets them through the store, and boots them with real QEMU when a is gone for good. From there it is moved to silo c, a third lab host, where
+// the system finds on its disk what it wrote on b.
 func TestLosingASiloForGoodLeavesAnInstantBoot(t *testing.T) {
 	r := newGround(t, "i", "10.213.79.")
 	r.patience = 5 * time.Minute
@@ -27,12 +29,16 @@ func TestLosingASiloForGoodLeavesAnInstantBoot(t *testing.T) {
 	r.hq = r.place("hq", "1", "serve")
 	r.silos["a"] = r.place("a", "3", "silo", "serve")
 	r.silos["a"].env = []string{envImages + "=real"}
-	far := r.net + "fb"
-	r.silos["b"] = r.wire(newHost(t, bin+"/muster", r.net, "b", filepath.Join(r.dir, "b"), r.hosts+"4/24", far), far, []string{"silo", "serve"})
+	for name, address := range map[string]string{"b": "4/24", "c": "5/24"} {
+		far := r.net + "f" + name
+		r.silos[name] = r.wire(newHost(t, bin+"/muster", r.net, name, filepath.Join(r.dir, name), r.hosts+address, far), far, []string{"silo", "serve"})
+	}
 	r.master()
-	r.joined("a")
-	r.joined("b")
+	for _, name := range []string{"a", "b", "c"} {
+		r.joined(name)
+	}
 	r.hq.ok("silo", "drain", "b")
+	r.hq.ok("silo", "drain", "c")
 	r.hq.ok("server", "add", "shop", "--disk", shop, "--every", "9000h")
 	var good dr.Record
 	r.until(t, "it is tested on a", func() bool {
@@ -53,6 +59,7 @@ func TestLosingASiloForGoodLeavesAnInstantBoot(t *testing.T) {
 	r.told(t, "deltas.held", good.Snapshot.ID)
 	made := len(r.events(t, "snapshot.pre-recovered", ""))
 
+	r.booted(t, 1)
 	r.silos["a"].kill()
 	began := time.Now()
 	op, err := r.api.Invoke(t.Context(), api.InvokeRequest{Server: "shop", By: "ann", Reason: "fire"})
@@ -73,14 +80,35 @@ func TestLosingASiloForGoodLeavesAnInstantBoot(t *testing.T) {
 		return op.State.Finished()
 	})
 	inv, err := r.api.Invocation(t.Context(), op.Subject)
-	if err != nil || op.State != api.OperationSucceeded || inv.State != dr.Running || inv.Silo != "b" {
+	if err != nil || op.State != api.OperationSucceeded || inv.State != dr.Running || inv.Silo != "b" || inv.Failure != "" {
 		t.Fatalf("%s: %s, %+v, %v", op.State, op.Error, inv, err)
 	}
 	t.Logf("%5.1f s after the loss it answered its checks: measured RTO %s", time.Since(began).Seconds(), inv.RTA)
 	if n := len(r.events(t, "snapshot.pre-recovered", "")); n != made {
 		t.Errorf("it was pre-recovered again")
 	}
+
+	r.hq.ok("silo", "resume", "c")
+	r.hq.ok("silo", "drain", "b")
+	r.booted(t, 2)
+	t.Logf("moved:\n%s", r.hq.ok("invocation", "move", "shop", "--yes", "--reason", "new disks for b"))
+	if inv, err = r.api.Invocation(t.Context(), inv.ID); err != nil || inv.Silo != "c" || inv.Failure != "" {
+		t.Errorf("after it was moved: %+v, %v", inv, err)
+	}
+	r.told(t, "invocation.moved", inv.ID)
 	if out := r.hq.ok("invocation", "end", "shop", "--discard"); out == "" {
 		t.Error("nothing was said of its end")
+	}
+	r.hq.ok("silo", "remove", "b") // it has nothing left
+}
+
+// booted has the shop asked from now on whether its disk knows of so many boots for real.
+func (r *realm) booted(t *testing.T, times int) {
+	t.Helper()
+	_, err := r.api.UpdateServer(t.Context(), "shop", api.ServerChange{Checks: &[]dr.Check{{Name: "boots", Kind: dr.CheckCommand, Timeout: time.Minute,
+		Command: []string{"/bin/sh", "-c", "id=$(cat /proc/sys/kernel/random/boot_id); grep -qs $id /var/boots || echo $id >>/var/boots; sync; echo boots $(wc -l </var/boots)"},
+		Expect:  fmt.Sprintf("^boots %d$", times)}}})
+	if err != nil {
+		t.Fatal(err)
 	}
 }

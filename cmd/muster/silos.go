@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 
@@ -59,9 +60,9 @@ func siloListCommand() *cobra.Command {
 			}
 			rows = append(rows, []string{s.Silo.Name, state, ago(s.Silo.Seen), string(s.Silo.Hypervisor),
 				fmt.Sprintf("%s of %s", size(int64(memory)<<20), size(int64(s.Silo.Memory)<<20)), fmt.Sprint(s.Silo.Cores), size(s.Silo.Space),
-				fmt.Sprint(tests), fmt.Sprint(machines), fmt.Sprint(s.Held), reservedFor(s.Silo)})
+				fmt.Sprint(tests), fmt.Sprint(machines), fmt.Sprint(s.Held), cmp.Or(dr.ClockOff(s.Skew), "right"), reservedFor(s.Silo)})
 		}
-		table(cmd.OutOrStdout(), "SILO STATE HEARD HYPERVISOR MEMORY CORES FREE TESTS INVOKED HOLDS RESERVED", rows)
+		table(cmd.OutOrStdout(), "SILO STATE HEARD HYPERVISOR MEMORY CORES FREE TESTS INVOKED HOLDS CLOCK RESERVED", rows)
 		return nil
 	}}
 }
@@ -97,6 +98,9 @@ func printSilo(cmd *cobra.Command, s api.SiloStatus) {
 	}
 	fmt.Fprintf(out, "silo         %s: %s, %s, heard of %s\n", s.Silo.Name, s.Silo.State, how, ago(s.Silo.Seen))
 	fmt.Fprintf(out, "can          %s\n", tame(s.Silo.Describe()))
+	if off := dr.ClockOff(s.Skew); off != "" {
+		fmt.Fprintf(out, "clock        %s of the master's: set it, for its machines begin with it\n", off)
+	}
 	if s.Silo.Tests > 0 {
 		fmt.Fprintf(out, "tests        at most %d at once\n", s.Silo.Tests)
 	}

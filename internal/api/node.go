@@ -120,9 +120,10 @@ type Beat struct {
 
 // Pulse is how a silo stands. Of Silo the master takes everything but state, beats and time.
 type Pulse struct {
-	Stamp Stamp    `json:"stamp"`
-	Silo  dr.Silo  `json:"silo"`
-	Doing []string `json:"doing,omitempty"` // identifiers of the work under way
+	Stamp Stamp     `json:"stamp"`
+	Clock time.Time `json:"clock,omitzero"` // what its host's clock shows
+	Silo  dr.Silo   `json:"silo"`
+	Doing []string  `json:"doing,omitempty"` // identifiers of the work under way
 }
 
 // Rejected is an answer about a snapshot, not a fault on the way: no rescue image can be made of it.

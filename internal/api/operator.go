@@ -181,6 +181,8 @@ type SiloStatus struct {
 	Connected bool       `json:"connected"`
 	Leases    []dr.Lease `json:"leases,omitempty"` // its work
 	Held      int        `json:"held"`             // last-known-goods that would boot at once there
+	// Skew is how far its host's clock was ahead of the master's when it was last heard of.
+	Skew time.Duration `json:"skew"`
 }
 
 // InvokeRequest asks for a server's last-known-good to be run for real.

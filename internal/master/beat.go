@@ -114,6 +114,9 @@ func (m *Master) hear(ctx context.Context, name string) (pulse, error) {
 		return pulse{}, err
 	}
 	now := pulse{stamp: answer.Stamp, doing: answer.Doing, at: time.Now()}
+	if !answer.Clock.IsZero() { // else its release does not tell
+		now.skew = answer.Clock.Sub(now.at).Round(time.Second)
+	}
 	m.farm.mu.Lock()
 	m.farm.pulses[name] = now
 	m.farm.mu.Unlock()

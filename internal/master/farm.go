@@ -90,7 +90,8 @@ type call struct {
 type pulse struct {
 	stamp api.Stamp
 	doing []string
-	at    time.Time // of this process: monotonic
+	at    time.Time     // of this process: monotonic
+	skew  time.Duration // how far its host's clock is ahead of this one's
 }
 
 // sighting is when the catalog was first seen to say that a silo was heard of so often. Only this process' own clock is asked how

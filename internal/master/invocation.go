@@ -91,7 +91,11 @@ func (m *Master) invoke(r *engine.Run, in invocationWork) error {
 			if err := m.startMachine(ctx, r, inv, task); err != nil {
 				return "", err
 			}
-			return "machine " + inv.Machine + " runs on silo " + inv.Silo + " from " + inv.SnapshotID, nil
+			said := "machine " + inv.Machine + " runs on silo " + inv.Silo + " from " + inv.SnapshotID
+			if len(task.PreRecovery.Hardware.NICs) == 0 && inv.Network.Kind != dr.NetworkNone {
+				said += "; it has no network card, because nothing is known of the original's: a disk image does not say"
+			}
+			return said, nil
 		})
 	})
 	if err != nil {

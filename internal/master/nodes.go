@@ -33,7 +33,7 @@ func (m *Master) nodes(ctx context.Context) ([]api.NodeFigures, error) {
 	}
 	seen, skew := map[string]time.Time{}, map[string]time.Duration{} // a name is used once, whatever the role
 	for _, s := range silos {
-		seen[s.Name] = s.Seen
+		seen[s.Name], skew[s.Name] = s.Seen, m.skew(s.Name)
 	}
 	m.mu.Lock()
 	for name, s := range m.sites {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"time"
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/catalog"
@@ -27,7 +28,7 @@ func (m *Master) ListSilos(ctx context.Context) ([]api.SiloStatus, error) {
 	connected := m.Silos.Names()
 	out := make([]api.SiloStatus, len(silos))
 	for i, s := range silos {
-		out[i] = api.SiloStatus{Silo: s, Connected: slices.Contains(connected, s.Name), Held: held[s.Name]}
+		out[i] = api.SiloStatus{Silo: s, Connected: slices.Contains(connected, s.Name), Held: held[s.Name], Skew: m.skew(s.Name)}
 		for _, l := range leases {
 			if l.Silo == s.Name {
 				out[i].Leases = append(out[i].Leases, l)
@@ -35,6 +36,13 @@ func (m *Master) ListSilos(ctx context.Context) ([]api.SiloStatus, error) {
 		}
 	}
 	return out, nil
+}
+
+// skew is how far a silo's clock was ahead when this process last heard of it.
+func (m *Master) skew(silo string) time.Duration {
+	m.farm.mu.Lock()
+	defer m.farm.mu.Unlock()
+	return m.farm.pulses[silo].skew
 }
 
 // ShowSilo implements api.Operator.

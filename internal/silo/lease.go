@@ -180,7 +180,7 @@ func (s *Silo) Beat(ctx context.Context, b api.Beat) (api.Pulse, error) {
 	stamp := s.duties.stamp()
 	s.duties.renew(b)
 	me, err := s.describe(ctx)
-	return api.Pulse{Stamp: stamp, Silo: me, Doing: s.duties.doing()}, err
+	return api.Pulse{Stamp: stamp, Clock: time.Now(), Silo: me, Doing: s.duties.doing()}, err
 }
 
 // describe says what this host can.

@@ -1,6 +1,7 @@
 package guest
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -170,7 +171,7 @@ func askCommand(ctx context.Context, c dr.Check) (string, error) {
 		return "", fmt.Errorf("run %s: %w; it said %q", c.Command[0], err, excerpt(out))
 	case exit != c.Exit:
 		return "", fmt.Errorf("exit code %d instead of %d; it said %q", exit, c.Exit, excerpt(out))
-	case c.Expect != "" && !re.Match(out):
+	case c.Expect != "" && !re.Match(out) && !re.Match(bytes.TrimRight(out, "\n")): // "^yes$" means a line as much as a text
 		return "", fmt.Errorf("exit code %d, but the output does not match %q: %q", exit, c.Expect, excerpt(out))
 	}
 	return fmt.Sprintf("exit code %d: %q", exit, excerpt(out)), nil

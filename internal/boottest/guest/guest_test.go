@@ -119,6 +119,7 @@ func TestTCPReadsABanner(t *testing.T) {
 func TestACommandIsBoundedInTimeAndOutput(t *testing.T) {
 	t.Parallel()
 	ask(t, dr.Check{Kind: dr.CheckCommand, Command: []string{"sh", "-c", "echo 42; exit 3"}, Exit: 3, Expect: "^42"}, dr.CheckPass, "42")
+	ask(t, dr.Check{Kind: dr.CheckCommand, Command: []string{"echo", "yes"}, Expect: "^yes$"}, dr.CheckPass, "yes")
 	ask(t, dr.Check{Kind: dr.CheckCommand, Command: []string{"sh", "-c", "echo no >&2; exit 1"}}, dr.CheckFail, "exit code 1 instead of 0")
 	ask(t, dr.Check{Kind: dr.CheckCommand, Command: []string{"/nowhere/at/all"}}, dr.CheckFail, "no such file")
 	ask(t, dr.Check{Kind: dr.CheckCommand, Command: []string{"yes"}}, dr.CheckFail, "killed")
