@@ -72,7 +72,7 @@ func (s *Silo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progre
 		return api.Invoked{}, fmt.Errorf("look for machine of %s: %w", task.ID, err)
 	}
 	report.Report("layers", 0, 0, "")
-	disks, err := s.liveLayers(ctx, task)
+	disks, err := s.liveLayers(ctx, task, report)
 	if err != nil {
 		return api.Invoked{}, err
 	}
@@ -96,7 +96,7 @@ func (s *Silo) Invoke(ctx context.Context, task api.InvokeTask, report dr.Progre
 }
 
 // liveLayers makes the layers an invoked machine writes to, or finds those of an earlier attempt.
-func (s *Silo) liveLayers(ctx context.Context, task api.InvokeTask) ([]vm.Disk, error) {
+func (s *Silo) liveLayers(ctx context.Context, task api.InvokeTask, report dr.Progress) ([]vm.Disk, error) {
 	st, closed, err := s.Stores.Open(ctx, task.Grant.Access)
 	if err != nil {
 		return nil, err
@@ -110,7 +110,7 @@ func (s *Silo) liveLayers(ctx context.Context, task api.InvokeTask) ([]vm.Disk, 
 	if err := os.MkdirAll(dir, 0o711); err != nil {
 		return nil, fmt.Errorf("make folder for live layers: %w", err)
 	}
-	if err := s.bring(ctx, st, task); err != nil {
+	if err := s.bring(ctx, st, task, report); err != nil {
 		return nil, err
 	}
 	base := layers(s.liveSocket(task.ID), task.Snapshot.ImageID(), len(task.Snapshot.Disks))
@@ -234,7 +234,7 @@ func (s *Silo) keepLive(ctx context.Context, task api.InvokeTask) (string, error
 	if err != nil {
 		return "", err
 	}
-	if err := s.bring(ctx, st, task); err != nil {
+	if err := s.bring(ctx, st, task, nil); err != nil {
 		return "", err
 	}
 	dir := filepath.Join(s.Dir, "kept", task.ID)

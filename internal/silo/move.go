@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/musterdr/muster/internal/api"
 	"github.com/musterdr/muster/internal/dr"
@@ -42,27 +44,53 @@ func (s *Silo) Leave(ctx context.Context, task api.InvokeTask, report dr.Progres
 		return out, err
 	}
 	defer closed()
-	files := s.liveFiles(task)
-	for _, path := range files {
-		if info, err := os.Stat(path); err == nil {
-			out.Size += info.Size()
-		}
-	}
-	var kept int64
-	for _, path := range files {
-		report.Report("keep", kept, out.Size, "bytes")
-		err := keepFile(ctx, st, task.Snapshot.ID, task.KeptName(filepath.Base(path)), path)
+	files := map[string]int64{}
+	for _, path := range s.liveFiles(task) {
+		info, err := os.Stat(path)
 		if errors.Is(err, os.ErrNotExist) && filepath.Base(path) == vm.NVRAMFile {
 			continue // it has no firmware that remembers anything
 		}
 		if err != nil {
-			return out, fmt.Errorf("keep %s of %s: %w", filepath.Base(path), task.ID, err)
+			return out, fmt.Errorf("keep what %s wrote: %w", task.ID, err)
 		}
-		if info, err := os.Stat(path); err == nil {
-			kept += info.Size()
+		files[path] = info.Size()
+		out.Size += info.Size()
+	}
+	passed := passing{part: "keep", total: out.Size, report: report}
+	for path := range files {
+		if err := s.keepOne(ctx, st, task, path, &passed); err != nil {
+			return out, fmt.Errorf("keep %s of %s: %w", filepath.Base(path), task.ID, err)
 		}
 	}
 	return out, nil
+}
+
+func (s *Silo) keepOne(ctx context.Context, st *store.Store, task api.InvokeTask, path string, passed *passing) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return st.Keep(ctx, task.Snapshot.ID, task.KeptName(filepath.Base(path)), io.TeeReader(f, passed))
+}
+
+// passing reports bytes that pass.
+type passing struct {
+	part        string
+	done, total int64
+	said        int64
+	report      dr.Progress
+}
+
+const sayEach = 16 << 20 // bytes
+
+func (p *passing) Write(b []byte) (int, error) {
+	p.done += int64(len(b))
+	if p.done-p.said >= sayEach || p.done == p.total {
+		p.said = p.done
+		p.report.Report(p.part, p.done, p.total, "bytes")
+	}
+	return len(b), nil
 }
 
 // liveFiles lists what an invoked machine writes to: its layers, and what its firmware remembers.
@@ -75,43 +103,56 @@ func (s *Silo) liveFiles(task api.InvokeTask) (paths []string) {
 
 // bring fetches what an invoked machine wrote on another silo, unless it is here. A file is here when it is whole and on the medium: the copy
 // in the store does not stay.
-func (s *Silo) bring(ctx context.Context, st *store.Store, task api.InvokeTask) error {
+func (s *Silo) bring(ctx context.Context, st *store.Store, task api.InvokeTask, report dr.Progress) error {
 	if task.Moved == "" {
 		return nil
 	}
 	if err := os.MkdirAll(s.machineDir(task.ID), 0o711); err != nil {
 		return fmt.Errorf("make folder for machine: %w", err)
 	}
-	refreshed := false
+	if err := st.Refresh(ctx); err != nil { // another silo kept it a moment ago
+		return err
+	}
+	kept, err := st.Kept(ctx, task.Snapshot.ID)
+	if err != nil {
+		return err
+	}
+	passed := passing{part: "fetch", report: report}
+	missing := map[string]string{} // paths by their names in the store
 	for _, path := range s.liveFiles(task) {
 		if _, err := os.Stat(path); err == nil {
 			continue
 		}
 		name := task.KeptName(filepath.Base(path))
-		err := fetch(ctx, st, task.Snapshot.ID, name, path+".part")
-		if errors.Is(err, store.ErrNotFound) && !refreshed { // it was kept by another silo a moment ago
-			if refreshed, err = true, st.Refresh(ctx); err == nil {
-				err = fetch(ctx, st, task.Snapshot.ID, name, path+".part")
-			}
+		n := slices.IndexFunc(kept, func(f store.KeptFile) bool { return f.Name == name })
+		if n >= 0 {
+			missing[name] = path
+			passed.total += kept[n].Size
+		} else if filepath.Base(path) != vm.NVRAMFile { // that of a machine with a BIOS was never there
+			return fmt.Errorf("fetch %s of %s: it is neither here nor %w", filepath.Base(path), task.ID, store.ErrNotFound)
 		}
-		if errors.Is(err, store.ErrNotFound) && filepath.Base(path) == vm.NVRAMFile {
-			if err := os.Remove(path + ".part"); err != nil {
-				return err
-			}
-			continue
-		}
-		if err == nil {
-			err = durable.Sync(path + ".part")
-		}
-		if err == nil {
-			err = os.Rename(path+".part", path)
-		}
-		if err == nil {
-			err = durable.Sync(filepath.Dir(path))
-		}
-		if err != nil {
+	}
+	for name, path := range missing {
+		if err := fetchWhole(ctx, st, task.Snapshot.ID, name, path, &passed); err != nil {
 			return fmt.Errorf("fetch %s of %s: %w", filepath.Base(path), task.ID, err)
 		}
 	}
 	return nil
+}
+
+// fetchWhole fetches a file that is there complete and on the medium, or not at all.
+func fetchWhole(ctx context.Context, st *store.Store, snapshot, name, path string, passed io.Writer) error {
+	part := path + ".part"
+	f, err := os.OpenFile(part, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	err = st.Fetch(ctx, snapshot, name, io.MultiWriter(f, passed))
+	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
+		return errors.Join(err, os.Remove(part))
+	}
+	if err := os.Rename(part, path); err != nil {
+		return err
+	}
+	return durable.Sync(filepath.Dir(path))
 }
