@@ -374,6 +374,9 @@ func applianceStatusCommand() *cobra.Command {
 func printSite(out io.Writer, s api.SiteStatus) {
 	fmt.Fprintf(out, "appliance    %s, release %s, running since %s\n", s.Name, s.Hello.Version, when(s.Hello.Started))
 	fmt.Fprintf(out, "master       %s; it last answered %s\n", tame(s.Link), ago(s.Heard))
+	if off := dr.ClockOff(s.Skew); off != "" {
+		fmt.Fprintf(out, "clock        %s of the master's, by which snapshots are dated: set it, or let a time server be reached\n", off)
+	}
 	fmt.Fprintf(out, "near store   %d snapshots, %s; %s free, %s of that are kept free\n", s.Hello.Snapshots, size(s.Hello.Used), size(max(s.Hello.Free, 0)), size(s.Reserve))
 	fmt.Fprintf(out, "sending      %s; %d snapshots are still to be sent\n", rateText(s.Rate), s.Hello.Owed)
 	if s.Files == "" {
@@ -400,8 +403,14 @@ func printSite(out io.Writer, s api.SiteStatus) {
 	}
 	fmt.Fprintln(out)
 	var rows [][]string
+	here := func(at time.Time) string { // by the clock of whoever looks, which is this machine's
+		if at.IsZero() {
+			return ago(at)
+		}
+		return ago(at.Add(s.Skew))
+	}
 	for _, one := range s.Hello.Servers {
-		rows = append(rows, []string{one.Name, ago(one.Due), ago(one.Kept), ago(one.Replicated), fmt.Sprint(one.Snapshots), fmt.Sprint(one.Owed)})
+		rows = append(rows, []string{one.Name, here(one.Due), here(one.Kept), here(one.Replicated), fmt.Sprint(one.Snapshots), fmt.Sprint(one.Owed)})
 	}
 	table(out, "SERVER DUE CAPTURED IN-FAR-STORE SNAPSHOTS TO-SEND", rows)
 }

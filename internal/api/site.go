@@ -88,14 +88,15 @@ type Transfer struct {
 
 // SiteStatus is how an appliance stands, for people.
 type SiteStatus struct {
-	Name    string      `json:"name"`
-	Hello   Hello       `json:"hello"`
-	Link    string      `json:"link"`              // "connected", or what is wrong
-	Heard   time.Time   `json:"heard,omitzero"`    // when the master last answered
-	Reserve int64       `json:"reserve"`           // bytes that are kept free in the near store
-	Rate    int64       `json:"rate"`              // bytes a second that may be sent now; 0: no limit, negative: none
-	Files   string      `json:"files,omitempty"`   // why no image can be looked into for single files; "": it can
-	Working []Operation `json:"working,omitempty"` // runs that are not over
+	Name    string        `json:"name"`
+	Hello   Hello         `json:"hello"`
+	Link    string        `json:"link"`              // "connected", or what is wrong
+	Heard   time.Time     `json:"heard,omitzero"`    // when the master last answered, by this machine's clock
+	Skew    time.Duration `json:"skew,omitempty"`    // how far that is ahead of the master's, by which snapshots are dated; 0 if it hardly is
+	Reserve int64         `json:"reserve"`           // bytes that are kept free in the near store
+	Rate    int64         `json:"rate"`              // bytes a second that may be sent now; 0: no limit, negative: none
+	Files   string        `json:"files,omitempty"`   // why no image can be looked into for single files; "": it can
+	Working []Operation   `json:"working,omitempty"` // runs that are not over
 }
 
 // SiteServer is a server of an appliance and where it stands.

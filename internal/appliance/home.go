@@ -223,6 +223,9 @@ func (n *Node) Status(ctx context.Context) (api.SiteStatus, error) {
 	n.mu.Lock()
 	n.usage = u
 	out := api.SiteStatus{Name: n.Name, Link: "connected", Heard: n.heard, Reserve: n.reserve(u), Rate: n.rate()}
+	if c := n.clock.Load(); c != nil {
+		out.Skew = c.ahead
+	}
 	switch {
 	case n.Home == nil:
 		out.Link = "none: this appliance has not joined a master"
