@@ -48,10 +48,10 @@ func siloListCommand() *cobra.Command {
 			memory, tests, machines := 0, 0, 0
 			for _, l := range s.Leases {
 				memory += l.Work.Memory
-				if l.Work.Kind == dr.WorkInvocation {
-					machines++
-				} else {
+				if l.Work.Kind.TakenOver() {
 					tests++
+				} else {
+					machines++
 				}
 			}
 			state := string(s.Silo.State)
@@ -153,10 +153,10 @@ The rescue images that it holds are held by others meanwhile, where there are an
 		}
 		tests, machines := 0, 0
 		for _, l := range s.Leases {
-			if l.Work.Kind == dr.WorkInvocation {
-				machines++
-			} else {
+			if l.Work.Kind.TakenOver() {
 				tests++
+			} else {
+				machines++
 			}
 		}
 		fmt.Fprintf(out, "Silo %s takes no new work. It has %d tests and pre-recoveries to finish and %d invoked machines.\n", s.Silo.Name, tests, machines)

@@ -245,23 +245,24 @@ Networks:
 		if err != nil {
 			return err
 		}
-		if *noWait {
-			return started(cmd, op)
-		}
-		if op, err = follow(cmd, c, op); err != nil {
-			return err
-		}
-		inv, err := c.Invocation(cmd.Context(), op.Subject)
-		if err != nil {
-			return err
-		}
-		return presentInvoked(cmd, op, inv)
+		return comesToRun(cmd, c, op, op.Subject, *noWait)
 	}
 	return cmd
 }
 
-// presentInvoked shows what became of an invocation that was to run, and fails if it does not, or not as it should.
-func presentInvoked(cmd *cobra.Command, op api.Operation, inv dr.Invocation) error {
+// comesToRun follows an operation after which an invocation is to run, shows what became of it, and fails if it does not run, or not as it should.
+func comesToRun(cmd *cobra.Command, c *api.Client, op api.Operation, invocation string, noWait bool) error {
+	if noWait {
+		return started(cmd, op)
+	}
+	op, err := follow(cmd, c, op)
+	if err != nil {
+		return err
+	}
+	inv, err := c.Invocation(cmd.Context(), invocation)
+	if err != nil {
+		return err
+	}
 	if err := present(cmd, outcome{Operation: op, Invocation: &inv}, func() { printInvocation(cmd, inv) }); err != nil {
 		return err
 	}
@@ -415,7 +416,7 @@ If anything goes wrong before it runs there, it boots again where it was, with a
 	to := cmd.Flags().String("to", "", "the silo that is to have it (default: the best of those with room)")
 	reason := cmd.Flags().String("reason", "", "why, for the record")
 	yes := cmd.Flags().Bool("yes", false, "do not ask for confirmation")
-	noWait := cmd.Flags().Bool("no-wait", false, "return at once")
+	noWait := noWaitFlag(cmd)
 	_ = cmd.RegisterFlagCompletionFunc("to", func(cmd *cobra.Command, _ []string, begun string) ([]string, cobra.ShellCompDirective) {
 		return completeSilos(cmd, nil, begun)
 	})
@@ -436,16 +437,7 @@ If anything goes wrong before it runs there, it boots again where it was, with a
 		if err != nil {
 			return err
 		}
-		if *noWait {
-			return started(cmd, op)
-		}
-		if op, err = follow(cmd, c, op); err != nil {
-			return err
-		}
-		if inv, err = c.Invocation(cmd.Context(), inv.ID); err != nil {
-			return err
-		}
-		return presentInvoked(cmd, op, inv)
+		return comesToRun(cmd, c, op, inv.ID, *noWait)
 	}
 	return cmd
 }

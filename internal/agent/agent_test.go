@@ -60,8 +60,7 @@ type child struct {
 	r   *wire.Reader
 	w   *wire.Writer
 
-	blind     bool          // it was told of no fingerprints
-	announced chan struct{} // closed when the agent announces a pass under freeze
+	blind bool // it was told of no fingerprints
 }
 
 // start starts an agent that tracks nothing.
@@ -74,7 +73,7 @@ func startIn(t *testing.T, track string) *child {
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &child{cmd: exec.Command(self, "serve"), announced: make(chan struct{})}
+	c := &child{cmd: exec.Command(self, "serve")}
 	c.cmd.Env = append(os.Environ(), "MUSTER_TEST_TRACK="+track)
 	c.cmd.Stderr = os.Stderr
 	if c.in, err = c.cmd.StdinPipe(); err != nil {
@@ -137,7 +136,6 @@ func (c *child) begin(t *testing.T, plan wire.Plan, sums ...*wire.Sums) wire.Lay
 // receive applies what the agent sends to an image, until it is done.
 func (c *child) receive(t *testing.T, image []byte, sums *wire.Sums) (blocks int, done wire.Done) {
 	t.Helper()
-	announced := false
 	for {
 		kind, payload, err := c.r.Next(nil)
 		if err != nil {
@@ -148,10 +146,6 @@ func (c *child) receive(t *testing.T, image []byte, sums *wire.Sums) (blocks int
 			var p wire.Pass
 			if err := wire.Decode(payload, &p); err != nil {
 				t.Fatal(err)
-			}
-			if p.Frozen && !announced && c.announced != nil {
-				announced = true
-				close(c.announced)
 			}
 		case wire.KindBlock:
 			b, err := wire.ParseBlock(payload)

@@ -267,7 +267,6 @@ func TestRealTheLocksOfAnAgentThatHangsEndAfterTheWatchdog(t *testing.T) {
 		defer close(received)
 		_, done = c.receive(t, s.image, sums)
 	}()
-	<-c.announced
 	c.awaitFreeze(t, w) // and the agent stands still
 	w.await(t, 1)
 	s.mw.Await(t, 2)
