@@ -10,12 +10,14 @@ import (
 )
 
 func TestFolderKeepsThePromisesOfAStore(t *testing.T) {
+	t.Parallel()
 	storetest.Run(t, func(t *testing.T) store.Driver {
 		return folder.Driver{Path: filepath.Join(t.TempDir(), "store")}
 	})
 }
 
 func TestSnapshotsGetFromFolderToFolder(t *testing.T) {
+	t.Parallel()
 	open := func(t *testing.T) store.Driver { return folder.Driver{Path: filepath.Join(t.TempDir(), "store")} }
 	storetest.RunReplication(t, open, open)
 }

@@ -48,6 +48,7 @@ func served(t *testing.T, rights *remote.Rights) (drv store.Driver, base string,
 }
 
 func TestAStoreElsewhereKeepsThePromisesOfAStore(t *testing.T) {
+	t.Parallel()
 	storetest.Run(t, func(t *testing.T) store.Driver {
 		own := remote.Own
 		drv, _, _ := served(t, &own)
@@ -56,6 +57,7 @@ func TestAStoreElsewhereKeepsThePromisesOfAStore(t *testing.T) {
 }
 
 func TestSnapshotsGetFromAFolderToAStoreElsewhere(t *testing.T) {
+	t.Parallel()
 	storetest.RunReplication(t,
 		func(t *testing.T) store.Driver { return folder.Driver{Path: filepath.Join(t.TempDir(), "store")} },
 		func(t *testing.T) store.Driver {
@@ -209,6 +211,7 @@ func (b *cutBody) Read(p []byte) (int, error) {
 }
 
 func TestABlobThatIsCutOffGoesOnWhereItWas(t *testing.T) {
+	t.Parallel()
 	rights := remote.Make
 	_, base, c := served(t, &rights)
 	line := &cutting{RoundTripper: c.Transport}

@@ -54,7 +54,7 @@ func TestATruncatedAnswerIsNoData(t *testing.T) {
 			w.Header().Set("Last-Modified", time.Now().UTC().Format(http.TimeFormat))
 			w.WriteHeader(http.StatusPartialContent)
 			w.Write(bytes.Repeat([]byte{'0'}, keep))
-		}))
+		}).Brisk())
 		asked.Go(func() {
 			var out store.Buffer
 			if err := bad.GetBlob(t.Context(), "p1", 100, 100, &out); err == nil || out.Len() != 0 {

@@ -2,6 +2,7 @@ package s3
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -146,7 +147,7 @@ func (p *place) GetBlob(ctx context.Context, id blob.ID, offset, length int64, o
 
 // again repeats what was cut off.
 func (p *place) again(ctx context.Context, read func() error) error {
-	pause := firstPause
+	pause := cmp.Or(p.d.pause, firstPause)
 	for try := 1; ; try++ {
 		err := read()
 		var cut *cutOff

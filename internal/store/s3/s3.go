@@ -66,7 +66,8 @@ type Driver struct {
 	// time is for several people to decide, and this driver is not the place where they meet.
 	Approve func(context.Context, Removal) error
 
-	lease lease // zero: the defaults
+	lease lease         // zero: the defaults
+	pause time.Duration // before what was cut off is read again; doubles. 0: firstPause
 }
 
 // Removal is a locked blob that somebody wants to remove before its time.
