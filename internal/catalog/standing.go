@@ -227,13 +227,16 @@ func (t *tx) plan(serverID string) error {
 	if dataSeq > imageSeq {
 		taken.Last = data
 	}
-	newest := taken.Image
-	if data.After(newest) {
+	var newest time.Time // of what is to be taken still
+	if server.HasImage() {
+		newest = taken.Image
+	}
+	if server.HasData() && data.After(newest) {
 		newest = data
 	}
 	due := stamp(server.Dues(taken, newest).Next())
 	if server.Appliance != "" { // which captures it when it finds it due
-		due = math.MaxInt64
+		due, newest = math.MaxInt64, time.Time{}
 	}
 	return t.do(`UPDATE servers SET appliance = ?, image_at = ?, data_at = ?, last_at = ?, newest_at = ?, due = ?, shown_at =
 		COALESCE((SELECT s.taken FROM snapshots AS s WHERE s.server_id = servers.id AND s.state <> 'expired' ORDER BY s.taken DESC LIMIT 1), 0) WHERE id = ?`,

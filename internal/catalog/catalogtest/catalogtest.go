@@ -35,6 +35,7 @@ func Run(t *testing.T, dsn func(t *testing.T) string) {
 		"a pass closes what it proves gone and nothing newer":               passCloses,
 		"a missed objective is one ticket however often":                    missedObjective,
 		"what appliances bring is known by the instant it shows":            expected,
+		"a snapshot from the future makes only what is to be taken due":     fromTheFuture,
 		"an inconclusive test of the newest snapshot is due again, once":    retests,
 		"two inconclusive tests in a row raise a ticket":                    inconclusive,
 		"a verdict that cannot be is refused whole":                         verdictRefused,
