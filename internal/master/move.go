@@ -14,8 +14,8 @@ import (
 	"github.com/musterdr/muster/internal/store"
 )
 
-// leaveLimit is how long a machine may take to shut down and its live layers to be kept.
-const leaveLimit = 6 * time.Hour
+// carryLimit is how long a machine's live layers may take to be kept, and to be fetched.
+const carryLimit = 6 * time.Hour
 
 // moveWork is the input of move.
 type moveWork struct {
@@ -88,7 +88,7 @@ func (m *Master) move(r *engine.Run, in moveWork) error {
 	if err != nil {
 		return err
 	}
-	_, err = engine.Step(r, "leave", engine.StepOptions{Limit: leaveLimit, Attempts: 3}, func(ctx context.Context) (string, error) {
+	_, err = engine.Step(r, "leave", engine.StepOptions{Limit: carryLimit, Attempts: 3}, func(ctx context.Context) (string, error) {
 		return m.journal(ctx, in.ID, "leave", func(inv *dr.Invocation) (string, error) { return m.leave(ctx, r, in, *inv) })
 	})
 	if err != nil {
@@ -100,7 +100,7 @@ func (m *Master) move(r *engine.Run, in moveWork) error {
 	if err != nil {
 		return err
 	}
-	_, err = engine.Step(r, "boot", engine.StepOptions{Limit: bootLimit, Attempts: 3}, func(ctx context.Context) (string, error) {
+	_, err = engine.Step(r, "boot", engine.StepOptions{Limit: carryLimit + bootLimit, Attempts: 3}, func(ctx context.Context) (string, error) {
 		return m.journal(ctx, in.ID, "boot", func(inv *dr.Invocation) (string, error) {
 			if err := m.startWhereItIs(ctx, r.Report, inv); err != nil {
 				return "", err
