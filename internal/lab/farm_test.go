@@ -91,7 +91,7 @@ func await(t *testing.T, went <-chan string) string {
 	select {
 	case name := <-went:
 		return name
-	case <-time.After(time.Minute):
+	case <-time.After(patience):
 		t.Fatal("no machine was started")
 		return ""
 	}
@@ -104,7 +104,7 @@ func until(t *testing.T, what string, is func() bool) {
 	t.Helper()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
-	for end := time.After(time.Minute); !is(); {
+	for end := time.After(patience); !is(); {
 		select {
 		case <-tick.C:
 		case <-end:

@@ -41,6 +41,9 @@ import (
 // Password opens a lab's store.
 const Password = password
 
+// patience is how long a test waits for what has to come about: long, because a machine may be busy with other tests.
+const patience = 3 * time.Minute
+
 const (
 	password    = "the lab's"
 	home        = "local" // the silo of the lab's own process
@@ -289,7 +292,7 @@ func (l *Lab) Finish(op api.Operation, err error) api.Operation {
 	if err != nil {
 		l.t.Fatalf("start operation: %v", err)
 	}
-	deadline := time.Now().Add(time.Minute)
+	deadline := time.Now().Add(patience)
 	for !op.State.Finished() {
 		if time.Now().After(deadline) {
 			l.t.Fatalf("operation %s has not finished: %+v", op.ID, op)

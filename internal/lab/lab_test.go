@@ -271,7 +271,7 @@ func TestAProcessThatDiesAtAnyCallIsFinishedByTheNext(t *testing.T) {
 // finishOverCrash follows an operation; when the process dies, it starts another and goes on.
 func (l *Lab) finishOverCrash(t *testing.T, op api.Operation, dead chan struct{}) api.Operation {
 	t.Helper()
-	for deadline := time.Now().Add(time.Minute); !op.State.Finished(); {
+	for deadline := time.Now().Add(patience); !op.State.Finished(); {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s has not finished: %+v", op.ID, op)
 		}

@@ -228,7 +228,7 @@ func (s *Site) Crash() {
 func (s *Site) Night() {
 	s.lab.t.Helper()
 	ctx := context.Background()
-	for deadline := time.Now().Add(time.Minute); ; {
+	for deadline := time.Now().Add(patience); ; {
 		s.Wake(ctx)
 		_ = s.Hail(ctx) // the line may be cut
 		runs, err := s.Engine.List(ctx, engine.Filter{Unfinished: true})

@@ -280,7 +280,7 @@ func TestAnApplianceThatDiesAtAnyStepLosesNothing(t *testing.T) {
 			}()
 			select {
 			case <-dead:
-			case <-time.After(time.Minute):
+			case <-time.After(patience):
 				t.Fatal("the process never died: the step was not reached")
 			}
 			end()
