@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -217,14 +216,11 @@ const (
 func TestMachinesWhoseClocksAreWrongDoTheirWorkAndAreNamed(t *testing.T) {
 	r := newGround(t, "k", "10.213.80.")
 	r.patience = 2 * time.Minute
-	guest, shop, checks := filepath.Join(r.dir, "muster-guest"), filepath.Join(r.dir, "shop.raw"), filepath.Join(r.dir, "checks.yaml")
-	err := errors.Join(os.WriteFile(guest, []byte("\x7fELF test agent"), 0o755), os.WriteFile(checks, []byte("- name: page\n  kind: http\n  url: http://127.0.0.1/\n"), 0o600))
-	if err != nil {
-		t.Fatal(err)
-	}
+	shop := filepath.Join(r.dir, "shop.raw")
+	r.files()
 	noise(t, shop, clockDisk<<20, 1)
 	r.hq = r.place("hq", "1", "serve")
-	box, silo := r.newComputer("box", "2", shop), r.newComputer("b", "3", guest)
+	box, silo := r.newComputer("box", "2", shop), r.newComputer("b", "3", r.guest())
 	r.master()
 	r.hq.ok("master", "customer", "add", "acme", "--store", filepath.Join(r.hq.dir, "far"))
 
@@ -239,7 +235,7 @@ func TestMachinesWhoseClocksAreWrongDoTheirWorkAndAreNamed(t *testing.T) {
 	box.serve("appliance serve")
 	r.ahead(t, 40*time.Minute)
 	r.until(t, "the silo is there", func() bool { return r.state("b") == dr.SiloActive })
-	r.hq.ok("server", "add", "shop", "--appliance", "box", "--disk", "/system/shop.raw", "--every", "9000h", "--signs", "off", "--check", checks, "--keep-last", fmt.Sprint(clockKeep))
+	r.hq.ok("server", "add", "shop", "--appliance", "box", "--disk", "/system/shop.raw", "--every", "9000h", "--signs", "off", "--check", r.checks(), "--keep-last", fmt.Sprint(clockKeep))
 	r.until(t, "the first snapshot is good", func() bool {
 		all, err := r.api.Snapshots(t.Context(), "shop")
 		return err == nil && len(all) == 1 && all[0].LKG

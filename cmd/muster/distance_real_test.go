@@ -1,7 +1,6 @@
 package main
 
 import (
-	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -47,13 +46,7 @@ func TestWhatIsFarAwayOnlyTakesLonger(t *testing.T) {
 	const delay = 150 * time.Millisecond
 	r := newGround(t, "d", "10.213.83.")
 	r.patience = 2 * time.Minute
-	guest, checks := filepath.Join(r.dir, "muster-guest"), filepath.Join(r.dir, "checks.yaml")
-	if err := os.WriteFile(guest, []byte("\x7fELF test agent"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(checks, []byte("- name: page\n  kind: http\n  url: http://127.0.0.1/\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
+	r.files()
 	var lines [2]*cable.Cable
 	r.hq = r.place("hq", "1", "serve")
 	r.box, lines[0] = r.abroad("box", "2", cable.Line{Delay: delay}, "appliance", "serve")
@@ -69,7 +62,7 @@ func TestWhatIsFarAwayOnlyTakesLonger(t *testing.T) {
 	r.box.serve()
 	r.until(t, "the appliance is there", r.connected)
 	r.write()
-	r.hq.ok("server", "add", "shop", "--appliance", "box", "--disk", r.disk(), "--every", "9000h", "--signs", "off", "--check", checks)
+	r.hq.ok("server", "add", "shop", "--appliance", "box", "--disk", r.disk(), "--every", "9000h", "--signs", "off", "--check", r.checks())
 	r.until(t, "the first snapshot is good", func() bool {
 		all, err := r.api.Snapshots(t.Context(), "shop")
 		return err == nil && len(all) == 1 && all[0].LKG

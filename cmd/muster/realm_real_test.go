@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"os"
@@ -69,13 +70,24 @@ func newGround(t *testing.T, net, hosts string) *realm {
 	return r
 }
 
+// files makes what make-believe machines are given for a test agent, and the checks of a server: each is where guest and checks say.
+func (r *realm) files() {
+	r.t.Helper()
+	err := errors.Join(os.WriteFile(r.guest(), []byte("\x7fELF test agent"), 0o755),
+		os.WriteFile(r.checks(), []byte("- name: page\n  kind: http\n  url: http://127.0.0.1/\n"), 0o600))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *realm) guest() string  { return filepath.Join(r.dir, "muster-guest") }
+func (r *realm) checks() string { return filepath.Join(r.dir, "checks.yaml") }
+
 // newRealm makes the machines.
 func newRealm(t *testing.T) *realm {
 	t.Helper()
 	r := newGround(t, "r", "10.213.78.")
-	if err := os.WriteFile(filepath.Join(r.dir, "muster-guest"), []byte("\x7fELF test agent"), 0o755); err != nil {
-		t.Fatal(err)
-	}
+	r.files()
 	r.pg = pgserver.ForTest(t)
 	r.hq = r.place("hq", "1", "serve")
 	r.box = r.place("box", "2", "appliance", "serve")
@@ -144,12 +156,8 @@ func (r *realm) found() {
 	r.box.ok("appliance", "join", r.invite("--customer", "acme", "--appliance", "box"))
 	r.box.serve()
 	r.until(t, "the appliance is there", r.connected)
-	checks := filepath.Join(r.dir, "checks.yaml")
-	if err := os.WriteFile(checks, []byte("- name: page\n  kind: http\n  url: http://127.0.0.1/\n"), 0o600); err != nil {
-		t.Fatal(err)
-	}
 	r.write()
-	r.hq.ok("server", "add", "shop", "--appliance", "box", "--disk", r.disk(), "--every", "9000h", "--signs", "off", "--check", checks)
+	r.hq.ok("server", "add", "shop", "--appliance", "box", "--disk", r.disk(), "--every", "9000h", "--signs", "off", "--check", r.checks())
 }
 
 func (r *realm) near() string { return filepath.Join(r.box.dir, "near") }

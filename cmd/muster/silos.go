@@ -45,15 +45,7 @@ func siloListCommand() *cobra.Command {
 		}
 		var rows [][]string
 		for _, s := range all {
-			memory, tests, machines := 0, 0, 0
-			for _, l := range s.Leases {
-				memory += l.Work.Memory
-				if l.Work.Kind.TakenOver() {
-					tests++
-				} else {
-					machines++
-				}
-			}
+			memory, tests, machines := work(s.Leases)
 			state := string(s.Silo.State)
 			if s.Silo.State == dr.SiloLost {
 				state = "LOST"
@@ -65,6 +57,19 @@ func siloListCommand() *cobra.Command {
 		table(cmd.OutOrStdout(), "SILO STATE HEARD HYPERVISOR MEMORY CORES FREE TESTS INVOKED HOLDS CLOCK RESERVED", rows)
 		return nil
 	}}
+}
+
+// work adds up what a silo has to do: MiB, tests and pre-recoveries, and machines that run for real or are being moved.
+func work(leases []dr.Lease) (memory, tests, machines int) {
+	for _, l := range leases {
+		memory += l.Work.Memory
+		if l.Work.Kind.TakenOver() {
+			tests++
+		} else {
+			machines++
+		}
+	}
+	return memory, tests, machines
 }
 
 func reservedFor(s dr.Silo) string {
@@ -127,7 +132,7 @@ func siloDrainCommand(use, short string, drain bool) *cobra.Command {
 	cmd := &cobra.Command{Use: use + " NAME", Short: short, Args: cobra.ExactArgs(1), ValidArgsFunction: completeSilos}
 	var reason *string
 	if drain {
-		cmd.Long = short + `. Invoked machines are not moved: they are named, and end with 'muster invocation end'.
+		cmd.Long = short + `. Invoked machines stay: they are named, and 'muster invocation move' brings one elsewhere.
 The rescue images that it holds are held by others meanwhile, where there are any.`
 		cmd.Example = `  muster silo drain silo-1 --reason "new disks"`
 		reason = cmd.Flags().String("reason", "", "why, for the record")
@@ -151,14 +156,7 @@ The rescue images that it holds are held by others meanwhile, where there are an
 			fmt.Fprintf(out, "Silo %s takes work again.\n", s.Silo.Name)
 			return nil
 		}
-		tests, machines := 0, 0
-		for _, l := range s.Leases {
-			if l.Work.Kind.TakenOver() {
-				tests++
-			} else {
-				machines++
-			}
-		}
+		_, tests, machines := work(s.Leases)
 		fmt.Fprintf(out, "Silo %s takes no new work. It has %d tests and pre-recoveries to finish and %d invoked machines.\n", s.Silo.Name, tests, machines)
 		for _, l := range s.Leases {
 			if l.Work.Kind == dr.WorkInvocation {

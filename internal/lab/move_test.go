@@ -68,6 +68,14 @@ func (l *Lab) runsOn(t *testing.T, silo string) {
 	}
 }
 
+// endsOn requires that the machine runs on one silo, ends it, and requires that nothing is left anywhere.
+func (l *Lab) endsOn(t *testing.T, silo string) {
+	t.Helper()
+	l.runsOn(t, silo)
+	l.Finish(l.EndInvocation(ctx, "shop", false))
+	l.clean(t)
+}
+
 var ann = api.MoveRequest{By: "ann", Reason: "new disks"}
 
 func TestAnInvokedMachineIsMovedWithAllThatItWrote(t *testing.T) {
@@ -136,9 +144,7 @@ func TestAMachineThatCannotGoThereRunsWhereItWas(t *testing.T) {
 			if op = l.Finish(l.MoveInvocation(ctx, "shop", ann)); op.State != api.OperationSucceeded {
 				t.Fatalf("tried again: %s: %s", op.State, op.Error)
 			}
-			l.runsOn(t, other(inv.Silo))
-			l.Finish(l.EndInvocation(ctx, "shop", false))
-			l.clean(t)
+			l.endsOn(t, other(inv.Silo))
 		})
 	}
 }
@@ -173,12 +179,10 @@ func TestAMoveIsFinishedByTheNextProcess(t *testing.T) {
 			if op = l.finishOverCrash(t, op, dead); op.State != api.OperationSucceeded || !once.Load() {
 				t.Fatalf("%s: %s (died: %t)", op.State, op.Error, once.Load())
 			}
-			l.runsOn(t, other(inv.Silo))
 			if n := l.count(t, "invocation.moved"); n != 1 {
 				t.Errorf("it was told %d times", n)
 			}
-			l.Finish(l.EndInvocation(ctx, "shop", false))
-			l.clean(t)
+			l.endsOn(t, other(inv.Silo))
 		})
 	}
 }
@@ -199,9 +203,7 @@ func TestAMachineComesBackFromASiloThatDies(t *testing.T) {
 	}
 	l.Fault = nil
 	to.Start()
-	l.runsOn(t, inv.Silo)
-	l.Finish(l.EndInvocation(ctx, "shop", false))
-	l.clean(t)
+	l.endsOn(t, inv.Silo)
 }
 
 func TestAMoveThatIsCancelledLeavesTheMachineWhereItWas(t *testing.T) {
@@ -231,9 +233,7 @@ func TestAMoveThatIsCancelledLeavesTheMachineWhereItWas(t *testing.T) {
 	if op = l.Finish(op, nil); op.State != api.OperationCancelled {
 		t.Fatalf("%s: %s", op.State, op.Error)
 	}
-	l.runsOn(t, inv.Silo)
-	l.Finish(l.EndInvocation(ctx, "shop", false))
-	l.clean(t)
+	l.endsOn(t, inv.Silo)
 }
 
 func TestAMachineIsMovedOnlyWhereItCanGo(t *testing.T) {

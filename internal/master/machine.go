@@ -133,6 +133,11 @@ func (m *Master) machine(ctx context.Context, id string) (api.Silo, api.InvokeTa
 	default:
 		return nil, task, api.Errorf(api.NotFound, "no silo has the machine of %s", id)
 	}
+	return m.reach(ctx, l, task)
+}
+
+// reach gives the silo of a lease, and a task with what it is asked with under that.
+func (m *Master) reach(ctx context.Context, l dr.Lease, task api.InvokeTask) (api.Silo, api.InvokeTask, error) {
 	access, err := m.access(ctx, task.Server)
 	if err != nil {
 		return nil, task, err

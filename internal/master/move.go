@@ -160,16 +160,11 @@ func (m *Master) reserve(ctx context.Context, r *engine.Run, in moveWork) (strin
 	if err != nil {
 		return "", err
 	}
-	access, err := m.access(ctx, task.Server)
-	if err != nil {
-		return "", err
-	}
-	s, err := m.Silos.Silo(room.Silo)
+	s, task, err := m.reach(ctx, room, task)
 	if err != nil {
 		return "", err
 	}
 	// Nothing that is left there of an earlier stay is what is brought now.
-	task.Grant = m.grantOf(room, access)
 	if _, err := s.EndInvocation(ctx, task, false); err != nil {
 		return "", err
 	}
@@ -179,10 +174,7 @@ func (m *Master) reserve(ctx context.Context, r *engine.Run, in moveWork) (strin
 
 // leave has the machine stopped and what it wrote kept.
 func (m *Master) leave(ctx context.Context, r *engine.Run, in moveWork, inv dr.Invocation) (string, error) {
-	before, had, err := m.Catalog.LeaseOf(ctx, in.ID)
-	if err == nil && !had {
-		err = api.Errorf(api.Conflict, "no silo has the machine of %s any more", inv.Server)
-	}
+	before, err := m.leaseOf(ctx, inv)
 	if err == nil {
 		_, err = m.regrant(ctx, inv, before, r.Term())
 	}
@@ -234,12 +226,17 @@ func (m *Master) leasesOf(ctx context.Context, in moveWork) (l, room dr.Lease, e
 	return l, room, err
 }
 
-// startWhereItIs has the silo that has a machine's lease start it, if it does not run.
-func (m *Master) startWhereItIs(ctx context.Context, report dr.Progress, inv *dr.Invocation) error {
+func (m *Master) leaseOf(ctx context.Context, inv dr.Invocation) (dr.Lease, error) {
 	l, had, err := m.Catalog.LeaseOf(ctx, inv.ID)
 	if err == nil && !had {
 		err = api.Errorf(api.Conflict, "no silo has the machine of %s any more", inv.Server)
 	}
+	return l, err
+}
+
+// startWhereItIs has the silo that has a machine's lease start it, if it does not run.
+func (m *Master) startWhereItIs(ctx context.Context, report dr.Progress, inv *dr.Invocation) error {
+	l, err := m.leaseOf(ctx, *inv)
 	if err != nil {
 		return err
 	}

@@ -44,7 +44,7 @@ func (s *Silo) Leave(ctx context.Context, task api.InvokeTask, report dr.Progres
 		return out, err
 	}
 	defer closed()
-	files := map[string]int64{}
+	var files []string
 	for _, path := range s.liveFiles(task) {
 		info, err := os.Stat(path)
 		if errors.Is(err, os.ErrNotExist) && filepath.Base(path) == vm.NVRAMFile {
@@ -53,43 +53,28 @@ func (s *Silo) Leave(ctx context.Context, task api.InvokeTask, report dr.Progres
 		if err != nil {
 			return out, fmt.Errorf("keep what %s wrote: %w", task.ID, err)
 		}
-		files[path] = info.Size()
+		files = append(files, path)
 		out.Size += info.Size()
 	}
 	passed := passing{part: "keep", total: out.Size, report: report}
-	for path := range files {
-		if err := s.keepOne(ctx, st, task, path, &passed); err != nil {
+	for _, path := range files {
+		if err := keepFile(ctx, st, task.Snapshot.ID, task.KeptName(filepath.Base(path)), path, &passed); err != nil {
 			return out, fmt.Errorf("keep %s of %s: %w", filepath.Base(path), task.ID, err)
 		}
 	}
 	return out, nil
 }
 
-func (s *Silo) keepOne(ctx context.Context, st *store.Store, task api.InvokeTask, path string, passed *passing) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	return st.Keep(ctx, task.Snapshot.ID, task.KeptName(filepath.Base(path)), io.TeeReader(f, passed))
-}
-
 // passing reports bytes that pass.
 type passing struct {
 	part        string
 	done, total int64
-	said        int64
 	report      dr.Progress
 }
 
-const sayEach = 16 << 20 // bytes
-
 func (p *passing) Write(b []byte) (int, error) {
 	p.done += int64(len(b))
-	if p.done-p.said >= sayEach || p.done == p.total {
-		p.said = p.done
-		p.report.Report(p.part, p.done, p.total, "bytes")
-	}
+	p.report.Report(p.part, p.done, p.total, "bytes") // which is no more often on a line than it must be
 	return len(b), nil
 }
 
@@ -118,7 +103,7 @@ func (s *Silo) bring(ctx context.Context, st *store.Store, task api.InvokeTask, 
 		return err
 	}
 	passed := passing{part: "fetch", report: report}
-	missing := map[string]string{} // paths by their names in the store
+	var missing []string
 	for _, path := range s.liveFiles(task) {
 		if _, err := os.Stat(path); err == nil {
 			continue
@@ -126,14 +111,14 @@ func (s *Silo) bring(ctx context.Context, st *store.Store, task api.InvokeTask, 
 		name := task.KeptName(filepath.Base(path))
 		n := slices.IndexFunc(kept, func(f store.KeptFile) bool { return f.Name == name })
 		if n >= 0 {
-			missing[name] = path
+			missing = append(missing, path)
 			passed.total += kept[n].Size
 		} else if filepath.Base(path) != vm.NVRAMFile { // that of a machine with a BIOS was never there
 			return fmt.Errorf("fetch %s of %s: it is neither here nor %w", filepath.Base(path), task.ID, store.ErrNotFound)
 		}
 	}
-	for name, path := range missing {
-		if err := fetchWhole(ctx, st, task.Snapshot.ID, name, path, &passed); err != nil {
+	for _, path := range missing {
+		if err := fetchWhole(ctx, st, task.Snapshot.ID, task.KeptName(filepath.Base(path)), path, &passed); err != nil {
 			return fmt.Errorf("fetch %s of %s: %w", filepath.Base(path), task.ID, err)
 		}
 	}

@@ -239,7 +239,7 @@ func fetch(ctx context.Context, st *store.Store, snapshot, name, path string) er
 // KeepDeltas implements api.Silo.
 func (s *Silo) KeepDeltas(ctx context.Context, task api.DeltasTask) (string, error) {
 	return s.handle(ctx, task, func(st *store.Store, n int, path string) error {
-		return keepFile(ctx, st, task.Snapshot.ID, DeltaName(task.PreRecovery.ID, n), path)
+		return keepFile(ctx, st, task.Snapshot.ID, DeltaName(task.PreRecovery.ID, n), path, io.Discard)
 	})
 }
 
@@ -277,13 +277,14 @@ func (s *Silo) handle(ctx context.Context, task api.DeltasTask, do func(st *stor
 	return hex.EncodeToString(sum.Sum(nil)), nil
 }
 
-func keepFile(ctx context.Context, st *store.Store, snapshot, name, path string) error {
+// keepFile keeps a file with a snapshot, and shows passed what of it is being kept.
+func keepFile(ctx context.Context, st *store.Store, snapshot, name, path string, passed io.Writer) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	return st.Keep(ctx, snapshot, name, io.Reader(f))
+	return st.Keep(ctx, snapshot, name, io.TeeReader(f, passed))
 }
 
 // Test implements api.Silo. Run clears what an earlier attempt under the same identifier left.

@@ -61,33 +61,34 @@ func count(ctx context.Context, n int64) {
 
 // counted gives a blob that is counted as it is read.
 func counted(ctx context.Context, data blob.Bytes) blob.Bytes {
-	if ctx.Value(tallyKey{}) == nil {
+	t, ok := ctx.Value(tallyKey{}).(*tally)
+	if !ok {
 		return data
 	}
-	return tallied{data, ctx}
+	return tallied{data, t}
 }
 
 type tallied struct {
 	blob.Bytes
-	ctx context.Context
+	tally *tally
 }
 
-func (b tallied) Reader() io.ReadSeekCloser { return &talliedReader{b.Bytes.Reader(), b.ctx} }
+func (b tallied) Reader() io.ReadSeekCloser { return talliedReader{b.Bytes.Reader(), b.tally} }
 
 func (b tallied) WriteTo(w io.Writer) (int64, error) {
 	n, err := b.Bytes.WriteTo(w)
-	count(b.ctx, n)
+	b.tally.n.Add(n)
 	return n, err
 }
 
 type talliedReader struct {
 	io.ReadSeekCloser
-	ctx context.Context
+	tally *tally
 }
 
-func (r *talliedReader) Read(p []byte) (int, error) {
+func (r talliedReader) Read(p []byte) (int, error) {
 	n, err := r.ReadSeekCloser.Read(p)
-	count(r.ctx, int64(n))
+	r.tally.n.Add(int64(n))
 	return n, err
 }
 

@@ -145,32 +145,27 @@ func (r *replication) run(ctx context.Context) error {
 // locks takes the locks of the far store, both at once, because it may be far away, and gives what lets both go so.
 func (r *replication) locks(ctx context.Context) (unlock func(), err error) {
 	var writing, ingesting func()
-	both := func(one, other func()) {
-		var work sync.WaitGroup
-		work.Go(one)
-		other()
-		work.Wait()
-	}
 	unlock = func() {
-		both(func() {
-			if writing != nil {
-				writing()
+		var letting sync.WaitGroup
+		for _, release := range []func(){writing, ingesting} {
+			if release != nil {
+				letting.Go(release)
 			}
-		}, func() {
-			if ingesting != nil {
-				ingesting()
-			}
-		})
+		}
+		letting.Wait()
 	}
 	var taken bool
 	var werr, ierr error
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	both(func() {
+	var taking sync.WaitGroup
+	taking.Go(func() {
 		if writing, taken, werr = r.far.place.TryLock(lockWrite+r.id, true); !taken {
 			cancel() // the other need not be waited for
 		}
-	}, func() { ingesting, ierr = r.far.lock(ctx, lockIngest, false) })
+	})
+	ingesting, ierr = r.far.lock(ctx, lockIngest, false)
+	taking.Wait()
 	switch {
 	case werr != nil:
 		err = werr

@@ -172,6 +172,10 @@ func (p *place) hearRoom(said string) {
 	if n, err := fmt.Sscan(said, &c.SizeB, &c.FreeB); n != 2 || err != nil {
 		return
 	}
+	p.hasRoom(c)
+}
+
+func (p *place) hasRoom(c blob.Capacity) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.room, p.asked = c, time.Now()
@@ -471,7 +475,7 @@ func (p *place) GetCapacity(ctx context.Context) (blob.Capacity, error) {
 	if err := p.simple(ctx, http.MethodGet, pathCapacity, nil, nil, &room); err != nil {
 		return room, err
 	}
-	p.hearRoom(fmt.Sprint(room.SizeB, room.FreeB))
+	p.hasRoom(room)
 	return room, nil
 }
 
