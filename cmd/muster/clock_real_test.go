@@ -58,7 +58,12 @@ func (r *realm) newComputer(name, host string, files ...string) *computer {
 	sh(t, "truncate -s %d %s/disk && mkfs.ext4 -q -F -d %s/disk.d %s/disk && rm -r %s/disk.d", computerDisk, c.dir, c.dir, c.dir, c.dir)
 	sh(t, "ip tuntap add %s mode tap && ip link set %s master %sr up", c.port, c.port, r.net)
 	t.Cleanup(func() { sh(t, "ip link del %s", c.port) })
-	t.Cleanup(func() { c.pull() })
+	t.Cleanup(func() {
+		c.pull()
+		if t.Failed() {
+			t.Logf("%s said: %s", name, c.said())
+		}
+	})
 	return c
 }
 
@@ -143,6 +148,12 @@ func (c *computer) ok(args string) string {
 func (c *computer) serve(args string) {
 	c.t.Helper()
 	c.tell("/system/" + makeBelieve + " " + args + " --dir /system/inst >/dev/ttyS0 2>&1 </dev/null &")
+}
+
+// stop ends its processes, and waits until they are gone: the next one would find that they are there still.
+func (c *computer) stop() {
+	c.t.Helper()
+	c.tell("killall " + makeBelieve + "; while pidof " + makeBelieve + " >/dev/null; do sleep 0.1; done")
 }
 
 // said is what its processes have logged since it was turned on.
@@ -262,7 +273,7 @@ func TestMachinesWhoseClocksAreWrongDoTheirWorkAndAreNamed(t *testing.T) {
 		t.Errorf("a silo was lost for its clock: %+v", lost)
 	}
 
-	box.tell("killall " + makeBelieve)
+	box.stop()
 	for _, by := range []time.Duration{400 * 24 * time.Hour, -400 * 24 * time.Hour} {
 		box.tell(fmt.Sprintf("date -s @%d", time.Now().Add(by).Unix()))
 		out, code := box.tell("/system/" + makeBelieve + " appliance join " + r.invite("--customer", "acme", "--appliance", "other") + " --dir /system/other")
@@ -272,7 +283,7 @@ func TestMachinesWhoseClocksAreWrongDoTheirWorkAndAreNamed(t *testing.T) {
 		before := len(box.said())
 		box.serve("appliance serve")
 		r.until(t, "it says why it does not connect", func() bool { return strings.Contains(box.said()[before:], "set the clock") })
-		box.tell("killall " + makeBelieve)
+		box.stop()
 	}
 }
 
